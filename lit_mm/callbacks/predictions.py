@@ -1,0 +1,54 @@
+"""Answers to files, in the format that LLaVA's evaluation scripts read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
+
+
+class AnswerWriter(BasePredictionWriter):
+    """Writes `answers@16.jsonl`, …: one {"question_id", "prompt", "text"} a line, a file a scale.
+
+    The files go to the run's folder, those of rank 1 and higher as `answers@16.rank1.jsonl`, ….
+    """
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="batch")
+        self.files: dict[int, TextIO] = {}
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the files."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        rank = f".rank{trainer.global_rank}" if trainer.global_rank else ""
+        for scale in pl_module.scales:  # type: ignore[union-attr]
+            self.files[scale] = (folder / f"answers@{scale}{rank}.jsonl").open("w", encoding="utf-8")
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write one batch's answers."""
+        for row in prediction:
+            for scale, text in row["answers"].items():
+                line = {"question_id": row["question_id"], "prompt": row["prompt"], "text": text}
+                self.files[scale].write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the files and say where they are."""
+        for file in self.files.values():
+            file.close()
+        names = ", ".join(Path(file.name).name for file in self.files.values())
+        rank_zero_info(f"Answers: {names} in {trainer.log_dir or trainer.default_root_dir}")

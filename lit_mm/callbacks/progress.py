@@ -1,0 +1,34 @@
+"""The progress bar: loss per scale, and the time left of the whole run."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+
+class Progress(TQDMProgressBar):
+    """Lightning's bar of the epoch with `left`, the time to the run's last step, beside the losses.
+
+    The time follows from the mean of the steps done since the start, validation included.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        super().on_train_start(trainer, pl_module)
+        self._started, self._first_step = time.monotonic(), trainer.global_step
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Losses without the logger's version, and the time left."""
+        metrics = {
+            name.removeprefix("train/"): value for name, value in super().get_metrics(trainer, pl_module).items()
+        }
+        metrics.pop("v_num", None)
+        if trainer.training and (done := trainer.global_step - self._first_step) > 0:
+            steps_left = max(0, pl_module.total_steps() - trainer.global_step)  # type: ignore[operator]
+            seconds = (time.monotonic() - self._started) / done * steps_left
+            metrics["left"] = str(timedelta(seconds=round(seconds)))
+        return metrics

@@ -1,0 +1,90 @@
+"""What every visual token buys: accuracy against visual tokens, as a picture, a table and a JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import matplotlib
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from lit_mm.evaluation.metrics import majority_share
+
+
+class TokenEfficiency(Callback):
+    """At the end of a test, write accuracy at every scale beside the majority answer's share.
+
+    `accuracy_tokens.png` and `accuracy_tokens.json` go to the run's folder, the picture to
+    TensorBoard as well, a table to the terminal.
+    """
+
+    @rank_zero_only
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the picture, the JSON and the table."""
+        result = self.result(trainer, cast(list[int], pl_module.scales))
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "accuracy_tokens.json").write_text(json.dumps(result, indent=2) + "\n")
+        figure = draw(result)
+        figure.savefig(folder / "accuracy_tokens.png")
+        if isinstance(trainer.logger, TensorBoardLogger):
+            trainer.logger.experiment.add_figure("test/accuracy against tokens", figure, trainer.global_step)
+        Console().print(table(result), f"Picture and figures: {folder}/accuracy_tokens.png and .json", sep="\n")
+
+    def result(self, trainer: Trainer, scales: list[int]) -> dict[str, Any]:
+        """What the JSON holds: accuracies in 0..1, finest scale first."""
+        expected = cast(Any, trainer).datamodule.answers("test")
+        accuracy = {scale: trainer.callback_metrics[f"test/accuracy@{scale}"].item() for scale in scales}
+        return {
+            "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
+            "questions": len(expected),
+            "majority_answer": majority_share(expected),
+            "scales": [{"visual_tokens": scale, "accuracy": accuracy[scale]} for scale in scales],
+        }
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    """Accuracy (%) over visual tokens on a logarithmic axis, the majority answer as a dashed line."""
+    tokens = [row["visual_tokens"] for row in result["scales"]]
+    accuracy = [100 * row["accuracy"] for row in result["scales"]]
+    majority = 100 * result["majority_answer"]
+    with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+        axes = figure.add_subplot()
+    axes.plot(tokens, accuracy, "o-", color="#1f5fa8", linewidth=2, markersize=7, clip_on=False, zorder=3)
+    for x, y in zip(tokens, accuracy, strict=True):
+        axes.annotate(f"{y:.1f}", (x, y), xytext=(0, -16), textcoords="offset points", ha="center", color="#1f5fa8")
+    axes.axhline(majority, color="#888888", linestyle="--", linewidth=1.2)
+    axes.annotate(
+        f"majority answer {majority:.1f}",
+        (min(tokens), majority),
+        xytext=(0, 5),
+        textcoords="offset points",
+        color="#666666",
+    )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(tokens, [str(token) for token in tokens])
+    axes.minorticks_off()
+    axes.set_ylim(0, 102)
+    axes.grid(axis="y", color="#e5e5e5")
+    axes.set_xlabel("visual tokens per image")
+    axes.set_ylabel("accuracy (%)")
+    axes.set_title(f"One model, any token budget ({result['questions']:,} questions)", loc="left", fontsize=12)
+    return figure
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The same figures for the terminal."""
+    rows = Table(title=f"Test accuracy, {result['questions']:,} questions", title_justify="left")
+    rows.add_column("visual tokens", justify="right")
+    rows.add_column("accuracy (%)", justify="right")
+    for row in result["scales"]:
+        rows.add_row(str(row["visual_tokens"]), f"{100 * row['accuracy']:.2f}")
+    rows.add_row("majority answer", f"{100 * result['majority_answer']:.2f}", style="dim")
+    return rows

@@ -1,0 +1,97 @@
+"""The command line: LightningCLI with this project's classes and the layout of its run folders.
+
+<trainer.default_root_dir>/version_0/      one run: its config.yaml, checkpoints/, TensorBoard
+                                           logs, and what test and predict made of it
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lit_mm.callbacks.predictions import AnswerWriter
+from lit_mm.callbacks.progress import Progress
+from lit_mm.callbacks.token_efficiency import TokenEfficiency
+from lit_mm.data import easy_vqa  # noqa: F401 (known to --data by its short name)
+from lit_mm.training.module import LitMatryoshka
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes config.yaml into the run's folder when a fit starts."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Only a fit defines a run; test and predict leave its config as it is."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class LitMMCLI(LightningCLI):
+    """fit, validate, test and predict; run it with `python -m lit_mm`."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            LitMatryoshka,
+            LightningDataModule,
+            subclass_mode_data=True,
+            args=args,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            trainer_defaults={
+                "default_root_dir": "runs",
+                "use_distributed_sampler": False,  # the data side shares records among ranks itself
+                "log_every_n_steps": 10,
+                "num_sanity_val_steps": 0,
+            },
+            parser_kwargs={verb: {"default_env": True, "env_prefix": "LIT_MM"} for verb in self.subcommands()},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """This project's callbacks, each with its own section, and what the data get of the model."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True})
+        for callback in (Progress, TokenEfficiency, AnswerWriter):
+            parser.add_lightning_class_args(callback, callback.__name__.lower())
+        parser.link_arguments("model.inputs", "data.init_args.inputs", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """`--ckpt_path last` means the newest run's; the config given now beats the checkpoint's."""
+        config = self.config[self.config.subcommand]
+        if config.get("ckpt_path") == "last":
+            config.ckpt_path = str(newest_checkpoint(Path(config.trainer.default_root_dir)))
+        if config.get("ckpt_path") and not Path(config.ckpt_path).exists():
+            raise FileNotFoundError(f"--ckpt_path: no checkpoint {config.ckpt_path}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """TensorBoard in the run's folder, unless the config says otherwise; what follows a
+        checkpoint (test, predict, resume) is logged in the folder of the run that made it."""
+        config = self.config[self.subcommand]
+        if config.trainer.logger is None:
+            root, checkpoint = Path(config.trainer.default_root_dir), config.get("ckpt_path")
+            run = run_of(Path(checkpoint), root) if checkpoint else None
+            kwargs["logger"] = TensorBoardLogger(root, name="", version=run, default_hp_metric=False)
+        return super().instantiate_trainer(**kwargs)
+
+
+def newest_checkpoint(root: Path) -> Path:
+    """The newest last.ckpt of the runs below root.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    found = sorted(root.glob("version_*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"--ckpt_path last: no version_*/checkpoints/last.ckpt below {root}: run fit first")
+    return found[-1]
+
+
+def run_of(checkpoint: Path, root: Path) -> str | None:
+    """`version_3` for a checkpoint in that run's folder below root, None for one from elsewhere."""
+    run = checkpoint.resolve().parent.parent
+    return run.name if run.parent == root.resolve() and run.name.startswith("version_") else None

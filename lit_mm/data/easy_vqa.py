@@ -1,0 +1,166 @@
+"""easy-VQA: a small real visual question answering set that a Python package carries.
+
+Victor Zhou's easy-VQA (package `easy-vqa`): 4,000 training and 1,000 test images of 64×64 pixels,
+each with one shape of one colour, and 38,575 and 9,673 questions with 13 answers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, cast
+
+from torch.utils.data import DataLoader
+
+from lit_mm.data.datamodules import ImageInstructions, ModelInputs
+from lit_mm.data.images import ImageOptions
+
+SHAPES = ("circle", "rectangle", "triangle")
+COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+Questions = dict[int, list[tuple[str, str]]]
+
+
+class EasyVQA(ImageInstructions):
+    """easy-VQA as LLaVA records: all questions of an image in one conversation.
+
+    The last `val_images` training images are held out for validation. A run can begin with some
+    epochs of captions, as ConvLLaVA's three stages do: a record asks for a short description, and
+    its answer ("a red triangle") is put together from the answers of the image's own questions.
+    Most questions can be guessed without the image, a caption can not: it teaches to look.
+    """
+
+    def __init__(
+        self,
+        inputs: ModelInputs,
+        root: str = "data/easy_vqa",
+        val_images: int = 200,
+        caption_epochs: int = 0,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        """Where the records are written and how they are fed.
+
+        Args:
+            inputs: What the data must know of the model; on the command line it comes from there.
+            root: Folder for captions.json, train.json, val.json and test.json in LLaVA's format.
+            val_images: Training images held out for validation, with all their questions.
+            caption_epochs: Epochs of captions before the conversations, one record for every
+                training image whose questions tell its shape and colour. Needs
+                trainer.reload_dataloaders_every_n_epochs: 1.
+            batch_size: Conversations per batch and device in training.
+            eval_batch_size: Conversations per batch and device elsewhere; null: as batch_size.
+            num_workers: Processes that load batches; 0 loads in the main process.
+        """
+        super().__init__(
+            inputs,
+            train=f"{root}/train.json",
+            val=f"{root}/val.json",
+            test=f"{root}/test.json",
+            image_root=str(package_data()),
+            image=ImageOptions(mode="squash", size=64),
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+        )
+        self.files["captions"] = f"{root}/captions.json"
+        self.root, self.val_images, self.caption_epochs = Path(root), val_images, caption_epochs
+
+    def prepare_data(self) -> None:
+        """Write the record files."""
+        train, test = read_questions("train"), read_questions("test")
+        first_val = len(train) - self.val_images
+        kept = dict(list(train.items())[:first_val])
+        splits = {
+            "captions": captions("train", kept),
+            "train": records("train", kept),
+            "val": records("train", dict(list(train.items())[first_val:])),
+            "test": records("test", test),
+        }
+        self.root.mkdir(parents=True, exist_ok=True)
+        for split, items in splits.items():
+            (self.root / f"{split}.json").write_text(json.dumps(items, indent=1))
+
+    def setup(self, stage: str) -> None:
+        """Read and check the records, those of the captions too if the run begins with them."""
+        super().setup(stage)
+        if stage == "fit" and self.caption_epochs:
+            self.sets["captions"] = self._read("captions", "train")
+
+    def train_dataloader(self) -> DataLoader:
+        """Captions in the first epochs, conversations after them.
+
+        Raises:
+            ValueError: The trainer would never come back for the conversations.
+        """
+        trainer = cast(Any, self.trainer)
+        if not self.caption_epochs or trainer is None:
+            return super().train_dataloader()
+        if trainer.reload_dataloaders_every_n_epochs != 1:
+            raise ValueError("data.caption_epochs needs trainer.reload_dataloaders_every_n_epochs: 1")
+        now = "captions" if trainer.current_epoch < self.caption_epochs else "train"
+        return self._loader(now, self.batch_size, shuffle=True)
+
+
+def package_data() -> Path:
+    """The data folder of the installed package easy-vqa (the package itself is not imported).
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
+    spec = importlib.util.find_spec("easy_vqa")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("easy-VQA comes with the package easy-vqa: pip install 'lit_mm[demo]'")
+    return Path(spec.submodule_search_locations[0]) / "data"
+
+
+def read_questions(split: str) -> Questions:
+    """image number -> its (question, answer) pairs, of `train` or `test`."""
+    by_image: Questions = defaultdict(list)
+    for question, answer, image in json.loads((package_data() / split / "questions.json").read_text()):
+        by_image[image].append((question, answer))
+    return dict(sorted(by_image.items()))
+
+
+def records(split: str, by_image: Questions) -> list[dict[str, Any]]:
+    """LLaVA records: one conversation an image."""
+    return [_record(f"{split}_{image}", split, image, pairs) for image, pairs in by_image.items()]
+
+
+def captions(split: str, by_image: Questions) -> list[dict[str, Any]]:
+    """LLaVA records: a short description of every image whose questions tell enough."""
+    told = {image: caption(pairs) for image, pairs in by_image.items()}
+    return [
+        _record(f"{split}_{image}_caption", split, image, [("what is in the image?", text)])
+        for image, text in told.items()
+        if text
+    ]
+
+
+def _record(name: str, split: str, image: int, pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    turns = [{"from": role, "value": text} for pair in pairs for role, text in zip(("human", "gpt"), pair, strict=True)]
+    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+    return {"id": name, "image": f"{split}/images/{image}.png", "conversations": turns}
+
+
+def caption(pairs: list[tuple[str, str]]) -> str | None:
+    """ "a red triangle", if the image's questions and answers tell both; None otherwise."""
+    shape, colour = _told(pairs, SHAPES), _told(pairs, COLOURS)
+    return f"a {colour} {shape}" if shape and colour else None
+
+
+def _told(pairs: list[tuple[str, str]], names: tuple[str, ...]) -> str | None:
+    """The name that an answer states, or that a question takes for granted or has confirmed."""
+    for question, answer in pairs:
+        words = question.rstrip("?").split()
+        if answer in names:
+            return answer
+        affirmed = answer == "yes" and not {"no", "not"} & set(words)
+        denied_absence = answer == "no" and bool({"no", "not"} & set(words))
+        if affirmed or denied_absence or words[0] == "what":
+            for name in names:
+                if name in words:
+                    return name
+    return None

@@ -1,0 +1,44 @@
+"""Metrics of generated answers."""
+
+from __future__ import annotations
+
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+def normalise(answer: str) -> str:
+    """Lower case, white space folded, punctuation at both ends removed: how short answers compare."""
+    return " ".join(answer.lower().split()).strip(string.punctuation + " ")
+
+
+class AnswerAccuracy(Metric):
+    """Share of answers that equal the expected one after `normalise`; correct over ranks."""
+
+    correct: Tensor
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("correct", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, answers: Sequence[str], expected: Sequence[str]) -> None:
+        """Count n answers against n expected ones."""
+        pairs = zip(answers, expected, strict=True)
+        self.correct += sum(normalise(answer) == normalise(right) for answer, right in pairs)
+        self.total += len(answers)
+
+    def compute(self) -> Tensor:
+        """Accuracy in 0..1; nan before the first update."""
+        return self.correct / self.total
+
+
+def majority_share(expected: Sequence[str]) -> float:
+    """Share of the most common answer: the accuracy of a model that has seen and read nothing."""
+    counts = Counter(map(normalise, expected))
+    return counts.most_common(1)[0][1] / counts.total()

@@ -1,0 +1,200 @@
+"""Image -> grid: the five-stage ConvNeXt of ConvLLaVA, or any other timm backbone.
+
+Pixels come normalised from `VLM.encode` as [B, 3, H, W]; the grid [B, width, h, w] goes to the
+projector. An encoder knows its stride, so that the data side can tell how many tokens an image
+will become before a single weight exists.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm, LayerNorm2d
+from timm.models.convnext import ConvNeXt, ConvNeXtStage, _init_weights
+from torch import Tensor, nn
+
+
+@dataclass
+class ExtraStage:
+    """One stage appended to a ConvNeXt trunk: LayerNorm2d, stride-2 convolution, blocks.
+
+    Args:
+        depth: Number of ConvNeXt blocks. The paper's stage 5 has 6; it beats 3 and 9.
+        width: Channels of the stage, and of the grid if it is the last one.
+        layer_scale: Initial value of the residual branches' scale. 1e-6 suits a new stage on a
+            pretrained trunk (ConvLLaVA); from scratch 0.1 to 1 learns faster.
+    """
+
+    depth: int = 6
+    width: int = 3072
+    layer_scale: float = 1e-6
+
+
+class Encoder(nn.Module):
+    """What every encoder offers: `forward`, `grid`, `normalise` and the figures below.
+
+    Attributes:
+        stride: Pixels per grid cell along a side.
+        width: Channels of the grid.
+        mean: Per-channel mean that the backbone was trained with, of values in 0..1.
+        std: Per-channel standard deviation, likewise.
+        pretrained: Whether the backbone has timm's weights.
+    """
+
+    stride: int
+    width: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    pretrained: bool
+    trunk: Any
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the grid of a `height` × `width` image, in cells (sides padded up)."""
+        return math.ceil(height / self.stride), math.ceil(width / self.stride)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels [B, 3, H, W] in 0..255 -> floats of the encoder's dtype, mean 0, deviation 1."""
+        parameter = next(self.parameters())
+        mean, std = (
+            torch.tensor(values, dtype=parameter.dtype, device=pixels.device).view(3, 1, 1)
+            for values in (self.mean, self.std)
+        )
+        return (pixels.to(parameter.dtype) / 255 - mean) / std
+
+    def pad(self, pixels: Tensor) -> Tensor:
+        """Pad the right and the bottom of normalised pixels with the mean colour up to the stride."""
+        height, width = pixels.shape[-2:]
+        return F.pad(pixels, (0, -width % self.stride, 0, -height % self.stride))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        raise NotImplementedError
+
+    def _statistics_of(self, trunk: nn.Module) -> None:
+        config = cast(dict[str, Any], trunk.pretrained_cfg)
+        self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
+
+
+class ConvNeXtEncoder(Encoder):
+    """A timm ConvNeXt with extra stages as one trunk (ConvLLaVA, section 3.2).
+
+    The output is the last stage's feature map without a norm, as in the paper: the projector gets
+    it as it is. `trunk.stages`, `trunk.feature_info` and `trunk.num_features` include the extra
+    stages.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "convnext_large_mlp.clip_laion2b_ft_soup_320",
+        extra_stages: list[ExtraStage] | None = None,
+        pretrained: bool = False,
+        drop_path: float = 0.0,
+        overrides: dict[str, Any] | None = None,
+    ) -> None:
+        """Build the trunk; the paper's is the default backbone with one `ExtraStage()`.
+
+        Args:
+            backbone: Name of a timm ConvNeXt or ConvNeXt-V2, with its pretrained tag or without.
+            extra_stages: Stages behind the backbone's four; each doubles the stride. [] or null:
+                none.
+            pretrained: Load timm's weights of the backbone; extra stages start at random.
+            drop_path: Stochastic depth of the backbone's blocks; extra stages have none.
+            overrides: Further keywords of timm's ConvNeXt, such as depths, dims, patch_size.
+
+        Raises:
+            ValueError: The backbone is not a ConvNeXt of timm.
+        """
+        super().__init__()
+        trunk: Any = timm.create_model(
+            backbone, pretrained=pretrained, num_classes=0, drop_path_rate=drop_path, **(overrides or {})
+        )
+        if not isinstance(trunk, ConvNeXt):
+            raise ValueError(f"{backbone} is a {type(trunk).__name__}, not a ConvNeXt: use TimmEncoder for it")
+        trunk.norm_pre, trunk.head = nn.Identity(), cast(Any, nn.Identity())
+        for stage in extra_stages or []:
+            append_stage(trunk, stage)
+        self.trunk, self.pretrained = trunk, pretrained
+        self.stride = cast(int, trunk.feature_info[-1]["reduction"])
+        self.width = trunk.num_features
+        self._statistics_of(trunk)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, H, W] -> grid [B, width, ceil(H / stride), ceil(W / stride)]."""
+        return self.trunk.stages(self.trunk.stem(self.pad(pixels)))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks of every stage, the extra ones included, in the backward pass."""
+        self.trunk.set_grad_checkpointing(enable)
+
+
+def append_stage(trunk: ConvNeXt, stage: ExtraStage) -> None:
+    """Append one stage to a timm ConvNeXt in place (timm itself knows four stages only)."""
+    block = cast(Any, trunk.stages[-1]).blocks[0]
+    uses_grn = hasattr(block.mlp, "grn")  # ConvNeXt-V2: response norm instead of layer scale
+    added = ConvNeXtStage(
+        trunk.num_features,
+        stage.width,
+        kernel_size=block.conv_dw.kernel_size[0],
+        stride=2,
+        depth=stage.depth,
+        ls_init_value=cast(float, None) if uses_grn else stage.layer_scale,
+        conv_mlp=block.use_conv_mlp,
+        use_grn=uses_grn,
+        norm_layer=LayerNorm2d,
+        norm_layer_cl=LayerNorm,
+    )
+    for name, module in added.named_modules():
+        _init_weights(module, name)
+    reduction, place = cast(int, trunk.feature_info[-1]["reduction"]) * 2, f"stages.{len(trunk.stages)}"
+    trunk.feature_info.append({"num_chs": stage.width, "reduction": reduction, "module": place})
+    trunk.stages.append(added)
+    trunk.num_features = stage.width
+
+
+class TimmEncoder(Encoder):
+    """Any other timm backbone with a spatial feature map, a ViT above all: what ConvLLaVA replaces."""
+
+    def __init__(
+        self,
+        backbone: str = "vit_large_patch14_clip_336.openai",
+        layer: int = -2,
+        pretrained: bool = False,
+        overrides: dict[str, Any] | None = None,
+    ) -> None:
+        """Build the backbone.
+
+        Args:
+            backbone: Name of a timm model that offers `forward_intermediates`.
+            layer: Which block's (of a ViT) or stage's (of a ConvNet) output is the grid, counted as
+                in a Python list. LLaVA takes the last but one of CLIP's ViT.
+            pretrained: Load timm's weights.
+            overrides: Further keywords of the timm model, such as img_size or dynamic_img_size.
+
+        Raises:
+            ValueError: timm offers no intermediate feature maps for this backbone.
+        """
+        super().__init__()
+        trunk: Any = timm.create_model(backbone, pretrained=pretrained, num_classes=0, **(overrides or {}))
+        if not hasattr(trunk, "forward_intermediates"):
+            raise ValueError(f"{backbone}: timm's {type(trunk).__name__} offers no forward_intermediates")
+        self.trunk, self.pretrained, self.layer = trunk, pretrained, layer
+        info = trunk.feature_info[layer]
+        self.stride, self.width = info["reduction"], info["num_chs"]
+        self._statistics_of(trunk)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, H, W] -> grid [B, width, ceil(H / stride), ceil(W / stride)]."""
+        index = range(len(self.trunk.feature_info))[self.layer]
+        maps = self.trunk.forward_intermediates(
+            self.pad(pixels), indices=[index], output_fmt="NCHW", intermediates_only=True
+        )
+        return maps[0]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's blocks in the backward pass."""
+        self.trunk.set_grad_checkpointing(enable)

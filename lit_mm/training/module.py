@@ -1,0 +1,154 @@
+"""LitMatryoshka: the multimodal model as a LightningModule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, cast
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lit_mm.data.datamodules import ModelInputs
+from lit_mm.evaluation.metrics import AnswerAccuracy
+from lit_mm.model.encoder import Encoder
+from lit_mm.model.llm import LLM, load_llm, load_tokenizer
+from lit_mm.model.projector import MatryoshkaProjector, Sampling
+from lit_mm.model.rows import Batch
+from lit_mm.model.vlm import MatryoshkaVLM
+from lit_mm.training.parts import Parts, parameter_groups
+from lit_mm.training.schedule import WarmupCosine
+
+
+class LitMatryoshka(LightningModule):
+    """Encoder, Matryoshka projector and LLM, trained on the mean loss of all scales (M3)."""
+
+    vlm: MatryoshkaVLM
+
+    def __init__(
+        self,
+        encoder: Callable[[], Encoder],
+        llm: LLM,
+        scales: list[int],
+        sampling: Sampling = "mean",
+        parts: Parts = Parts(),  # noqa: B008 (read only)
+        optimizer: Callable[[list[dict[str, Any]]], Optimizer] = torch.optim.AdamW,
+        scheduler: Callable[[Optimizer, int], LRScheduler] = WarmupCosine,
+        max_new_tokens: int = 32,
+        init_gain: float | None = None,
+    ) -> None:
+        """Describe the model; it is built when the run starts.
+
+        Args:
+            encoder: Image encoder: ConvNeXtEncoder (ConvLLaVA's) or TimmEncoder (a ViT, say).
+            llm: The causal LM with its tokenizer and chat template.
+            scales: Visual tokens per image, finest first; each must divide the encoder's grid.
+            sampling: How coarser tokens come from finer ones: mean (M3's), spatial or sequential.
+            parts: How fast each part learns.
+            optimizer: Gets one or two parameter groups a part; the parts set the learning rates.
+            scheduler: Gets the optimizer and the number of steps of the whole run.
+            max_new_tokens: The longest generated answer, in tokens.
+            init_gain: For training from scratch: convolutions and linear layers of encoder and
+                projector start with standard deviation init_gain / sqrt(fan-in). null keeps timm's
+                0.02 and torch's default, which leave widths below a hundred near dead.
+        """
+        super().__init__()
+        self.save_hyperparameters()
+        self.build_encoder, self.llm, self.scales, self.sampling = encoder, llm, scales, sampling
+        self.parts, self.build_optimizer, self.build_scheduler = parts, optimizer, scheduler
+        self.max_new_tokens, self.init_gain = max_new_tokens, init_gain
+        self.tokenizer = load_tokenizer(llm)
+        self.accuracy = nn.ModuleDict(
+            {f"{split}_{scale}": AnswerAccuracy() for split in ("val", "test") for scale in scales}
+        )
+
+    @property
+    def inputs(self) -> ModelInputs:
+        """What the data must know of this model; no weights are made for it."""
+        with torch.device("meta"):
+            encoder = self.vlm.encoder if hasattr(self, "vlm") else self.build_encoder()
+        colour = tuple(round(255 * value) for value in encoder.mean)
+        return ModelInputs(
+            self.tokenizer, encoder.stride, self.scales, cast(tuple[int, int, int], colour), self.sampling
+        )
+
+    def configure_model(self) -> None:
+        """Build the model, once."""
+        if hasattr(self, "vlm"):
+            return
+        encoder, llm = self.build_encoder(), load_llm(self.llm, self.tokenizer)
+        width = cast(nn.Embedding, llm.get_input_embeddings()).embedding_dim
+        projector = MatryoshkaProjector(encoder.width, width, self.scales, self.sampling)
+        self.vlm = MatryoshkaVLM(encoder, projector, llm)
+        if self.init_gain is not None:
+            self.vlm.start_from_nothing(self.init_gain)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean over scales of the next-token loss (M3, equation 1)."""
+        losses = self.vlm(batch)
+        self._log_losses("train", losses, batch)
+        return losses.mean()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Losses and accuracies at every scale."""
+        self._log_losses("val", self.vlm(batch), batch)
+        self._judge("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Accuracies at every scale."""
+        self._judge("test", batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """One dict a question: question_id, prompt, and the answer at every scale."""
+        answers = self.answers(batch)
+        return [
+            {"question_id": q.record, "prompt": q.text, "answers": {scale: answers[scale][i] for scale in self.scales}}
+            for i, q in enumerate(batch.questions)
+        ]
+
+    def answers(self, batch: Batch) -> dict[int, list[str]]:
+        """scale -> the generated answer to each of the batch's questions; images are encoded once."""
+        nested = self.vlm.encode(batch.images)
+        return {scale: self._generate(batch, nested, scale) for scale in self.scales}
+
+    def _generate(self, batch: Batch, nested: list[Tensor], scale: int) -> list[str]:
+        ids = self.vlm.generate(nested, batch.questions, scale, self.max_new_tokens)
+        return [str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in ids]
+
+    def _judge(self, split: Literal["val", "test"], batch: Batch) -> None:
+        expected = [question.answer or "" for question in batch.questions]
+        for scale, answers in self.answers(batch).items():
+            metric = cast(AnswerAccuracy, self.accuracy[f"{split}_{scale}"])
+            metric.update(answers, expected)
+            self.log(f"{split}/accuracy@{scale}", metric, on_step=False, on_epoch=True, batch_size=len(expected))
+
+    def _log_losses(self, split: Literal["train", "val"], losses: Tensor, batch: Batch) -> None:
+        """`train/loss` and `train/loss@16`, …; epoch means are weighted by the number of targets."""
+        values = {f"{split}/loss@{scale}": loss for scale, loss in zip(self.scales, losses.detach(), strict=True)}
+        training, count = split == "train", batch.supervised
+        self.log(f"{split}/loss", losses.detach().mean(), batch_size=count, sync_dist=not training)
+        self.log_dict(values, prog_bar=training, batch_size=count, sync_dist=not training)
+
+    def configure_optimizers(self) -> Any:
+        """The configured optimizer over the parts' groups, and the schedule by steps."""
+        optimizer = self.build_optimizer(parameter_groups(self.vlm, self.parts))
+        scheduler = self.build_scheduler(optimizer, self.total_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run, counted without `estimated_stepping_batches`, which
+        would restart the data on resume.
+
+        Raises:
+            ValueError: Neither max_steps nor max_epochs bounds the run.
+        """
+        if self.trainer.max_steps > 0:
+            return self.trainer.max_steps
+        if not self.trainer.max_epochs or self.trainer.max_epochs < 0:
+            raise ValueError("set trainer.max_steps or trainer.max_epochs: the schedule needs the length of the run")
+        datamodule = cast(Any, self.trainer).datamodule
+        batches = math.ceil(len(datamodule.sets["train"]) / (datamodule.batch_size * self.trainer.world_size))
+        return self.trainer.max_epochs * math.ceil(batches / self.trainer.accumulate_grad_batches)

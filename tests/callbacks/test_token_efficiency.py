@@ -1,0 +1,52 @@
+"""The picture, the JSON and the table hold the figures that the trainer measured."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lit_mm.callbacks.token_efficiency import TokenEfficiency, draw, table
+
+SCALES = [16, 4, 1]
+
+
+def trainer(folder):
+    metrics = {
+        f"test/accuracy@{scale}": torch.tensor(value) for scale, value in zip(SCALES, (0.9, 0.7, 0.5), strict=True)
+    }
+    data = SimpleNamespace(answers=lambda split: ["yes", "yes", "no", "red"])
+    return SimpleNamespace(
+        callback_metrics=metrics,
+        datamodule=data,
+        log_dir=str(folder),
+        default_root_dir="",
+        ckpt_path="x.ckpt",
+        logger=None,
+        global_step=0,
+    )
+
+
+def test_json_and_picture(tmp_path, capsys):
+    TokenEfficiency().on_test_end(trainer(tmp_path), SimpleNamespace(scales=SCALES))
+    figures = json.loads((tmp_path / "accuracy_tokens.json").read_text())
+    assert figures["majority_answer"] == 0.5
+    assert figures["questions"] == 4
+    assert [row["visual_tokens"] for row in figures["scales"]] == SCALES
+    assert np.allclose([row["accuracy"] for row in figures["scales"]], [0.9, 0.7, 0.5])
+    picture = np.asarray(Image.open(tmp_path / "accuracy_tokens.png").convert("L"))
+    assert picture.shape == (600, 900)
+    assert (picture < 200).mean() > 0.005  # something is drawn
+    printed = capsys.readouterr().out
+    assert "90.00" in printed
+    assert "majority answer" in printed
+
+
+def test_picture_and_table_show_every_scale(tmp_path):
+    result = TokenEfficiency().result(trainer(tmp_path), SCALES)
+    [axes] = draw(result).axes
+    assert axes.lines[0].get_xdata().tolist() == SCALES
+    assert np.allclose(axes.lines[0].get_ydata(), [90, 70, 50])
+    assert axes.lines[1].get_ydata()[0] == 50
+    assert table(result).row_count == 4

@@ -1,0 +1,172 @@
+"""ImageInstructions on files on disk: what comes out, and what is refused before training."""
+
+import json
+
+import pytest
+import torch
+
+from lit_mm.data.datamodules import ImageInstructions, ModelInputs
+from lit_mm.data.images import ImageOptions
+from lit_mm.data.records import RecordError
+from lit_mm.model.rows import IMAGE
+from tests.conftest import conversation, draw
+
+
+@pytest.fixture
+def make(instruction_set, tokenizer):
+    def build(**options) -> ImageInstructions:
+        inputs = ModelInputs(tokenizer, 16, [16, 4, 1], (122, 116, 104))
+        files = {"train": str(instruction_set / "train.json"), "val": str(instruction_set / "val.json")}
+        settings = {"image": ImageOptions("keep", None), "image_root": str(instruction_set), "batch_size": 4}
+        return ImageInstructions(inputs, **{**files, **settings, **options})
+
+    return build
+
+
+def write(root, items, name="bad.json") -> str:
+    (root / name).write_text(json.dumps(items))
+    return str(root / name)
+
+
+def one(image="images/1.png", question="<image>\nwhat?", answer="this"):
+    return {"id": "x", "image": image, "conversations": conversation((question, answer))}
+
+
+def test_training_batches_hold_every_record(make):
+    data = make()
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert sum(len(batch.token_ids) for batch in batches) == 14
+    for batch in batches:
+        markers = sum(int((ids == IMAGE).sum()) for ids in batch.token_ids)
+        assert markers == len(batch.image_index) == len(batch.images.order)
+        assert batch.questions == []
+        assert all(group.dtype == torch.uint8 for group in batch.images.groups)
+
+
+def test_validation_asks_every_question_alone(make):
+    data = make()
+    data.setup("validate")
+    questions = [question for batch in data.val_dataloader() for question in batch.questions]
+    assert [(q.record, q.text, q.answer) for q in questions[:2]] == [
+        ("0", "what color is the shape?", "red"),
+        ("0", "is there a circle?", "yes"),
+    ]
+    assert len(questions) == 8 == len(data.answers("val"))
+    assert all((question.token_ids == IMAGE).sum() == 1 for question in questions)
+    assert "yes" not in data.inputs.tokenizer.decode(questions[1].token_ids[questions[1].token_ids >= 0])
+
+
+def test_prediction_reads_questions_without_answers(make, instruction_set):
+    items = [
+        {"question_id": 5, "image": "images/1.png", "text": "what color is the shape?"},
+        {"question_id": 6, "text": "is it?"},
+    ]
+    (instruction_set / "ask.jsonl").write_text("\n".join(map(json.dumps, items)))
+    data = make(predict=str(instruction_set / "ask.jsonl"))
+    data.setup("predict")
+    [batch] = data.predict_dataloader()
+    assert [(q.record, q.answer, q.image_index) for q in batch.questions] == [("5", None, [0]), ("6", None, [])]
+    assert batch.token_ids == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_change_nothing(make, workers):
+    data = make(num_workers=workers)
+    data.setup("fit")
+    ids = [ids.tolist() for batch in data.train_dataloader() for ids in batch.token_ids]
+    alone = make()
+    alone.setup("fit")
+    assert ids == [ids.tolist() for batch in alone.train_dataloader() for ids in batch.token_ids]
+
+
+@pytest.mark.parametrize(
+    ("item", "options", "message"),
+    [
+        (one("images/gone.png"), {}, "missing image: image images/gone.png"),
+        (one("../x.png"), {}, "path leaves the image root"),
+        (one("train.json"), {}, "not an image"),
+        (
+            one(answer="yes " * 300),
+            {"max_length": 64},
+            "too long: .* tokens with the images at scale 16, allowed are 64",
+        ),
+        (
+            one("images/odd.png"),
+            {},
+            "scales: an image of 80×48 pixels: scales \\[16, 4\\] do not divide a 3×5 grid, which allows \\[15, 1\\]",
+        ),
+        (one(question="what?"), {}, "image count disagrees"),
+    ],
+)
+def test_bad_records_stop_the_run_before_training(make, instruction_set, item, options, message):
+    draw(instruction_set / "images/odd.png", (80, 48), "red")
+    good = one()
+    data = make(train=write(instruction_set, [good, item]), **options)
+    with pytest.raises(RecordError, match=rf"bad\.json, record 1 \(id x\): {message}"):
+        data.setup("fit")
+
+
+def test_skipping_leaves_them_out_and_reports(make, instruction_set):
+    items = [one(), one("images/gone.png"), one("images/none.png"), one(answer="yes " * 300)]
+    data = make(train=write(instruction_set, items), max_length=64, on_bad_record="skip")
+    with pytest.warns(
+        UserWarning, match=r"skipped 3 of 4 records\n  2 × missing image, first: .*gone.png[\s\S]*1 × too long"
+    ):
+        data.setup("fit")
+    assert len(data.sets["train"]) == 1
+
+
+def test_nothing_usable_is_an_error(make, instruction_set):
+    data = make(train=write(instruction_set, [one("images/gone.png")]), on_bad_record="skip")
+    with pytest.raises(ValueError, match="not one usable record"), pytest.warns(UserWarning, match="skipped 1 of 1"):
+        data.setup("fit")
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:150])
+
+
+def test_truncated_image_stops_or_is_counted(make, instruction_set):
+    truncate(instruction_set / "images/2.png")
+    data = make()
+    data.setup("fit")
+    with pytest.raises(RecordError, match=r"train\.json, record 2 \(id 2\): truncated image: image images/2\.png"):
+        list(data.train_dataloader())
+    data = make(on_bad_record="skip")
+    data.setup("fit")
+    with pytest.warns(UserWarning, match="truncated image"):
+        batches = [data.on_after_batch_transfer(batch, 0) for batch in data.train_dataloader()]
+    assert sum(len(batch.token_ids) for batch in batches) == 13
+    with pytest.warns(UserWarning, match="while loading: skipped 1 of 14 records"):
+        data.teardown("fit")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"train": None}, ValueError, r"data\.train: fit needs a file of records"),
+        ({"train": "nowhere.json"}, FileNotFoundError, r"no instruction file nowhere\.json"),
+        ({"image_root": "nowhere"}, FileNotFoundError, r"data\.image_root: no folder nowhere"),
+    ],
+)
+def test_missing_files(make, options, error, message):
+    with pytest.raises(error, match=message):
+        make(**options).setup("fit")
+
+
+def test_pad_mode_gives_every_image_the_same_grid(make):
+    data = make(image=ImageOptions("pad", 64))
+    data.setup("fit")
+    assert {tuple(group.shape[1:]) for batch in data.train_dataloader() for group in batch.images.groups} == {
+        (3, 64, 64)
+    }
+
+
+def test_images_in_a_later_question_cannot_be_asked_alone(make, instruction_set):
+    item = {"id": "x", "image": ["images/1.png", "images/3.png"]}
+    item["conversations"] = conversation(("<image> what?", "this"), ("<image> and this?", "that"))
+    data = make(val=write(instruction_set, [item]))
+    with pytest.raises(RecordError, match="images in several questions"):
+        data.setup("validate")
+    make(train=write(instruction_set, [item])).setup("fit")  # as a conversation it is fine

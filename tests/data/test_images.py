@@ -1,0 +1,120 @@
+"""Images of every kind, against Pillow's own operations, and every kind of bad file."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lit_mm.data.images import ImageFolder, ImageOptions, to_pixels
+from lit_mm.data.records import Record, RecordError
+
+COLOUR = (122, 116, 104)
+
+
+def folder(root, **options) -> ImageFolder:
+    return ImageFolder(root, ImageOptions(**{"mode": "keep", "size": None} | options), COLOUR)
+
+
+def record(*paths: str) -> Record:
+    return Record("a", paths, (), "set.json, record 0 (id a)")
+
+
+def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
+
+
+def test_pad_is_llavas():
+    """A square of the mean colour with the image in its middle, then bicubic resizing."""
+    image = noise(60, 40)
+    square = Image.new("RGB", (60, 60), COLOUR)
+    square.paste(image, (0, 10))
+    expected = np.asarray(square.resize((32, 32), Image.Resampling.BICUBIC))
+    pixels = to_pixels(image, ImageOptions("pad", 32), COLOUR)
+    assert torch.equal(pixels, torch.from_numpy(expected.copy()).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "shape"), [("squash", 32, (32, 32)), ("keep", 32, (21, 32)), ("keep", None, (40, 60))]
+)
+def test_other_modes(mode, size, shape):
+    assert to_pixels(noise(60, 40), ImageOptions(mode, size), COLOUR).shape == (3, *shape)
+
+
+def test_untouched_pixels_are_exact(tmp_path):
+    noise(64, 48).save(tmp_path / "a.png")
+    [pixels] = folder(tmp_path).load(record("a.png"))
+    assert torch.equal(pixels.permute(1, 2, 0), torch.from_numpy(np.array(noise(64, 48))))
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("L", "png"), ("P", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("1", "png"), ("LA", "png")]
+)
+def test_every_mode_becomes_rgb(tmp_path, mode, suffix):
+    noise(20, 10, mode if mode != "LA" else "L").convert(mode).save(tmp_path / f"a.{suffix}")
+    assert folder(tmp_path).load(record(f"a.{suffix}"))[0].shape == (3, 10, 20)
+
+
+def test_exif_orientation(tmp_path):
+    """A photo taken on its side comes upright, and its size is known from the header."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise(40, 20).save(tmp_path / "a.png", exif=exif)
+    opened = folder(tmp_path)
+    assert opened.sizes(record("a.png")) == [(20, 40)]
+    upright = np.array(noise(40, 20).transpose(Image.Transpose.ROTATE_270))
+    assert torch.equal(opened.load(record("a.png"))[0].permute(1, 2, 0), torch.from_numpy(upright))
+
+
+def refused(root, path, method="sizes", **options) -> RecordError:
+    with pytest.raises(RecordError) as caught:
+        getattr(folder(root, **options), method)(record(path))
+    assert path in str(caught.value)
+    assert str(caught.value).startswith("set.json, record 0 (id a): ")
+    return caught.value
+
+
+def test_missing_and_not_an_image(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "empty.png").write_bytes(b"")
+    assert refused(tmp_path, "gone.png").reason == "missing image"
+    assert refused(tmp_path, "text.png").reason == "not an image"
+    assert refused(tmp_path, "empty.png").reason == "not an image"
+    assert refused(tmp_path, ".").reason == "missing image"
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_truncated(tmp_path, suffix):
+    noise(200, 200).save(tmp_path / f"whole.{suffix}")
+    (tmp_path / f"half.{suffix}").write_bytes((tmp_path / f"whole.{suffix}").read_bytes()[:5000])
+    assert refused(tmp_path, f"half.{suffix}", "load").reason == "truncated image"
+
+
+def test_too_many_pixels_is_found_in_the_header(tmp_path):
+    """A file of a few bytes that claims 60,000 × 60,000 pixels is refused without decoding."""
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "bomb.png").write_bytes(png + b"\0\0\0\0IDAT\x35\xaf\x06\x1e")
+    assert refused(tmp_path, "bomb.png").reason == "too many pixels"
+    noise(30, 30).save(tmp_path / "small.png")
+    error = refused(tmp_path, "small.png", max_pixels=899)
+    assert error.reason == "too many pixels"
+    assert "30×30, allowed are 899" in error.detail
+
+
+def test_paths_do_not_leave_the_root(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    noise(8, 8).save(tmp_path / "outside.png")
+    (root / "link.png").symlink_to(tmp_path / "outside.png")
+    for path in ("../outside.png", str(tmp_path / "outside.png"), "link.png", "http://host/a.png", "file:///a.png"):
+        assert refused(root, path).reason == "path leaves the image root"
+
+
+@pytest.mark.parametrize("options", [{"mode": "pad", "size": None}, {"size": 0}])
+def test_impossible_options(options):
+    with pytest.raises(ValueError, match=r"image\.size"):
+        ImageOptions(**options)

@@ -1,0 +1,24 @@
+"""Answers compared by hand-made cases and by counting."""
+
+import pytest
+
+from lit_mm.evaluation.metrics import AnswerAccuracy, majority_share, normalise
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [(" Yes. ", "yes"), ("a  red\ncircle", "a red circle"), ("3.5", "3.5"), ('"no"!', "no"), ("", "")],
+)
+def test_normalise(answer, expected):
+    assert normalise(answer) == expected
+
+
+def test_accuracy_over_updates():
+    metric = AnswerAccuracy()
+    metric.update(["Yes", "no."], ["yes", "yes"])
+    metric.update(["teal"], ["teal"])
+    assert metric.compute() == pytest.approx(2 / 3)
+
+
+def test_majority():
+    assert majority_share(["yes", "Yes.", "no", "red"]) == 0.5

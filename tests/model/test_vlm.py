@@ -1,0 +1,169 @@
+"""The model against a slow, obvious way: one sample at a time, the LLM's own loss and greedy loop."""
+
+import pytest
+import torch
+
+from lit_mm.data.batching import group_by_size
+from lit_mm.model.rows import IGNORED, IMAGE, Batch, Images, Question, expand, stack
+from tests.conftest import tiny_vlm, tiny_vlm64
+
+SCALES = [16, 4, 1]
+
+
+def batch_of(*samples: tuple[list[int], list[int], list[torch.Tensor]]) -> Batch:
+    images = [image for *_, own in samples for image in own]
+    return Batch(
+        group_by_size(images),
+        [torch.tensor(ids) for ids, *_ in samples],
+        [torch.tensor(targets) for _, targets, _ in samples],
+        torch.arange(len(images)),
+    )
+
+
+def picture(height: int, width: int) -> torch.Tensor:
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+
+
+def samples():
+    """One image; two of different shapes with text before and between; text alone."""
+    torch.manual_seed(1)
+    _ = IGNORED
+    return [
+        ([IMAGE, 5, 6, 7, 8, 0], [_, _, _, _, 8, 0], [picture(64, 64)]),
+        ([9, IMAGE, 10, IMAGE, 11, 12, 13, 14, 0], [_, _, _, _, _, 12, _, 14, 0], [picture(32, 128), picture(60, 50)]),
+        ([20, 21, 22, 0], [_, _, 22, 0], []),
+    ]
+
+
+def slow_sequence(vlm, ids, images, scale) -> torch.Tensor:
+    """Embeddings [T, D] of one sample, put together piece by piece; each image encoded alone."""
+    pieces, images = [], iter(images)
+    for token in ids:
+        if token == IMAGE:
+            alone = Images([next(images)[None]], torch.tensor([0]))
+            pieces.append(vlm.encode(alone)[vlm.scales.index(scale)][0])
+        else:
+            pieces.append(vlm.llm.get_input_embeddings()(torch.tensor([token])))
+    return torch.cat(pieces)
+
+
+def slow_loss(vlm, samples, scale) -> torch.Tensor:
+    """Every target's loss from all the logits of each sample alone, averaged over all targets."""
+    losses = []
+    for ids, targets, images in samples:
+        labels = [label for t, i in zip(targets, ids, strict=True) for label in [t] * (scale if i == IMAGE else 1)]
+        logits = vlm.llm(inputs_embeds=slow_sequence(vlm, ids, images, scale)[None]).logits[0]
+        logarithms = logits.log_softmax(-1)
+        losses += [-logarithms[place - 1, label] for place, label in enumerate(labels) if label != IGNORED]
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("source", ["LlamaConfig", "Qwen2Config", "Qwen3Config"])
+def test_losses_and_gradients_equal_the_slow_way(source):
+    vlm = tiny_vlm64(source=source)
+    losses = vlm(batch_of(*samples()))
+    expected = torch.stack([slow_loss(vlm, samples(), scale) for scale in SCALES])
+    assert torch.allclose(losses, expected, rtol=1e-12)
+    gradients = [torch.autograd.grad(x.mean(), list(vlm.parameters()), allow_unused=True) for x in (losses, expected)]
+    for fast, slow in zip(*gradients, strict=True):
+        assert (fast is None) == (slow is None)
+        assert fast is None or torch.allclose(fast, slow, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("source", "sizes"),
+    [
+        ("GraniteConfig", {"logits_scaling": 8.0}),
+        ("CohereConfig", {"logit_scale": 0.25}),
+        ("Gemma2Config", {"final_logit_softcapping": 5.0, "head_dim": 8}),
+    ],
+)
+def test_logits_scaled_or_capped_behind_the_head(source, sizes):
+    vlm = tiny_vlm(source=source, **sizes)
+    losses = vlm(batch_of(*samples()))
+    expected = torch.stack([slow_loss(vlm, samples(), scale) for scale in SCALES])
+    assert torch.allclose(losses, expected, rtol=1e-5)
+
+
+def test_text_alone():
+    vlm = tiny_vlm64()
+    losses = vlm(batch_of(samples()[2]))
+    assert torch.allclose(losses, slow_loss(vlm, samples()[2:], 1).expand(3), rtol=1e-12)
+
+
+def test_logits_only_where_there_is_a_target():
+    vlm, shapes = tiny_vlm(), []
+    vlm.llm.get_output_embeddings().register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    vlm(batch_of(*samples()))
+    assert shapes == [(7, 348)] * 3
+
+
+def test_encoder_and_projector_run_once():
+    vlm, calls = tiny_vlm(), []
+    vlm.encoder.register_forward_hook(lambda *_: calls.append("encoder"))
+    vlm.projector.layers.register_forward_hook(lambda *_: calls.append("projector"))
+    one, two = samples()[0], samples()[0]
+    vlm(batch_of(one, two))
+    assert calls == ["encoder", "projector"]
+
+
+def questions():
+    return [
+        Question("a", "", torch.tensor([IMAGE, 5, 6]), [0]),
+        Question("b", "", torch.tensor([9, IMAGE, 10, 12, IMAGE, 14, 15]), [1, 0]),
+        Question("c", "", torch.tensor([20, 21]), []),
+    ]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_generation_equals_a_greedy_loop_without_cache(scale):
+    vlm = tiny_vlm64()
+    vlm.llm.generation_config.eos_token_id = None
+    images = [picture(64, 64), picture(32, 128)]
+    answers = vlm.generate(group_by_size(images), questions(), scale, max_new_tokens=6, end_ids=[347])
+    for question, answer in zip(questions(), answers, strict=True):
+        sequence = slow_sequence(vlm, question.token_ids.tolist(), [images[i] for i in question.image_index], scale)
+        expected = []
+        for _ in range(6):
+            token = int(vlm.llm(inputs_embeds=sequence[None]).logits[0, -1].argmax())
+            if token == 347:
+                break
+            expected.append(token)
+            sequence = torch.cat([sequence, vlm.llm.get_input_embeddings()(torch.tensor([token]))])
+        assert answer.tolist() == expected
+
+
+def test_generation_stops_at_an_end_token():
+    vlm = tiny_vlm64()
+    images = group_by_size([picture(64, 64), picture(32, 128)])
+    free = vlm.generate(images, questions(), 4, max_new_tokens=6, end_ids=[347])[0].tolist()
+    assert (
+        vlm.generate(images, questions(), 4, max_new_tokens=6, end_ids=[free[2]])[0].tolist()
+        == free[: free.index(free[2])]
+    )
+
+
+def test_unknown_scale_is_refused():
+    with pytest.raises(ValueError, match=r"scale 9 is not one of the model's \[16, 4, 1\]"):
+        tiny_vlm().generate(Images([], torch.tensor([])), questions(), 9)
+
+
+def test_image_of_an_illegal_grid_is_refused():
+    with pytest.raises(ValueError, match=r"\[16, 4\] do not divide a 3×5 grid, which allows \[15, 1\]"):
+        tiny_vlm()(batch_of(([IMAGE, 5, 0], [IGNORED, 5, 0], [picture(48, 80)])))
+
+
+def test_images_come_back_in_order_from_groups():
+    vlm = tiny_vlm64()
+    images = [picture(64, 64), picture(32, 128), picture(64, 64), picture(60, 60)]
+    together = vlm.encode(group_by_size(images))
+    for number, image in enumerate(images):
+        alone = vlm.encode(Images([image[None]], torch.tensor([0])))
+        assert all(torch.allclose(a[number], b[0], rtol=1e-12) for a, b in zip(together, alone, strict=True))
+
+
+def test_expand_and_stack():
+    ids = torch.tensor([1, IMAGE, 2])
+    assert expand(ids, ids, 3).tolist() == [1, IMAGE, IMAGE, IMAGE, 2]
+    assert stack([torch.tensor([1]), torch.tensor([2, 3])], 0).tolist() == [[1, 0], [2, 3]]
+    assert stack([torch.tensor([1]), torch.tensor([2, 3])], 0, left=True).tolist() == [[0, 1], [2, 3]]

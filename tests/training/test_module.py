@@ -1,0 +1,165 @@
+"""LitMatryoshka: groups, schedule, what is logged, checkpoints, repeatable runs."""
+
+import math
+from functools import partial
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from lit_mm.data.datamodules import ImageInstructions
+from lit_mm.data.images import ImageOptions
+from lit_mm.training.module import LitMatryoshka
+from lit_mm.training.parts import Part, Parts, parameter_groups
+from lit_mm.training.schedule import WarmupCosine
+from tests.conftest import tiny_encoder, tiny_llm, tiny_vlm
+
+
+def module(**options) -> LitMatryoshka:
+    parts = Parts(Part(1e-3), Part(2e-3), Part(3e-3))
+    return LitMatryoshka(tiny_encoder, tiny_llm(), [16, 4, 1], parts=parts, max_new_tokens=3, **options)
+
+
+def fit(root, folder, **options) -> tuple[LitMatryoshka, lightning.Trainer]:
+    lightning.seed_everything(7, verbose=False)
+    lit = module()
+    data = ImageInstructions(
+        lit.inputs,
+        train=f"{root}/train.json",
+        val=f"{root}/val.json",
+        image_root=str(root),
+        image=ImageOptions("keep", None),
+        batch_size=4,
+    )
+    defaults = {"max_steps": 4, "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1}
+    logger = CSVLogger(folder)
+    trainer = lightning.Trainer(**{**defaults, **options}, logger=logger, enable_model_summary=False)
+    trainer.fit(lit, data)
+    return lit, trainer
+
+
+def losses(folder) -> list[dict[str, float]]:
+    lines = next(folder.glob("**/metrics.csv")).read_text().splitlines()
+    names = lines[0].split(",")
+    rows = [dict(zip(names, line.split(","), strict=True)) for line in lines[1:]]
+    return [
+        {n: float(v) for n, v in row.items() if n.startswith("train/loss") and v} for row in rows if row["train/loss"]
+    ]
+
+
+def test_groups_carry_the_parts_rates_and_spare_norms_from_decay():
+    vlm = tiny_vlm()
+    groups = {group["name"]: group for group in parameter_groups(vlm, Parts(Part(1.0), Part(2.0), Part(3.0)))}
+    assert {name: group["lr"] for name, group in groups.items()} == {
+        "encoder": 1.0,
+        "encoder_no_decay": 1.0,
+        "projector": 2.0,
+        "projector_no_decay": 2.0,
+        "llm": 3.0,
+        "llm_no_decay": 3.0,
+    }
+    names = {id(parameter): name for name, parameter in vlm.named_parameters()}
+    grouped = [id(parameter) for group in groups.values() for parameter in group["params"]]
+    assert sorted(grouped) == sorted(names)
+    spared = [names[id(p)] for name, group in groups.items() if name.endswith("no_decay") for p in group["params"]]
+    assert all(group["weight_decay"] == 0 for name, group in groups.items() if name.endswith("no_decay"))
+    assert all(name.endswith(("bias", "gamma")) or "norm" in name or name.split(".")[-2].isdigit() for name in spared)
+    for kind in ("gamma", "norm.weight", "conv_dw.bias", "input_layernorm.weight"):
+        assert any(name.endswith(kind) for name in spared)
+    assert not any(name.endswith(("mlp.fc1.weight", "q_proj.weight", "embed_tokens.weight")) for name in spared)
+
+
+def test_schedule_rises_then_follows_the_cosine():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [parameter], "lr": 2.0}])
+    schedule = WarmupCosine(optimizer, 100, warmup=0.1)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
+    assert rates[10:] == pytest.approx([1 + math.cos(math.pi * step / 90) for step in range(90)])
+
+
+def test_two_runs_of_twenty_steps_give_the_same_losses(instruction_set, tmp_path):
+    for run in ("a", "b"):
+        fit(instruction_set, tmp_path / run, max_steps=20, limit_val_batches=0)
+    first, second = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert len(first) == 20
+    assert first == second
+    assert first[-1]["train/loss"] < first[0]["train/loss"]
+
+
+def test_the_loss_is_the_mean_over_scales(instruction_set, tmp_path):
+    fit(instruction_set, tmp_path)
+    for row in losses(tmp_path):
+        assert row["train/loss"] == pytest.approx(sum(row[f"train/loss@{scale}"] for scale in (16, 4, 1)) / 3)
+
+
+def test_validation_logs_losses_and_accuracies_per_scale(instruction_set, tmp_path):
+    _, trainer = fit(instruction_set, tmp_path, val_check_interval=4)
+    expected = {f"val/{kind}@{scale}" for kind in ("loss", "accuracy") for scale in (16, 4, 1)} | {"val/loss"}
+    assert expected <= set(trainer.callback_metrics)
+
+
+def test_validation_loss_is_the_mean_over_targets_not_over_batches(instruction_set, tmp_path):
+    lit, trainer = fit(instruction_set, tmp_path, max_steps=2, val_check_interval=2)
+    data = trainer.datamodule
+    total, count = 0.0, 0
+    for batch in data.val_dataloader():
+        total, count = total + lit.vlm(batch).mean().item() * batch.supervised, count + batch.supervised
+    [metrics] = trainer.validate(lit, data, verbose=False)
+    assert metrics["val/loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_every_parameter_learns(instruction_set, tmp_path):
+    lightning.seed_everything(7, verbose=False)
+    before = module()
+    before.configure_model()
+    lit, _ = fit(instruction_set, tmp_path)
+    moved = [not torch.equal(a, b) for a, b in zip(before.vlm.parameters(), lit.vlm.parameters(), strict=True)]
+    assert all(moved)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"max_steps": 9}, 9),
+        ({"max_epochs": 2, "max_steps": -1}, 8),
+        ({"max_epochs": 3, "max_steps": -1, "accumulate_grad_batches": 3}, 6),
+    ],
+)
+def test_total_steps_are_those_the_run_takes(instruction_set, tmp_path, options, steps):
+    lit, trainer = fit(instruction_set, tmp_path, limit_val_batches=0, **options)
+    assert lit.total_steps() == steps == trainer.global_step
+
+
+def test_endless_run_is_refused(instruction_set, tmp_path):
+    with pytest.raises(ValueError, match=r"set trainer\.max_steps or trainer\.max_epochs"):
+        fit(instruction_set, tmp_path, max_steps=-1, max_epochs=-1)
+
+
+def test_inputs_need_no_weights():
+    lit = module()
+    inputs = lit.inputs
+    assert not hasattr(lit, "vlm")
+    assert (inputs.stride, inputs.scales, inputs.colour) == (16, [16, 4, 1], (124, 116, 104))
+
+
+def test_building_twice_keeps_the_model():
+    lit = module()
+    lit.configure_model()
+    vlm = lit.vlm
+    lit.configure_model()
+    assert lit.vlm is vlm
+
+
+def test_optimizer_and_schedule_come_from_the_config(instruction_set, tmp_path, monkeypatch):
+    build = partial(module, optimizer=torch.optim.SGD, scheduler=torch.optim.lr_scheduler.CosineAnnealingLR)
+    monkeypatch.setattr("tests.training.test_module.module", build)
+    _, trainer = fit(instruction_set, tmp_path)
+    assert isinstance(trainer.optimizers[0], torch.optim.SGD)
+    schedule = trainer.lr_scheduler_configs[0].scheduler
+    assert (type(schedule), schedule.T_max) == (torch.optim.lr_scheduler.CosineAnnealingLR, 4)
