@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -38,6 +39,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> None:
     """Hand over to LightningCLI; what this package itself refuses ends in its message alone."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not the user's
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     from lit_mm.cli import LitMMCLI
 
     try:
@@ -46,6 +50,8 @@ def run(arguments: list[str]) -> None:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         if not Path(raised_in).is_relative_to(Path(__file__).parent):
             raise
+        sys.exit(f"error: {error}")
+    except MisconfigurationException as error:
         sys.exit(f"error: {error}")
 
 

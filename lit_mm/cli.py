@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_mm.callbacks.predictions import AnswerWriter
 from lit_mm.callbacks.progress import Progress
@@ -20,13 +21,23 @@ from lit_mm.callbacks.token_efficiency import TokenEfficiency
 from lit_mm.data import easy_vqa  # noqa: F401 (known to --data by its short name)
 from lit_mm.training.module import LitMatryoshka
 
+PROGRAM = "python -m lit_mm"
+
+
+def usage(verb: str) -> str:
+    """One line instead of the ninety that argparse would print with every error."""
+    return f"{PROGRAM} {verb} --config FILE [--config FILE …] [--ckpt_path last | FILE] [--FIELD VALUE …]"
+
 
 class SaveConfig(SaveConfigCallback):
     """Writes config.yaml into the run's folder when a fit starts."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Only a fit defines a run; test and predict leave its config as it is."""
+        """Only a fit defines a run; test and predict leave its config as it is. What it resumed from
+        is no part of the experiment."""
         if stage == "fit":
+            self.config = self.config.clone()
+            self.config["ckpt_path"] = None
             super().setup(trainer, pl_module, stage)
 
 
@@ -44,20 +55,20 @@ class LitMMCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             trainer_defaults={
+                "callbacks": [TokenEfficiency(), AnswerWriter()],
                 "default_root_dir": "runs",
                 "use_distributed_sampler": False,  # the data side shares records among ranks itself
                 "log_every_n_steps": 10,
                 "num_sanity_val_steps": 0,
             },
-            parser_kwargs={verb: {"default_env": True, "env_prefix": "LIT_MM"} for verb in self.subcommands()},
+            parser_kwargs={"prog": PROGRAM} | {verb: {"usage": usage(verb)} for verb in self.subcommands()},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """This project's callbacks, each with its own section, and what the data get of the model."""
+        """Checkpoints and the bar, each with its own section, and what the data get of the model."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True})
-        for callback in (Progress, TokenEfficiency, AnswerWriter):
-            parser.add_lightning_class_args(callback, callback.__name__.lower())
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.enable_version_counter": False})
+        parser.add_lightning_class_args(Progress, "progress")
         parser.link_arguments("model.inputs", "data.init_args.inputs", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
@@ -66,17 +77,25 @@ class LitMMCLI(LightningCLI):
         if config.get("ckpt_path") == "last":
             config.ckpt_path = str(newest_checkpoint(Path(config.trainer.default_root_dir)))
         if config.get("ckpt_path") and not Path(config.ckpt_path).exists():
-            raise FileNotFoundError(f"--ckpt_path: no checkpoint {config.ckpt_path}")
+            raise FileNotFoundError(f"--ckpt_path: no checkpoint {config.ckpt_path} (expected a file, or `last`)")
+        if not config.get("ckpt_path") and self.config.subcommand != "fit":
+            rank_zero_warn(f"{self.config.subcommand} without --ckpt_path: the weights are those before training")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """TensorBoard in the run's folder, unless the config says otherwise; what follows a
         checkpoint (test, predict, resume) is logged in the folder of the run that made it."""
         config = self.config[self.subcommand]
         if config.trainer.logger is None:
-            root, checkpoint = Path(config.trainer.default_root_dir), config.get("ckpt_path")
+            root, checkpoint = Path(config.trainer.default_root_dir).resolve(), config.get("ckpt_path")
             run = run_of(Path(checkpoint), root) if checkpoint else None
             kwargs["logger"] = TensorBoardLogger(root, name="", version=run, default_hp_metric=False)
         return super().instantiate_trainer(**kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Leave out the bar and the checkpoints where the config switches them off."""
+        off = {Progress: "enable_progress_bar", ModelCheckpoint: "enable_checkpointing"}
+        kept = [callback for callback in callbacks if config.get(off.get(type(callback), "")) is not False]
+        return super()._instantiate_trainer(config, kept)
 
 
 def newest_checkpoint(root: Path) -> Path:

@@ -57,7 +57,7 @@ def test_the_readmes_commands_run(tmp_path):
     assert {command[0] for command in commands if command} >= {"fit", "test"}
     for command in commands:
         if "my_data.yaml" in " ".join(command):
-            continue  # the reader's own file: tested below
+            continue  # the reader's own files: test_cli runs the like
         places = ["--trainer.default_root_dir", str(tmp_path)] if command[0] in SHORTENED else []
         result = lit_mm(*command, *places, *SHORTENED.get(command[0], []))
         assert result.returncode == 0, f"{command}: {result.stderr}"

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import matplotlib
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from lit_mm.evaluation.metrics import majority_share
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class TokenEfficiency(Callback):
@@ -23,6 +25,23 @@ class TokenEfficiency(Callback):
     `accuracy_tokens.png` and `accuracy_tokens.json` go to the run's folder, the picture to
     TensorBoard as well, a table to the terminal.
     """
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing is judged yet."""
+        self.expected: list[str] = []
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Remember the expected answers of what was judged."""
+        self.expected += [question.answer for question in batch.questions]
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring the ranks' answers together."""
+        if trainer.world_size > 1:
+            shares: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, self.expected)
+            self.expected = [answer for share in shares for answer in share]
 
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -39,18 +58,20 @@ class TokenEfficiency(Callback):
 
     def result(self, trainer: Trainer, scales: list[int]) -> dict[str, Any]:
         """What the JSON holds: accuracies in 0..1, finest scale first."""
-        expected = cast(Any, trainer).datamodule.answers("test")
         accuracy = {scale: trainer.callback_metrics[f"test/accuracy@{scale}"].item() for scale in scales}
         return {
             "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
-            "questions": len(expected),
-            "majority_answer": majority_share(expected),
+            "questions": len(self.expected),
+            "majority_answer": majority_share(self.expected),
             "scales": [{"visual_tokens": scale, "accuracy": accuracy[scale]} for scale in scales],
         }
 
 
 def draw(result: dict[str, Any]) -> Figure:
     """Accuracy (%) over visual tokens on a logarithmic axis, the majority answer as a dashed line."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
     tokens = [row["visual_tokens"] for row in result["scales"]]
     accuracy = [100 * row["accuracy"] for row in result["scales"]]
     majority = 100 * result["majority_answer"]

@@ -23,12 +23,14 @@ class Sample:
         token_ids: [T], IMAGE once for each image; None where there is nothing to train on.
         targets: [T], IGNORED where nothing is supervised.
         questions: What is to be asked about it; their image_index counts this sample's images.
+        skipped: Records that could not be read on the way to this one.
     """
 
     images: list[Tensor]
     token_ids: Tensor | None = None
     targets: Tensor | None = None
     questions: list[Question] = field(default_factory=list)
+    skipped: list[RecordError] = field(default_factory=list)
 
 
 class LengthGroupedBatches(Sampler[list[int]]):
@@ -91,16 +93,8 @@ class LengthGroupedBatches(Sampler[list[int]]):
         return batches - batches % self.ranks if self.shuffle else batches
 
 
-def collate(items: Sequence[Sample | RecordError]) -> Batch:
-    """Samples -> Batch; records that could not be read are named in `Batch.skipped`.
-
-    Raises:
-        RecordError: Not one of the items could be read.
-    """
-    samples = [item for item in items if isinstance(item, Sample)]
-    errors = [item for item in items if isinstance(item, RecordError)]
-    if not samples:
-        raise errors[0]
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Samples -> Batch; records that could not be read are named in `Batch.skipped`."""
     images: list[Tensor] = []
     index: list[int] = []
     questions: list[Question] = []
@@ -115,7 +109,8 @@ def collate(items: Sequence[Sample | RecordError]) -> Batch:
         targets=[sample.targets for sample in samples if sample.targets is not None],
         image_index=torch.tensor(index, dtype=torch.long),
         questions=questions,
-        skipped=[(error.reason, str(error)) for error in errors],
+        records=len(samples),
+        skipped=[(error.reason, str(error)) for sample in samples for error in sample.skipped],
     )
 
 

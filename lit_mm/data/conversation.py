@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class Conversation:
         self.tokenizer = tokenizer
         first = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False))[0]
         self._prepends_space = first.startswith("▁")
+        self._special = {*tokenizer.all_special_tokens}
+        self._special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._encode = lru_cache(maxsize=65536)(self._encode_text)
         self.end_id = self._end_id()
 
@@ -42,7 +45,7 @@ class Conversation:
         """Token ids [T], IMAGE once for each image, and targets [T]: answers with their end token.
 
         Raises:
-            RecordError: The text holds the stand-in character, or the template drops a turn.
+            RecordError: The text holds a special token, or the template drops a turn.
         """
         ids: list[int] = []
         targets: list[int] = []
@@ -60,8 +63,8 @@ class Conversation:
 
     def prompt(self, text: str, where: str = "question") -> Tensor:
         """Token ids [T] of one question up to where the answer begins."""
-        rendered = self._render([Turn("user", text)], where, ask=True)
-        return torch.tensor(self.ids(rendered.removesuffix(" "), first=True))
+        prompt = self._prompts(where, [Turn("user", text), Turn("assistant", "")])[0]
+        return torch.tensor(self.ids(prompt.removesuffix(" "), first=True))
 
     def ids(self, text: str, first: bool = False) -> list[int]:
         """Ids of a piece of rendered text, IMAGE for each marker; `first` if nothing stands before it."""
@@ -85,13 +88,22 @@ class Conversation:
             raise RecordError(where, "chat template", f"rendered {len(pieces) - 1} answers, expected {expected - 1}")
         return pieces
 
-    def _render(self, turns: Sequence[Turn], where: str, ask: bool = False) -> str:
-        if any(STAND_IN in turn.text for turn in turns):
-            raise RecordError(where, "reserved character", f"the text holds {STAND_IN!r}, which stands for answers")
+    def _render(self, turns: Sequence[Turn], where: str) -> str:
+        for number, turn in enumerate(turns):
+            if found := [token for token in (STAND_IN, *self._special) if token in turn.text]:
+                detail = f"conversations[{number}].value holds {found[0]!r}, which would steer the model, not inform it"
+                raise RecordError(where, "reserved text", detail)
         messages = [
             {"role": turn.role, "content": STAND_IN if turn.role == "assistant" else turn.text} for turn in turns
         ]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_encode"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._encode = lru_cache(maxsize=65536)(self._encode_text)
 
     def _end_id(self) -> int:
         *_, after = self._prompts("chat template", [Turn("user", "a"), Turn("assistant", "b")])

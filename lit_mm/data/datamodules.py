@@ -63,7 +63,8 @@ class InstructionSet(Dataset):
         conversation: Encodes text.
         folder: Opens images.
         split: train supervises; val asks as well; test and predict only ask.
-        skip: Hand back a RecordError instead of raising it, for `collate` to count.
+        skip: Do not raise a RecordError but name it in the sample: in training the next readable
+            record takes the place, elsewhere the sample asks nothing.
 
     Attributes:
         lengths: Tokens of every record, images at the finest scale; 0 where nothing is supervised.
@@ -79,13 +80,21 @@ class InstructionSet(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Sample | RecordError:
-        try:
-            return self._sample(self.records[index])
-        except RecordError as error:
-            if self.skip:
-                return error
-            raise
+    def __getitem__(self, index: int) -> Sample:
+        skipped = []
+        for step in range(len(self)):
+            try:
+                sample = self._sample(self.records[(index + step) % len(self)])
+            except RecordError as error:
+                if not self.skip:
+                    raise
+                skipped.append(error)
+                if self.split == "train":
+                    continue
+                sample = Sample([])
+            sample.skipped = skipped
+            return sample
+        raise skipped[0]
 
     def _sample(self, record: Record) -> Sample:
         sample = Sample(self.folder.load(record))
@@ -149,6 +158,9 @@ class ImageInstructions(LightningDataModule):
             seed: Decides the order of the records, together with the epoch.
         """
         super().__init__()
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name}: expected a positive number, found {value}")
         self.inputs = inputs
         self.files: dict[str, str | None] = {"train": train, "val": val, "test": test, "predict": predict}
         self.image_root, self.image = image_root, image
@@ -168,11 +180,11 @@ class ImageInstructions(LightningDataModule):
             RecordError: A bad record, if on_bad_record is `error`.
         """
         needed: dict[str, list[Split]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}
-        for split in needed.get(stage, ["predict"]):
+        for split in needed.get(str(getattr(stage, "value", stage)), ["predict"]):
             if self.files[split]:
                 self.sets[split] = self.sets.get(split) or self._read(split, split)
             elif stage != "fit" or split == "train":
-                raise ValueError(f"data.{split}: {stage} needs a file of records, none is named")
+                raise ValueError(f"data.{split}: no file of records is named")
 
     def _read(self, name: str, split: Split) -> InstructionSet:
         path = str(self.files[name])
@@ -196,6 +208,8 @@ class ImageInstructions(LightningDataModule):
     def _check(self, record: Record, made: InstructionSet) -> tuple[Record, int]:
         """Find out before training what can be known without decoding an image; the length in tokens."""
         length = 0
+        if made.split != "predict" and record.turns[-1].role == "user":
+            raise RecordError(record.where, "no answer", f"{made.split} needs conversations, found a question alone")
         for width, height in made.folder.sizes(record):
             grid = math.ceil(height / self.inputs.stride), math.ceil(width / self.inputs.stride)
             try:
@@ -245,7 +259,7 @@ class ImageInstructions(LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Count what the loader had to leave out."""
-        self.seen += len(batch.token_ids) + len(batch.skipped)
+        self.seen += batch.records
         for reason, message in batch.skipped:
             self.skipped.count(reason, message)
             rank_zero_warn(f"skipped: {message}")
@@ -256,7 +270,3 @@ class ImageInstructions(LightningDataModule):
         if report := self.skipped.report("while loading", self.seen):
             rank_zero_warn(report)
         self.skipped, self.seen = BadRecords("skip"), 0
-
-    def answers(self, split: Split) -> list[str]:
-        """The expected answers of a split that has been set up, in order."""
-        return [answer for record in self.sets[split].records for _, answer in record.exchanges if answer is not None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, cast
@@ -75,13 +76,15 @@ class EasyVQA(ImageInstructions):
         kept = dict(list(train.items())[:first_val])
         splits = {
             "captions": captions("train", kept),
-            "train": records("train", kept),
+            "train": records("train", shuffled(kept)),
             "val": records("train", dict(list(train.items())[first_val:])),
             "test": records("test", test),
         }
         self.root.mkdir(parents=True, exist_ok=True)
         for split, items in splits.items():
-            (self.root / f"{split}.json").write_text(json.dumps(items, indent=1))
+            file, text = self.root / f"{split}.json", json.dumps(items, indent=1)
+            if not file.is_file() or file.read_text() != text:  # another run may be reading it
+                file.write_text(text)
 
     def setup(self, stage: str) -> None:
         """Read and check the records, those of the captions too if the run begins with them."""
@@ -122,6 +125,14 @@ def read_questions(split: str) -> Questions:
     for question, answer, image in json.loads((package_data() / split / "questions.json").read_text()):
         by_image[image].append((question, answer))
     return dict(sorted(by_image.items()))
+
+
+def shuffled(by_image: Questions) -> Questions:
+    """The questions of every image in a fixed random order.
+
+    The set lists "what …" questions first. Asked alone, as in a test, any question is the first one.
+    """
+    return {image: random.Random(image).sample(pairs, len(pairs)) for image, pairs in by_image.items()}
 
 
 def records(split: str, by_image: Questions) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ class ImageOptions:
             (LLaVA, ConvLLaVA); `squash` resizes it to size × size whatever its shape; `keep` keeps
             its shape and resizes its longer side to size. Resizing is bicubic.
         size: Side of the result in pixels. With `keep` null means as it is.
-        max_pixels: A larger image is refused before it is decoded.
+        max_pixels: A larger image (with `pad`, a larger square) is refused before it is decoded.
     """
 
     mode: Literal["pad", "squash", "keep"] = "pad"
@@ -83,28 +83,48 @@ class ImageFolder:
             raise RecordError(
                 record.where, "too many pixels" if bomb else "not an image", f"image {path}: {error}"
             ) from None
-        if image.width * image.height > self.options.max_pixels:
-            detail = f"image {path}: {image.width}×{image.height}, allowed are {self.options.max_pixels} pixels"
-            raise RecordError(record.where, "too many pixels", detail)
+        pixels = max(image.size) ** 2 if self.options.mode == "pad" else image.width * image.height
+        if pixels > self.options.max_pixels:
+            detail = f"image {path}: {image.width}×{image.height} ({self.options.mode}: {pixels} pixels)"
+            raise RecordError(record.where, "too many pixels", f"{detail}, allowed are {self.options.max_pixels}")
+        if image.mode in ("I", "F"):
+            detail = f"image {path}: mode {image.mode}, expected 8 or 16 bits a channel: its range is unknown"
+            raise RecordError(record.where, "unsupported pixels", detail)
+        if (frames := getattr(image, "n_frames", 1)) > 1:
+            raise RecordError(record.where, "several frames", f"image {path}: {frames} frames, expected one")
         return image
 
     def _inside_root(self, record: Record, path: str) -> Path:
-        file = (self.root / path).resolve()
+        try:
+            file = (self.root / path).resolve()
+            exists = file.is_file()
+        except (OSError, ValueError) as error:
+            raise RecordError(record.where, "malformed image path", f"image {path:.80}: {error}") from None
         if Path(path).is_absolute() or "://" in path or not file.is_relative_to(self.root):
             raise RecordError(
                 record.where, "path leaves the image root", f"image {path}: expected a path below {self.root}"
             )
-        if not file.is_file():
+        if not exists:
             raise RecordError(record.where, "missing image", f"image {path}: no such file in {self.root}")
         return file
 
     def _decode(self, record: Record, path: str) -> Tensor:
         image = self._open(record, path)
         try:
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = to_rgb(ImageOps.exif_transpose(image))
         except (OSError, SyntaxError, ValueError) as error:
             raise RecordError(record.where, "truncated image", f"image {path}: {error}") from None
         return to_pixels(image, self.options, self.colour)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image in 8-bit RGB: 16 bits lose the lower half, what is transparent becomes white."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def to_pixels(image: Image.Image, options: ImageOptions, colour: tuple[int, int, int]) -> Tensor:

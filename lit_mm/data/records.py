@@ -30,8 +30,9 @@ class RecordError(ValueError):
         detail: What was found and what was expected.
     """
 
-    def __init__(self, where: str, reason: str, detail: str) -> None:
-        super().__init__(f"{where}: {reason}: {detail}")
+    def __init__(self, where: str, reason: str = "", detail: str = "") -> None:
+        # a loader's worker hands an error over as one text, the traceback within
+        super().__init__(f"{where}: {reason}: {detail}" if reason else where)
         self.where, self.reason, self.detail = where, reason, detail
 
     def __reduce__(self) -> tuple:  # worker processes hand errors over by pickle
@@ -40,7 +41,7 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Turn:
-    """One message; `text` holds MARKER where an image stands."""
+    """One message; `text`, without white space around it, holds MARKER where an image stands."""
 
     role: str
     text: str
@@ -53,12 +54,11 @@ class Record:
     Args:
         id: The record's own id, or its number.
         images: Paths below the image root, in the order of their markers.
-        turns: user and assistant in turn, user first; the last one may be a user's only where a
-            question is to be answered (predict).
+        turns: user and assistant in turn, user first; a question to be answered is one user turn.
         where: File and record, for errors.
     """
 
-    id: str
+    id: str | int
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
     where: str
@@ -140,7 +140,7 @@ def _list_of(path: Path, text: str) -> list[tuple[int, Any]]:
 
 def _lines_of(path: Path, text: str) -> list[tuple[int, Any]]:
     items = []
-    for line, content in enumerate(text.splitlines()):
+    for line, content in enumerate(text.split("\n")):
         try:
             if content.strip():
                 items.append((line, json.loads(content)))
@@ -176,7 +176,7 @@ def _question(where: str, item: dict[str, Any]) -> Record:
     text = _text(where, "text", item["text"])
     if MARKER not in text:
         text = f"{MARKER}\n" * len(images) + text
-    return _checked(Record(str(item.get("question_id", where)), images, (Turn("user", text),), where))
+    return _checked(Record(item.get("question_id", where), images, (Turn("user", text),), where))
 
 
 def _conversation(where: str, item: dict[str, Any]) -> Record:
@@ -188,7 +188,7 @@ def _conversation(where: str, item: dict[str, Any]) -> Record:
         raise RecordError(
             where, "no answer", f"conversations: the last turn ({len(turns) - 1}) is human's, expected gpt's"
         )
-    return _checked(Record(str(item.get("id", where)), _images(where, item), turns, where))
+    return _checked(Record(item.get("id", where), _images(where, item), turns, where))
 
 
 def _turn(where: str, number: int, turn: Any) -> Turn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import string
 from collections import Counter
 from collections.abc import Sequence
 
@@ -12,8 +11,10 @@ from torchmetrics import Metric
 
 
 def normalise(answer: str) -> str:
-    """Lower case, white space folded, punctuation at both ends removed: how short answers compare."""
-    return " ".join(answer.lower().split()).strip(string.punctuation + " ")
+    """How short answers compare: lower case, white space folded, without quotes around and without
+    punctuation at the end ("-5" and "5", "$5" and "5%" stay different)."""
+    folded = " ".join(answer.lower().split())
+    return folded.lstrip("\"'").rstrip(".,!?;:\"'") or folded
 
 
 class AnswerAccuracy(Metric):

@@ -59,12 +59,12 @@ class Encoder(nn.Module):
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 pixels [B, 3, H, W] in 0..255 -> floats of the encoder's dtype, mean 0, deviation 1."""
-        parameter = next(self.parameters())
+        dtype = next(self.parameters()).dtype
+        exact = torch.promote_types(dtype, torch.float32)  # 255 levels do not survive bf16 arithmetic
         mean, std = (
-            torch.tensor(values, dtype=parameter.dtype, device=pixels.device).view(3, 1, 1)
-            for values in (self.mean, self.std)
+            torch.tensor(values, dtype=exact, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std)
         )
-        return (pixels.to(parameter.dtype) / 255 - mean) / std
+        return ((pixels.to(exact) / 255 - mean) / std).to(dtype)
 
     def pad(self, pixels: Tensor) -> Tensor:
         """Pad the right and the bottom of normalised pixels with the mean colour up to the stride."""
@@ -110,26 +110,39 @@ class ConvNeXtEncoder(Encoder):
             ValueError: The backbone is not a ConvNeXt of timm.
         """
         super().__init__()
-        trunk: Any = timm.create_model(
-            backbone, pretrained=pretrained, num_classes=0, drop_path_rate=drop_path, **(overrides or {})
-        )
+        trunk = create_trunk(backbone, pretrained, {"drop_path_rate": drop_path, **(overrides or {})})
         if not isinstance(trunk, ConvNeXt):
             raise ValueError(f"{backbone} is a {type(trunk).__name__}, not a ConvNeXt: use TimmEncoder for it")
         trunk.norm_pre, trunk.head = nn.Identity(), cast(Any, nn.Identity())
         for stage in extra_stages or []:
             append_stage(trunk, stage)
-        self.trunk, self.pretrained = trunk, pretrained
+        # depthwise convolutions and the blocks' linear layers both want the channels last
+        self.trunk, self.pretrained = trunk.to(memory_format=torch.channels_last), pretrained
         self.stride = cast(int, trunk.feature_info[-1]["reduction"])
         self.width = trunk.num_features
         self._statistics_of(trunk)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [B, 3, H, W] -> grid [B, width, ceil(H / stride), ceil(W / stride)]."""
-        return self.trunk.stages(self.trunk.stem(self.pad(pixels)))
+        pixels = self.pad(pixels).contiguous(memory_format=torch.channels_last)
+        return self.trunk.stages(self.trunk.stem(pixels))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks of every stage, the extra ones included, in the backward pass."""
         self.trunk.set_grad_checkpointing(enable)
+
+
+def create_trunk(backbone: str, pretrained: bool, keywords: dict[str, Any]) -> Any:
+    """A timm model without its classifier. On the meta device no weights are fetched.
+
+    Raises:
+        ValueError: timm does not know the backbone or a keyword.
+    """
+    weights = pretrained and torch.get_default_device().type != "meta"
+    try:
+        return timm.create_model(backbone, pretrained=weights, num_classes=0, **keywords)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"encoder.backbone {backbone} with {keywords}: {error}") from error
 
 
 def append_stage(trunk: ConvNeXt, stage: ExtraStage) -> None:
@@ -179,7 +192,7 @@ class TimmEncoder(Encoder):
             ValueError: timm offers no intermediate feature maps for this backbone.
         """
         super().__init__()
-        trunk: Any = timm.create_model(backbone, pretrained=pretrained, num_classes=0, **(overrides or {}))
+        trunk = create_trunk(backbone, pretrained, overrides or {})
         if not hasattr(trunk, "forward_intermediates"):
             raise ValueError(f"{backbone}: timm's {type(trunk).__name__} offers no forward_intermediates")
         self.trunk, self.pretrained, self.layer = trunk, pretrained, layer

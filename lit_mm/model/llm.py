@@ -69,10 +69,11 @@ def load_llm(llm: LLM, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """
     dtype = getattr(torch, llm.dtype)
     if _is_config_class(llm.source):
-        return AutoModelForCausalLM.from_config(_random_config(llm, tokenizer), dtype=dtype)
-    if llm.sizes:
+        model = AutoModelForCausalLM.from_config(_random_config(llm, tokenizer), dtype=dtype)
+    elif llm.sizes:
         raise ValueError(f"llm.sizes is for random models; {llm.source} brings its own")
-    model = AutoModelForCausalLM.from_pretrained(**_location(llm.source), dtype=dtype)
+    else:
+        model = _found(AutoModelForCausalLM, llm.source, dtype=dtype)
     rows = len(cast(Tensor, model.get_input_embeddings().weight))
     if len(tokenizer) > rows:
         raise ValueError(f"the tokenizer has {len(tokenizer)} ids, {llm.source} only {rows} embeddings")
@@ -88,7 +89,7 @@ def load_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:
     """
     if llm.tokenizer is None and _is_config_class(llm.source):
         raise ValueError(f"llm.source {llm.source} is a random model: set llm.tokenizer too")
-    tokenizer = AutoTokenizer.from_pretrained(**_location(llm.tokenizer or llm.source))
+    tokenizer = _found(AutoTokenizer, llm.tokenizer or llm.source)
     if llm.template != "own":
         tokenizer.chat_template = TEMPLATES[llm.template]
     if not tokenizer.chat_template:
@@ -117,14 +118,25 @@ def _random_config(llm: LLM, tokenizer: PreTrainedTokenizerBase) -> transformers
     return kind(**{"vocab_size": len(tokenizer), **ids, **llm.sizes})
 
 
+def _found(kind: Any, source: str, **options: Any) -> Any:
+    """`kind.from_pretrained`, its many ways to say that there is nothing as one."""
+    try:
+        return kind.from_pretrained(**_location(source), **options)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise FileNotFoundError(f"llm: {source}: {str(error).splitlines()[0]}") from error
+
+
 def _location(source: str) -> dict[str, str]:
     """Keywords of `from_pretrained` for a hub name, folder, GGUF file or package."""
     if source.startswith("package:"):
         source = str(_gguf_of_package(source.removeprefix("package:")))
     if source.endswith(".gguf"):
-        if not Path(source).is_file():
+        file = Path(source).expanduser()
+        if not file.is_file():
             raise FileNotFoundError(f"llm: no GGUF file {source}")
-        return {"pretrained_model_name_or_path": str(Path(source).parent), "gguf_file": Path(source).name}
+        return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         folder = Path(source).expanduser()
         if not folder.is_dir():

@@ -33,9 +33,7 @@ class MatryoshkaProjector(nn.Module):
             ValueError: The scales are not distinct positive numbers, finest first.
         """
         super().__init__()
-        if not scales or min(scales) < 1 or list(scales) != sorted(set(scales), reverse=True):
-            raise ValueError(f"scales must be distinct, positive and finest first, found {list(scales)}")
-        self.scales = list(scales)
+        self.scales = checked_scales(scales)
         self.sampling: Sampling = sampling
         self.layers = nn.Sequential(nn.Linear(in_width, out_width), nn.GELU(), nn.Linear(out_width, out_width))
 
@@ -46,6 +44,17 @@ class MatryoshkaProjector(nn.Module):
             ValueError: A scale does not divide the grid; the message names the scales that do.
         """
         return nest(self.layers(grid.permute(0, 2, 3, 1)), self.scales, self.sampling)
+
+
+def checked_scales(scales: Sequence[int]) -> list[int]:
+    """The scales as they are.
+
+    Raises:
+        ValueError: They are not distinct positive numbers, finest first.
+    """
+    if not scales or min(scales) < 1 or list(scales) != sorted(set(scales), reverse=True):
+        raise ValueError(f"scales must be distinct, positive and finest first, found {list(scales)}")
+    return list(scales)
 
 
 def nest(cells: Tensor, scales: Sequence[int], sampling: Sampling = "mean") -> list[Tensor]:

@@ -42,7 +42,7 @@ class Question:
         answer: The expected answer; None where there is none (predict).
     """
 
-    record: str
+    record: str | int
     text: str
     token_ids: Tensor
     image_index: list[int]
@@ -59,6 +59,7 @@ class Batch:
         targets: [T_i] a sample: the ids where supervised, else IGNORED.
         image_index: [K] which image each of the K IMAGE ids means, over all samples in order.
         questions: What validation, test and predict ask.
+        records: How many records were asked for.
         skipped: What was left out of this batch: (reason, message) of every bad record.
     """
 
@@ -67,6 +68,7 @@ class Batch:
     targets: list[Tensor]
     image_index: Tensor
     questions: list[Question] = field(default_factory=list)
+    records: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
     @property

@@ -108,15 +108,19 @@ class MatryoshkaVLM(nn.Module):
             One [t] tensor of new token ids a question, its end token and padding removed.
 
         Raises:
-            ValueError: The model does not have this scale.
+            ValueError: The model does not have this scale, or no end token is known.
         """
+        if not questions:
+            return []
         if scale not in self.scales:
             raise ValueError(f"scale {scale} is not one of the model's {self.scales}")
         nested = self.encode(images) if isinstance(images, Images) else images
         prompts = [expand(question.token_ids, question.token_ids, scale) for question in questions]
         mask = stack([torch.ones_like(prompt) for prompt in prompts], padding=0, left=True)
         tokens = nested[self.scales.index(scale)] if nested else None
-        index = torch.tensor([i for question in questions for i in question.image_index], device=mask.device)
+        index = torch.tensor(
+            [i for question in questions for i in question.image_index], dtype=torch.long, device=mask.device
+        )
         embeddings = self._embed(stack(prompts, padding=0, left=True), tokens, index)
         ends = self._end_ids(end_ids)
         config = GenerationConfig(
@@ -128,7 +132,9 @@ class MatryoshkaVLM(nn.Module):
     def _end_ids(self, end_ids: Sequence[int]) -> list[int]:
         own = cast(GenerationConfig, self.llm.generation_config).eos_token_id
         own = own if isinstance(own, list) else [own] if own is not None else []
-        return sorted({*end_ids, *own}) or [0]
+        if not (ends := sorted({*end_ids, *own})):
+            raise ValueError("neither the caller nor the LLM's generation config names a token that ends an answer")
+        return ends
 
 
 def _until(ids: Tensor, ends: list[int]) -> Tensor:

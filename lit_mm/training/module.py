@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lit_mm.data.conversation import Conversation
 from lit_mm.data.datamodules import ModelInputs
 from lit_mm.evaluation.metrics import AnswerAccuracy
 from lit_mm.model.encoder import Encoder
 from lit_mm.model.llm import LLM, load_llm, load_tokenizer
-from lit_mm.model.projector import MatryoshkaProjector, Sampling
+from lit_mm.model.projector import MatryoshkaProjector, Sampling, checked_scales
 from lit_mm.model.rows import Batch
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.parts import Parts, parameter_groups
@@ -57,10 +58,12 @@ class LitMatryoshka(LightningModule):
         """
         super().__init__()
         self.save_hyperparameters()
-        self.build_encoder, self.llm, self.scales, self.sampling = encoder, llm, scales, sampling
+        self.build_encoder, self.llm = encoder, llm
+        self.scales, self.sampling = checked_scales(scales), sampling
         self.parts, self.build_optimizer, self.build_scheduler = parts, optimizer, scheduler
         self.max_new_tokens, self.init_gain = max_new_tokens, init_gain
         self.tokenizer = load_tokenizer(llm)
+        self.end_id = Conversation(self.tokenizer).end_id
         self.accuracy = nn.ModuleDict(
             {f"{split}_{scale}": AnswerAccuracy() for split in ("val", "test") for scale in scales}
         )
@@ -70,7 +73,7 @@ class LitMatryoshka(LightningModule):
         """What the data must know of this model; no weights are made for it."""
         with torch.device("meta"):
             encoder = self.vlm.encoder if hasattr(self, "vlm") else self.build_encoder()
-        colour = tuple(round(255 * value) for value in encoder.mean)
+        colour = tuple(int(255 * value) for value in encoder.mean)  # truncated, as in LLaVA
         return ModelInputs(
             self.tokenizer, encoder.stride, self.scales, cast(tuple[int, int, int], colour), self.sampling
         )
@@ -94,7 +97,8 @@ class LitMatryoshka(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses and accuracies at every scale."""
-        self._log_losses("val", self.vlm(batch), batch)
+        if batch.token_ids:
+            self._log_losses("val", self.vlm(batch), batch)
         self._judge("val", batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -115,7 +119,7 @@ class LitMatryoshka(LightningModule):
         return {scale: self._generate(batch, nested, scale) for scale in self.scales}
 
     def _generate(self, batch: Batch, nested: list[Tensor], scale: int) -> list[str]:
-        ids = self.vlm.generate(nested, batch.questions, scale, self.max_new_tokens)
+        ids = self.vlm.generate(nested, batch.questions, scale, self.max_new_tokens, [self.end_id])
         return [str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in ids]
 
     def _judge(self, split: Literal["val", "test"], batch: Batch) -> None:
@@ -150,5 +154,5 @@ class LitMatryoshka(LightningModule):
         if not self.trainer.max_epochs or self.trainer.max_epochs < 0:
             raise ValueError("set trainer.max_steps or trainer.max_epochs: the schedule needs the length of the run")
         datamodule = cast(Any, self.trainer).datamodule
-        batches = math.ceil(len(datamodule.sets["train"]) / (datamodule.batch_size * self.trainer.world_size))
+        batches = len(datamodule.train_dataloader())
         return self.trainer.max_epochs * math.ceil(batches / self.trainer.accumulate_grad_batches)

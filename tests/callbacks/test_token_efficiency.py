@@ -16,10 +16,9 @@ def trainer(folder):
     metrics = {
         f"test/accuracy@{scale}": torch.tensor(value) for scale, value in zip(SCALES, (0.9, 0.7, 0.5), strict=True)
     }
-    data = SimpleNamespace(answers=lambda split: ["yes", "yes", "no", "red"])
     return SimpleNamespace(
         callback_metrics=metrics,
-        datamodule=data,
+        world_size=1,
         log_dir=str(folder),
         default_root_dir="",
         ckpt_path="x.ckpt",
@@ -28,8 +27,18 @@ def trainer(folder):
     )
 
 
+def judged() -> TokenEfficiency:
+    """After two batches of a test."""
+    callback = TokenEfficiency()
+    callback.on_test_start(None, None)
+    for answers in (["yes", "yes", "no"], ["red"]):
+        batch = SimpleNamespace(questions=[SimpleNamespace(answer=answer) for answer in answers])
+        callback.on_test_batch_end(None, None, None, batch, 0)
+    return callback
+
+
 def test_json_and_picture(tmp_path, capsys):
-    TokenEfficiency().on_test_end(trainer(tmp_path), SimpleNamespace(scales=SCALES))
+    judged().on_test_end(trainer(tmp_path), SimpleNamespace(scales=SCALES))
     figures = json.loads((tmp_path / "accuracy_tokens.json").read_text())
     assert figures["majority_answer"] == 0.5
     assert figures["questions"] == 4
@@ -44,7 +53,7 @@ def test_json_and_picture(tmp_path, capsys):
 
 
 def test_picture_and_table_show_every_scale(tmp_path):
-    result = TokenEfficiency().result(trainer(tmp_path), SCALES)
+    result = judged().result(trainer(tmp_path), SCALES)
     [axes] = draw(result).axes
     assert axes.lines[0].get_xdata().tolist() == SCALES
     assert np.allclose(axes.lines[0].get_ydata(), [90, 70, 50])

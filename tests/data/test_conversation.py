@@ -1,5 +1,7 @@
 """Ids and targets against the template's own text, for several templates and kinds of tokenizer."""
 
+import pickle
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -114,8 +116,28 @@ def test_template_without_an_end_token_is_refused(tokenizer):
 
 
 def test_reserved_character_is_refused(tokenizer):
-    with pytest.raises(RecordError, match=r"set\.json, record 0: reserved character"):
-        Conversation(tokenizer).encode(record("what \ue000?", "yes"))
+    for text in ("what \ue000?", "what <|end|>?"):
+        with pytest.raises(RecordError, match=r"set\.json, record 0: reserved text: conversations\[0\]\.value holds"):
+            Conversation(tokenizer).encode(record(text, "yes"))
+    with pytest.raises(RecordError, match=r"conversations\[1\]\.value holds '<\|end\|>'"):
+        Conversation(tokenizer).encode(record("what?", "yes<|end|>no"))
+
+
+def test_a_template_that_thinks_before_the_last_answer():
+    """As Qwen3's: the prompt holds the empty thought, in training and at generation."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if loop.last and m['role'] == 'assistant' %}(thought)\n"
+        "{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    )
+    conversation = Conversation(byte_level(template))
+    ids, prompt = conversation.encode(record(*TEXTS[:2]))[0], conversation.prompt(TEXTS[0])
+    assert ids[: len(prompt)].tolist() == prompt.tolist()
+    assert conversation.tokenizer.decode(prompt[prompt >= 0]).endswith("(thought)\n")
+
+
+def test_conversations_can_go_to_spawned_workers(tokenizer):
+    again = pickle.loads(pickle.dumps(Conversation(tokenizer)))
+    assert again.prompt(TEXTS[0]).tolist() == Conversation(tokenizer).prompt(TEXTS[0]).tolist()
 
 
 @pytest.mark.slow

@@ -57,6 +57,38 @@ def test_every_mode_becomes_rgb(tmp_path, mode, suffix):
     assert folder(tmp_path).load(record(f"a.{suffix}"))[0].shape == (3, 10, 20)
 
 
+def test_sixteen_bits_keep_their_upper_half(tmp_path):
+    values = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    [pixels] = folder(tmp_path).load(record("a.png"))
+    assert torch.equal(pixels, torch.from_numpy((values >> 8).astype(np.uint8)).expand(3, 64, 64))
+
+
+def test_transparent_becomes_white(tmp_path):
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "a.png")
+    assert (folder(tmp_path).load(record("a.png"))[0] == 255).all()
+
+
+def test_floats_and_animations_are_refused(tmp_path):
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "f.tiff")
+    noise(8, 8).save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("RGB", (8, 8))])
+    assert refused(tmp_path, "f.tiff").reason == "unsupported pixels"
+    assert refused(tmp_path, "a.gif").reason == "several frames"
+
+
+def test_a_thin_image_may_not_become_a_huge_square(tmp_path):
+    noise(2000, 1).save(tmp_path / "thin.png")
+    assert refused(tmp_path, "thin.png", mode="pad", size=64, max_pixels=3_000_000).reason == "too many pixels"
+    assert folder(tmp_path, max_pixels=3_000_000).sizes(record("thin.png")) == [(2000, 1)]
+
+
+@pytest.mark.parametrize("path", ["x" * 5000 + ".png", "a\0.png"])
+def test_impossible_paths(tmp_path, path):
+    with pytest.raises(RecordError) as caught:
+        folder(tmp_path).sizes(record(path))
+    assert caught.value.reason == "malformed image path"
+
+
 def test_exif_orientation(tmp_path):
     """A photo taken on its side comes upright, and its size is known from the header."""
     exif = Image.Exif()
@@ -102,7 +134,7 @@ def test_too_many_pixels_is_found_in_the_header(tmp_path):
     noise(30, 30).save(tmp_path / "small.png")
     error = refused(tmp_path, "small.png", max_pixels=899)
     assert error.reason == "too many pixels"
-    assert "30×30, allowed are 899" in error.detail
+    assert "30×30 (keep: 900 pixels), allowed are 899" in error.detail
 
 
 def test_paths_do_not_leave_the_root(tmp_path):

@@ -28,7 +28,7 @@ def test_several_images_and_text_only():
 
 def test_evaluation_question():
     record = parse("w", {"question_id": 3, "image": "a.png", "text": "What?"})
-    assert record.id == "3"
+    assert record.id == 3
     assert list(record.exchanges) == [("<image>\nWhat?", None)]
 
 
@@ -104,6 +104,11 @@ def test_files_that_are_no_list(tmp_path, content, message):
     with pytest.raises(ValueError, match=r"bad\.json") as caught:
         read_items(tmp_path / "bad.json")
     assert message in str(caught.value)
+
+
+def test_lines_may_hold_every_other_separator(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"question_id": 1, "text": "a\u2028b\u0085c"}\n', encoding="utf-8")
+    assert [item["text"] for _, item in read_items(tmp_path / "a.jsonl")] == ["a\u2028b\u0085c"]
 
 
 def test_missing_file():

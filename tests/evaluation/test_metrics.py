@@ -7,7 +7,17 @@ from lit_mm.evaluation.metrics import AnswerAccuracy, majority_share, normalise
 
 @pytest.mark.parametrize(
     ("answer", "expected"),
-    [(" Yes. ", "yes"), ("a  red\ncircle", "a red circle"), ("3.5", "3.5"), ('"no"!', "no"), ("", "")],
+    [
+        (" Yes. ", "yes"),
+        ("a  red\ncircle", "a red circle"),
+        ("3.5", "3.5"),
+        ('"no"!', "no"),
+        ("", ""),
+        ("-5", "-5"),
+        ("C++", "c++"),
+        ("5%", "5%"),
+        ("!", "!"),
+    ],
 )
 def test_normalise(answer, expected):
     assert normalise(answer) == expected

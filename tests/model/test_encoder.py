@@ -34,11 +34,11 @@ def test_the_papers_encoder():
 
 def test_four_stages_are_timms():
     torch.manual_seed(0)
-    encoder = ConvNeXtEncoder("convnext_atto").eval()
+    encoder = ConvNeXtEncoder("convnext_atto").double().eval()
     torch.manual_seed(0)
-    timms = timm.create_model("convnext_atto", num_classes=0).eval()
-    pixels = torch.randn(2, 3, 64, 96)
-    assert torch.equal(encoder(pixels), timms.forward_features(pixels))
+    timms = timm.create_model("convnext_atto", num_classes=0).double().eval()
+    pixels = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    assert torch.allclose(encoder(pixels), timms.forward_features(pixels), rtol=1e-12, atol=1e-14)
 
 
 def test_five_stages_equal_hugging_faces():

@@ -1,12 +1,11 @@
 """Loading: random models, a real GGUF one, templates, and what is refused."""
 
-import json
-
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lit_mm.model.llm import LLM, TEMPLATES, load_llm, load_tokenizer
-from tests.conftest import TOKENIZER, installed, tiny_llm
+from tests.conftest import SIZES, TOKENIZER, installed, tiny_llm
 
 
 @pytest.mark.parametrize("source", ["LlamaConfig", "Qwen2Config", "Qwen3Config"])
@@ -43,6 +42,7 @@ def test_vicuna_template_is_the_papers(tokenizer):
     [
         (LLM("LlamaConfig", {"hidden_sizes": 3}, TOKENIZER, "plain"), "does not know \\['hidden_sizes'\\]; it knows"),
         (LLM("LlamaConfig", {}, TOKENIZER, "plain"), "without sizes"),
+        (tiny_llm(vocab_size=300), "348 ids, LlamaConfig only 300 embeddings"),
         (LLM("LamaConfig", {"hidden_size": 3}, TOKENIZER, "plain"), "no such config class"),
         (LLM("some/model", {"hidden_size": 3}, TOKENIZER, "plain"), "some/model brings its own"),
     ],
@@ -81,19 +81,8 @@ def test_folder(tmp_path, tokenizer):
     llm = LLM(str(tmp_path))
     again = load_llm(llm, load_tokenizer(llm))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    config = json.loads((tmp_path / "config.json").read_text()) | {"vocab_size": 300}
-    (tmp_path / "small").mkdir()
-    torch.manual_seed(0)
-    load_llm(
-        LLM(
-            "LlamaConfig",
-            {k: config[k] for k in ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")}
-            | {"num_hidden_layers": 1},
-            TOKENIZER,
-            "plain",
-        ),
-        tokenizer,
-    ).save_pretrained(tmp_path / "small")
+    config = LlamaConfig(**SIZES | {"vocab_size": 300})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "small")
     with pytest.raises(ValueError, match=r"348 ids, .* only 300 embeddings"):
         load_llm(LLM(str(tmp_path / "small"), tokenizer=TOKENIZER), tokenizer)
 

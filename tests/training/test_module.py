@@ -145,7 +145,7 @@ def test_inputs_need_no_weights():
     lit = module()
     inputs = lit.inputs
     assert not hasattr(lit, "vlm")
-    assert (inputs.stride, inputs.scales, inputs.colour) == (16, [16, 4, 1], (124, 116, 104))
+    assert (inputs.stride, inputs.scales, inputs.colour) == (16, [16, 4, 1], (123, 116, 103))
 
 
 def test_building_twice_keeps_the_model():
