@@ -58,8 +58,10 @@ def test_the_readmes_commands_run(tmp_path):
     for command in commands:
         if "my_data.yaml" in " ".join(command):
             continue  # the reader's own files: test_cli runs the like
-        places = ["--trainer.default_root_dir", str(tmp_path)] if command[0] in SHORTENED else []
-        result = lit_mm(*command, *places, *SHORTENED.get(command[0], []))
+        verb = command[0] if command else ""
+        run = verb in SHORTENED and not any("help" in word for word in command)
+        places = ["--trainer.default_root_dir", str(tmp_path), *SHORTENED[verb]] if run else []
+        result = lit_mm(*command, *places)
         assert result.returncode == 0, f"{command}: {result.stderr}"
 
 
