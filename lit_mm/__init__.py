@@ -19,6 +19,7 @@ _HOMES = {
     "ImageInstructions": "data.datamodules",
     "ImageOptions": "data.images",
     "LitMatryoshka": "training.module",
+    "MuonAdamW": "training.optim",
     "WarmupCosine": "training.schedule",
     "TokenEfficiency": "callbacks.token_efficiency",
 }

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from lit_mm.data.records import RecordError
-from lit_mm.model.rows import Batch, Images, Question
+from lit_mm.model.rows import Batch, Drawn, Images, Packing, Question, all_scales, pack
 
 
 @dataclass
@@ -33,7 +34,77 @@ class Sample:
     skipped: list[RecordError] = field(default_factory=list)
 
 
-class LengthGroupedBatches(Sampler[list[int]]):
+@dataclass
+class BatchPlan:
+    """What one batch is made of.
+
+    Args:
+        records: Their numbers in the set.
+        epoch: Of the run.
+        step: The batch's number in its epoch, the same on every rank.
+    """
+
+    records: list[int]
+    epoch: int
+    step: int
+
+
+@dataclass
+class ScaleDraw:
+    """Which scales take part in a training step.
+
+    Args:
+        scales: All scales of the model, finest first.
+        per_step: How many; `all`: every scale in every step, as in M3.
+        keep_finest: Whether the finest always takes part; otherwise it is drawn like the others.
+        seed: Decides the draw, together with the epoch and the step.
+    """
+
+    scales: list[int]
+    per_step: int | Literal["all"] = "all"
+    keep_finest: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.per_step != "all" and not 1 <= self.per_step <= len(self.scales):
+            raise ValueError(f"scales_per_step: expected all or 1 to {len(self.scales)}, found {self.per_step}")
+        if self.keep_finest and self.per_step == 1 < len(self.scales):
+            raise ValueError("scales_per_step 1 with keep_finest would train the finest scale alone")
+
+    def __call__(self, plan: BatchPlan) -> list[Drawn]:
+        """The step's scales, finest first, with weights that keep the expected loss equal to M3's."""
+        count = len(self.scales)
+        if self.per_step in ("all", count):
+            return all_scales(count)
+        kept = 1 if self.keep_finest else 0
+        others = int(self.per_step) - kept
+        drawn = random.Random(f"{self.seed} {plan.epoch} {plan.step} scales").sample(range(kept, count), others)
+        chance = others / (count - kept)
+        return [Drawn(0, 1 / count)] * kept + [Drawn(number, 1 / (count * chance)) for number in sorted(drawn)]
+
+
+class Batches(Dataset):
+    """A set of samples, by batches instead of one by one, packed.
+
+    Args:
+        samples: Set of `Sample`s.
+        draw: Which scales are laid out.
+        packing: How.
+    """
+
+    def __init__(self, samples: Dataset[Sample], draw: ScaleDraw, packing: Packing) -> None:
+        self.samples, self.draw, self.packing = samples, draw, packing
+
+    def __getitem__(self, plan: BatchPlan) -> Batch:
+        batch = collate([self.samples[index] for index in plan.records])
+        batch.drawn = self.draw(plan)
+        if batch.token_ids:
+            parts = batch.token_ids, batch.targets, batch.image_index
+            batch.rows = pack(*parts, self.draw.scales, batch.drawn, self.packing)
+        return batch
+
+
+class LengthGroupedBatches(Sampler[BatchPlan]):
     """Batches of records of similar length, in an order that (seed, epoch) decide.
 
     Records are shuffled, windows of `window` batches sorted by length and cut into batches, and the
@@ -64,7 +135,6 @@ class LengthGroupedBatches(Sampler[list[int]]):
         self.lengths, self.batch_size, self.shuffle, self.seed = lengths, batch_size, shuffle, seed
         self.rank, self.ranks, self.window = rank, ranks, window
         self.epoch = 0
-        self.sampler = self  # Lightning looks for set_epoch on a batch sampler's `sampler`
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before every epoch."""
@@ -73,17 +143,21 @@ class LengthGroupedBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return len(range(self.rank, self._total(), self.ranks))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[BatchPlan]:
+        for step, records in enumerate(self._batches()):
+            yield BatchPlan(records, self.epoch, step)
+
+    def _batches(self) -> list[list[int]]:
         order = list(range(len(self.lengths)))
         if not self.shuffle:
-            return iter(self._cut(order)[self.rank :: self.ranks])
+            return self._cut(order)[self.rank :: self.ranks]
         generator = random.Random(f"{self.seed} {self.epoch}")
         generator.shuffle(order)
         step = self.batch_size * self.window
         windows = [order[first : first + step] for first in range(0, len(order), step)]
         batches = [batch for window in windows for batch in self._cut(sorted(window, key=self.lengths.__getitem__))]
         generator.shuffle(batches)
-        return iter(batches[self.rank : self._total() : self.ranks])
+        return batches[self.rank : self._total() : self.ranks]
 
     def _cut(self, order: list[int]) -> list[list[int]]:
         return [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
@@ -94,7 +168,7 @@ class LengthGroupedBatches(Sampler[list[int]]):
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples -> Batch; records that could not be read are named in `Batch.skipped`."""
+    """Samples -> Batch without rows; records that could not be read are named in `Batch.skipped`."""
     images: list[Tensor] = []
     index: list[int] = []
     questions: list[Question] = []

@@ -11,18 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lit_mm.data.batching import LengthGroupedBatches, Sample, collate
+from lit_mm.data.batching import Batches, LengthGroupedBatches, Sample, ScaleDraw
 from lit_mm.data.conversation import Conversation
 from lit_mm.data.images import ImageFolder, ImageOptions
 from lit_mm.data.records import MARKER, BadRecords, Record, RecordError, parse, read_items
 from lit_mm.model.projector import Sampling, nested_windows
-from lit_mm.model.rows import Batch, Question
+from lit_mm.model.rows import Batch, Packing, Question
 
 Split = Literal["train", "val", "test", "predict"]
 
@@ -36,6 +35,9 @@ class ModelInputs:
         scales: Visual tokens per image, finest first.
         colour: The encoder's mean colour in 0..255, for padding.
         sampling: How coarser tokens come from finer ones.
+        packing: How batches are laid out for the model.
+        scales_per_step: How many scales take part in a training step.
+        keep_finest: Whether the finest always does.
     """
 
     def __init__(
@@ -45,14 +47,13 @@ class ModelInputs:
         scales: list[int],
         colour: tuple[int, int, int],
         sampling: Sampling = "mean",
+        packing: Packing = "branch",
+        scales_per_step: int | Literal["all"] = "all",
+        keep_finest: bool = False,
     ) -> None:
-        self.tokenizer, self.stride, self.scales, self.colour, self.sampling = (
-            tokenizer,
-            stride,
-            scales,
-            colour,
-            sampling,
-        )
+        self.tokenizer, self.stride, self.scales, self.colour = tokenizer, stride, scales, colour
+        self.sampling, self.packing = sampling, packing
+        self.scales_per_step, self.keep_finest = scales_per_step, keep_finest
 
 
 class InstructionSet(Dataset):
@@ -248,13 +249,14 @@ class ImageInstructions(LightningDataModule):
         trainer = self.trainer
         rank, ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         batches = LengthGroupedBatches(self.sets[name].lengths, batch_size, shuffle, self.seed, rank, ranks)
+        per_step = self.inputs.scales_per_step if shuffle else "all"
+        draw = ScaleDraw(self.inputs.scales, per_step, self.inputs.keep_finest, self.seed)
         return DataLoader(
-            self.sets[name],
-            batch_sampler=batches,
+            Batches(self.sets[name], draw, self.inputs.packing),
+            sampler=batches,
+            batch_size=None,  # the sampler hands out whole batches
             num_workers=self.num_workers,
-            collate_fn=collate,
             persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
         )
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

@@ -12,6 +12,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_mm.model.rows import Attention, Packing
+
 Template = Literal["own", "vicuna_v1", "chatml", "plain"]
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -34,6 +36,10 @@ TEMPLATES: dict[str, str] = {
 }
 """Named chat templates (Jinja, as in transformers). vicuna_v1 is LLaVA's and ConvLLaVA's; plain is
 the bare conversation, each answer ended by the tokenizer's end token."""
+
+PACKED = {"cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo", "olmo2"}
+PACKED |= {"phi3", "qwen2", "qwen3", "smollm3", "starcoder2"}
+"""Model types of transformers whose packed losses a test compares with unpacked ones."""
 
 
 @dataclass
@@ -98,6 +104,34 @@ def load_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:
             f"{llm.tokenizer or llm.source} has no chat template of its own: set llm.template to one of {named}"
         )
     return tokenizer
+
+
+def load_config(llm: LLM, tokenizer: PreTrainedTokenizerBase) -> transformers.PretrainedConfig:
+    """The model's config, without its weights. Raises as `load_llm` does."""
+    if _is_config_class(llm.source):
+        return _random_config(llm, tokenizer)
+    return cast(transformers.PretrainedConfig, _found(transformers.AutoConfig, llm.source))
+
+
+def packing_of(config: transformers.PretrainedConfig, attention: Attention) -> Packing:
+    """How batches for an LLM of this config are laid out (each kind of model here has a test).
+
+    Branches share their prefix where every layer attends to all that precedes; with windows or soft
+    caps the prefix is repeated in each branch and transformers' own attention tells the sequences of
+    a row apart; other models, recurrent ones above all, run once per scale on padded batches.
+    """
+    text = config.get_text_config(decoder=True)
+    if text.model_type not in PACKED:
+        return "loop"
+    if _attends_to_all(text):
+        return "branch" if attention == "auto" else attention
+    return "repeat"
+
+
+def _attends_to_all(config: Any) -> bool:
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None) is not None if kinds is None else set(kinds) != {"full_attention"}
+    return not window and not getattr(config, "attn_logit_softcapping", None)
 
 
 def _is_config_class(source: str) -> bool:

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 
+from lit_mm.model.attention import FlexLayout
 from lit_mm.model.encoder import Encoder
-from lit_mm.model.loss import token_losses
+from lit_mm.model.loss import token_losses, weighted_loss
 from lit_mm.model.projector import MatryoshkaProjector
-from lit_mm.model.rows import IGNORED, IMAGE, Batch, Images, Question, expand, stack
+from lit_mm.model.rows import (
+    IGNORED,
+    IMAGE,
+    Batch,
+    Drawn,
+    Images,
+    Packing,
+    Question,
+    Rows,
+    behind_an_image,
+    expand,
+    pack,
+    stack,
+)
+
+
+@dataclass
+class Losses:
+    """What a step computes.
+
+    Args:
+        total: Scalar with a gradient: the drawn scales' losses by their weights.
+        per_scale: [scales] mean over the batch's own targets, without a gradient; only those of the
+            drawn scales mean anything.
+    """
+
+    total: Tensor
+    per_scale: Tensor
 
 
 class MatryoshkaVLM(nn.Module):
@@ -44,25 +75,104 @@ class MatryoshkaVLM(nn.Module):
         groups = [self.projector(self.encoder(self.encoder.normalise(pixels))) for pixels in images.groups]
         return [torch.cat(same_scale)[images.order] for same_scale in zip(*groups, strict=True)]
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Mean next-token loss of the batch's targets at every scale (M3, equation 1 is their mean).
+    def forward(self, batch: Batch, count: Tensor | int | None = None) -> Losses:
+        """Next-token losses of the batch at its drawn scales (M3, equation 1 is their mean).
 
-        The encoder and the projector run once, the LLM once per scale on right-padded sequences,
-        and logits exist only where there is a target.
+        The encoder and the projector run once, the LLM once for each of the batch's rows, and logits
+        exist only where there is a target. A batch without rows goes through `loop`.
 
-        Returns:
-            [scales] losses, finest scale first.
+        Args:
+            batch: Samples, packed or not.
+            count: What the total is divided by; null: the batch's own number of targets.
         """
-        nested: list[Tensor | None] = [*self.encode(batch.images)] or [None] * len(self.scales)
-        return torch.stack(
-            [self._loss(batch, scale, tokens) for scale, tokens in zip(self.scales, nested, strict=True)]
-        )
+        nested = self.encode(batch.images)
+        own = max(1, batch.supervised)
+        again = len(batch.rows) > 1
+        sums = [self._packed(rows, nested, again) for rows in batch.rows] or [self._loop(batch, nested)]
+        total = sum_of(s.total for s in sums) / (own if count is None else count)
+        return Losses(total, sum_of(s.per_scale for s in sums) / own)
 
-    def _loss(self, batch: Batch, scale: int, tokens: Tensor | None) -> Tensor:
+    def loop(self, batch: Batch) -> Losses:
+        """What `forward` computes, in the obvious way: the LLM runs once per scale, on padded samples.
+
+        The reference for packed rows, and the way of models that cannot be packed.
+        """
+        sums, own = self._loop(batch, self.encode(batch.images)), max(1, batch.supervised)
+        return Losses(sums.total / own, sums.per_scale / own)
+
+    @torch.no_grad()
+    def check(self, packing: Packing) -> None:
+        """Compare packed with looped losses on a tiny batch of random tokens.
+
+        Raises:
+            RuntimeError: They differ by more than rounding explains.
+        """
+        embedding, training = cast(nn.Embedding, self.llm.get_input_embeddings()), self.training
+        batch, nested = tiny_batch(embedding.weight, self.scales, packing, self._window())
+        self.eval()
+        sums = [self._packed(rows, nested, again=False) for rows in batch.rows]
+        packed, looped = (
+            sum_of(s.total for s in sums) / batch.supervised,
+            self._loop(batch, nested).total / batch.supervised,
+        )
+        self.train(training)
+        allowed = 1e-4 if embedding.weight.dtype in (torch.float32, torch.float64) else 1e-2
+        if not abs(packed - looped) <= allowed * looped:
+            raise RuntimeError(
+                f"{self.llm.config.model_type} with attention {packing}: a packed row's loss is {packed:.6f} where one "
+                f"scale after another gives {looped:.6f}; set model.attention to sequential"
+            )
+
+    def _window(self) -> int:
+        return getattr(self.llm.config.get_text_config(decoder=True), "sliding_window", None) or 0
+
+    def _packed(self, rows: Rows, nested: list[Tensor], again: bool) -> Losses:
+        """Sums over one row's targets; `again` computes the LLM's activations anew in the backward
+        pass, so that those of one row exist at a time."""
+        embeddings = cast(nn.Module, self.llm.get_input_embeddings())(rows.token_ids)
+        if nested and len(rows.visual_index):
+            tokens = torch.cat(nested, dim=1).flatten(0, 1)[rows.visual_source]
+            embeddings = embeddings.index_copy(0, rows.visual_index, tokens.to(embeddings.dtype))
+        if again and torch.is_grad_enabled():
+            hidden = cast(Tensor, checkpoint(self._hidden, embeddings, rows, use_reentrant=False))
+        else:
+            hidden = self._hidden(embeddings, rows)
+        weights = torch.tensor(rows.weights, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+        weights = weights.to(hidden.device)[rows.target_scale]
+        total, losses = weighted_loss(self.llm, hidden, rows.targets, weights)
+        sums = losses.new_zeros(len(self.scales) + 1).index_add_(0, rows.target_scale, losses)
+        return Losses(total, sums[:-1] + sums[-1])
+
+    def _hidden(self, embeddings: Tensor, rows: Rows) -> Tensor:
+        """Embeddings [L, D] of a row -> last hidden states [S, D] where a target is predicted."""
+        options: dict[str, Any] = {}
+        if rows.layout is not None:
+            # a mask of four dimensions is handed on as it is: transformers must not build its own
+            nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeddings.device)
+            options = {"attention_mask": nothing, "rows_layout": rows.layout}
+        if isinstance(rows.layout, FlexLayout) and rows.layout.mask is None:
+            rows.layout.prepare()
+        decoder = cast(Any, self.llm).base_model
+        output = decoder(
+            inputs_embeds=embeddings[None], position_ids=rows.position_ids[None], use_cache=False, **options
+        )
+        return output.last_hidden_state[0, rows.target_index]
+
+    def _loop(self, batch: Batch, nested: list[Tensor]) -> Losses:
+        totals, sums, moved = [], {}, behind_an_image(batch)
+        for scale in batch.drawn:
+            losses = self._losses_at(batch, self.scales[scale.number], nested[scale.number] if nested else None)
+            totals.append(torch.where(moved, losses * scale.weight, losses / len(batch.drawn)).sum())
+            sums[scale.number] = losses.detach().sum()
+        nothing = torch.zeros_like(totals[0])
+        return Losses(sum_of(totals), torch.stack([sums.get(number, nothing) for number in range(len(self.scales))]))
+
+    def _losses_at(self, batch: Batch, scale: int, tokens: Tensor | None) -> Tensor:
+        """Loss of every target [S] at one scale."""
         ids = stack([expand(ids, ids, scale) for ids in batch.token_ids], padding=0)
         targets = [expand(targets, ids, scale) for targets, ids in zip(batch.targets, batch.token_ids, strict=True)]
         embeddings = self._embed(ids, tokens, batch.image_index)
-        return token_losses(self.llm, embeddings, stack(targets, padding=IGNORED), IGNORED).mean()
+        return token_losses(self.llm, embeddings, stack(targets, padding=IGNORED), IGNORED)
 
     def _embed(self, ids: Tensor, tokens: Tensor | None, image_index: Tensor) -> Tensor:
         """Ids [B, T] with IMAGE at visual positions -> embeddings [B, T, D] with the tokens there."""
@@ -135,6 +245,27 @@ class MatryoshkaVLM(nn.Module):
         if not (ends := sorted({*end_ids, *own})):
             raise ValueError("neither the caller nor the LLM's generation config names a token that ends an answer")
         return ends
+
+
+def tiny_batch(like: Tensor, scales: Sequence[int], packing: Packing, window: int) -> tuple[Batch, list[Tensor]]:
+    """Random samples, one longer than the LLM's window (up to 256), at the two coarsest scales, with
+    their nested tokens: an image first, one between text, text alone."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(len(like), (min(window, 256) + 12,), generator=generator)
+    image, few = torch.tensor([IMAGE]), words[:6]
+    ids = [torch.cat([image, words]), torch.cat([few, image, few.flip(0)]), few]
+    targets = [torch.cat([torch.full((len(own) - 4,), IGNORED), own[-4:]]) for own in ids]
+    count = min(2, len(scales))
+    drawn = [Drawn(len(scales) - number, 1 / count) for number in range(count, 0, -1)]
+    index = torch.tensor([0, 1])
+    batch = Batch(Images([], index), ids, targets, index, drawn, pack(ids, targets, index, scales, drawn, packing))
+    noise = [torch.randn(2, scale, like.shape[1], generator=generator) for scale in scales]
+    return apply_to_collection(batch, Tensor, Tensor.to, like.device), [(like.std().cpu() * x).to(like) for x in noise]
+
+
+def sum_of(values: Iterable[Tensor]) -> Tensor:
+    """Sum of scalars or vectors, at least one."""
+    return torch.stack(list(values)).sum(0)
 
 
 def _until(ids: Tensor, ends: list[int]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -15,11 +16,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from lit_mm.data.conversation import Conversation
 from lit_mm.data.datamodules import ModelInputs
 from lit_mm.evaluation.metrics import AnswerAccuracy
+from lit_mm.model.attention import NAME
 from lit_mm.model.encoder import Encoder
-from lit_mm.model.llm import LLM, load_llm, load_tokenizer
+from lit_mm.model.llm import LLM, load_config, load_llm, load_tokenizer, packing_of
 from lit_mm.model.projector import MatryoshkaProjector, Sampling, checked_scales
-from lit_mm.model.rows import Batch
-from lit_mm.model.vlm import MatryoshkaVLM
+from lit_mm.model.rows import Attention, Batch
+from lit_mm.model.vlm import Losses, MatryoshkaVLM
 from lit_mm.training.parts import Parts, parameter_groups
 from lit_mm.training.schedule import WarmupCosine
 
@@ -35,6 +37,9 @@ class LitMatryoshka(LightningModule):
         llm: LLM,
         scales: list[int],
         sampling: Sampling = "mean",
+        attention: Attention = "auto",
+        scales_per_step: int | Literal["all"] = "all",
+        keep_finest: bool = False,
         parts: Parts = Parts(),  # noqa: B008 (read only)
         optimizer: Callable[[list[dict[str, Any]]], Optimizer] = torch.optim.AdamW,
         scheduler: Callable[[Optimizer, int], LRScheduler] = WarmupCosine,
@@ -48,6 +53,15 @@ class LitMatryoshka(LightningModule):
             llm: The causal LM with its tokenizer and chat template.
             scales: Visual tokens per image, finest first; each must divide the encoder's grid.
             sampling: How coarser tokens come from finer ones: mean (M3's), spatial or sequential.
+            attention: How all scales of a sample go through the LLM in one packed row. auto: branch,
+                one causal attention per branch, on any device; flex: FlexAttention (GPU); varlen:
+                variable-length flash attention (GPU, 16 bit); sequential: scale after scale, each
+                computed again in the backward pass, for the least memory. LLMs with attention
+                windows repeat the prefix per scale, recurrent ones run once per scale, whatever is
+                chosen here.
+            scales_per_step: How many scales take part in a training step, drawn anew in each; their
+                weights keep the expected loss the mean over all scales. all: every one, as in M3.
+            keep_finest: Whether the finest scale takes part in every step when scales are drawn.
             parts: How fast each part learns.
             optimizer: Gets one or two parameter groups a part; the parts set the learning rates.
             scheduler: Gets the optimizer and the number of steps of the whole run.
@@ -60,9 +74,11 @@ class LitMatryoshka(LightningModule):
         self.save_hyperparameters()
         self.build_encoder, self.llm = encoder, llm
         self.scales, self.sampling = checked_scales(scales), sampling
+        self.attention, self.scales_per_step, self.keep_finest = attention, scales_per_step, keep_finest
         self.parts, self.build_optimizer, self.build_scheduler = parts, optimizer, scheduler
         self.max_new_tokens, self.init_gain = max_new_tokens, init_gain
         self.tokenizer = load_tokenizer(llm)
+        self.packing = packing_of(load_config(llm, self.tokenizer), attention)
         self.end_id = Conversation(self.tokenizer).end_id
         self.accuracy = nn.ModuleDict(
             {f"{split}_{scale}": AnswerAccuracy() for split in ("val", "test") for scale in scales}
@@ -75,7 +91,14 @@ class LitMatryoshka(LightningModule):
             encoder = self.vlm.encoder if hasattr(self, "vlm") else self.build_encoder()
         colour = tuple(int(255 * value) for value in encoder.mean)  # truncated, as in LLaVA
         return ModelInputs(
-            self.tokenizer, encoder.stride, self.scales, cast(tuple[int, int, int], colour), self.sampling
+            self.tokenizer,
+            encoder.stride,
+            self.scales,
+            cast(tuple[int, int, int], colour),
+            self.sampling,
+            self.packing,
+            self.scales_per_step,
+            self.keep_finest,
         )
 
     def configure_model(self) -> None:
@@ -83,17 +106,45 @@ class LitMatryoshka(LightningModule):
         if hasattr(self, "vlm"):
             return
         encoder, llm = self.build_encoder(), load_llm(self.llm, self.tokenizer)
+        if self.packing not in ("repeat", "loop"):
+            llm.set_attn_implementation(NAME)
         width = cast(nn.Embedding, llm.get_input_embeddings()).embedding_dim
         projector = MatryoshkaProjector(encoder.width, width, self.scales, self.sampling)
         self.vlm = MatryoshkaVLM(encoder, projector, llm)
         if self.init_gain is not None:
             self.vlm.start_from_nothing(self.init_gain)
 
+    def on_fit_start(self) -> None:
+        """Say how samples are packed, and make sure that this LLM computes the same that way."""
+        rank_zero_info(f"attention: {self.packing} ({type(self.vlm.llm).__name__})")
+        self.vlm.check(self.packing)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean over scales of the next-token loss (M3, equation 1)."""
-        losses = self.vlm(batch)
+        """Mean over scales of the next-token loss (M3, equation 1), over the targets of all ranks.
+
+        Lightning divides by the batches it accumulates and averages over ranks. With the same
+        divisor everywhere, that of an accumulation's first batch, the sum is right but for a factor
+        that `on_before_optimizer_step` corrects.
+        """
+        window = self.trainer.accumulate_grad_batches
+        targets = self._over_ranks(batch.supervised)
+        if batch_idx % window == 0:
+            self.divisor, self.targets = targets.clamp(min=1) * window, torch.zeros_like(targets)
+        self.targets += targets
+        losses = self.vlm(batch, self.divisor / (window * self.trainer.world_size))
         self._log_losses("train", losses, batch)
-        return losses.mean()
+        return losses.total
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Divide by the number of targets that were accumulated."""
+        if self.trainer.accumulate_grad_batches > 1:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_mul_(gradients, self.divisor / self.targets.clamp(min=1))
+
+    def _over_ranks(self, count: int) -> Tensor:
+        """The sum of a number over all ranks."""
+        number = torch.tensor(float(count), device=self.device)
+        return cast(Tensor, self.trainer.strategy.reduce(number, reduce_op="sum"))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses and accuracies at every scale."""
@@ -129,11 +180,14 @@ class LitMatryoshka(LightningModule):
             metric.update(answers, expected)
             self.log(f"{split}/accuracy@{scale}", metric, on_step=False, on_epoch=True, batch_size=len(expected))
 
-    def _log_losses(self, split: Literal["train", "val"], losses: Tensor, batch: Batch) -> None:
-        """`train/loss` and `train/loss@16`, …; epoch means are weighted by the number of targets."""
-        values = {f"{split}/loss@{scale}": loss for scale, loss in zip(self.scales, losses.detach(), strict=True)}
+    def _log_losses(self, split: Literal["train", "val"], losses: Losses, batch: Batch) -> None:
+        """`train/loss` and `train/loss@16`, … of the drawn scales; means of this rank's batch. Epoch
+        means are weighted by the number of targets."""
+        per_scale = {scale.number: losses.per_scale[scale.number] for scale in batch.drawn}
+        values = {f"{split}/loss@{self.scales[number]}": loss for number, loss in per_scale.items()}
         training, count = split == "train", batch.supervised
-        self.log(f"{split}/loss", losses.detach().mean(), batch_size=count, sync_dist=not training)
+        mean = torch.stack(list(per_scale.values())).mean()
+        self.log(f"{split}/loss", mean, batch_size=count, sync_dist=not training)
         self.log_dict(values, prog_bar=training, batch_size=count, sync_dist=not training)
 
     def configure_optimizers(self) -> Any:

@@ -36,9 +36,9 @@ class Parts:
 
 
 def parameter_groups(model: nn.Module, parts: Parts) -> list[dict[str, Any]]:
-    """Up to two groups a part, named `encoder`, `encoder_no_decay`, …, each with the part's lr.
-
-    Norms, biases and layer scales (everything with fewer than two dimensions) get no weight decay.
+    """Up to three groups a part, each with the part's lr: `encoder` with the matrices of its hidden
+    layers (marked `hidden`), `encoder_other` with convolutions, embeddings and output heads, and
+    `encoder_no_decay` with norms, biases and layer scales, which get no weight decay.
     """
     return [
         group for part in ("encoder", "projector", "llm") for group in _groups_of(model, part, getattr(parts, part))
@@ -46,8 +46,19 @@ def parameter_groups(model: nn.Module, parts: Parts) -> list[dict[str, Any]]:
 
 
 def _groups_of(model: nn.Module, name: str, part: Part) -> Iterator[dict[str, Any]]:
-    parameters = [p for p in getattr(model, name).parameters() if p.requires_grad]
-    if decayed := [p for p in parameters if p.ndim >= 2]:
-        yield {"name": name, "params": decayed, "lr": part.lr}
+    module = getattr(model, name)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    outer = _embeddings(module)
+    if hidden := [p for p in parameters if p.ndim == 2 and id(p) not in outer]:
+        yield {"name": name, "params": hidden, "lr": part.lr, "hidden": True}
+    if others := [p for p in parameters if p.ndim > 2 or id(p) in outer]:
+        yield {"name": f"{name}_other", "params": others, "lr": part.lr}
     if spared := [p for p in parameters if p.ndim < 2]:
         yield {"name": f"{name}_no_decay", "params": spared, "lr": part.lr, "weight_decay": 0.0}
+
+
+def _embeddings(module: nn.Module) -> set[int]:
+    """Matrices with a row for every token id."""
+    tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    return {id(part.weight) for part in [*tables, head] if part is not None}

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from lit_mm.data.batching import LengthGroupedBatches, Sample, collate, group_by_size
+from lit_mm.data.batching import Batches, BatchPlan, LengthGroupedBatches, Sample, ScaleDraw, collate, group_by_size
 from lit_mm.data.records import RecordError
 from lit_mm.model.rows import IMAGE, Question
 
@@ -15,8 +15,10 @@ LENGTHS = random.Random(0).choices([8, 15, 40, 100, 300], k=1003)
 def batches(epoch=0, rank=0, ranks=1, shuffle=True, seed=0):
     sampler = LengthGroupedBatches(LENGTHS, 16, shuffle, seed, rank, ranks)
     sampler.set_epoch(epoch)
-    assert len(list(sampler)) == len(sampler)
-    return list(sampler)
+    plans = list(sampler)
+    assert len(plans) == len(sampler)
+    assert [(plan.epoch, plan.step) for plan in plans] == [(epoch, step) for step in range(len(plans))]
+    return [plan.records for plan in plans]
 
 
 def test_every_record_once_an_epoch():
@@ -77,6 +79,47 @@ def test_unreadable_records_are_named_not_lost():
     skipped = Sample([], torch.tensor([1]), torch.tensor([1]), skipped=[RecordError("w", "truncated image", "d")])
     assert collate([skipped, Sample([])]).skipped == [("truncated image", "w: truncated image: d")]
     assert collate([skipped, Sample([])]).records == 2
+
+
+def test_a_batch_is_packed_at_its_drawn_scales():
+    sample = Sample([picture(4, 4, 1)], torch.tensor([5, IMAGE, 1]), torch.tensor([-100, -100, 1]))
+    draw = ScaleDraw([16, 4, 1], 2, keep_finest=True)
+    plan = BatchPlan([0, 0], epoch=3, step=5)
+    batch = Batches([sample], draw, "branch")[plan]
+    assert batch.drawn == draw(plan)
+    [row] = batch.rows
+    tokens = sum([16, 4, 1][scale.number] for scale in batch.drawn)
+    assert len(row.token_ids) == 2 * (1 + tokens + 2)
+    assert Batches([Sample([])], draw, "branch")[plan].rows == []
+
+
+@pytest.mark.parametrize(
+    ("per_step", "keep"), [(1, False), (2, False), (3, False), (2, True), (3, True), ("all", False)]
+)
+def test_draws_follow_the_seed_and_weigh_every_scale_alike(per_step, keep):
+    scales = [64, 16, 4, 1]
+    draw, total = ScaleDraw(scales, per_step, keep, seed=1), [0.0] * 4
+    for step in range(6000):
+        drawn = draw(BatchPlan([], 0, step))
+        assert len(drawn) == (4 if per_step == "all" else per_step)
+        assert [scale.number for scale in drawn] == sorted({scale.number for scale in drawn})
+        assert drawn[0].number == 0 or not keep
+        for scale in drawn:
+            total[scale.number] += scale.weight / 6000
+    assert total == pytest.approx([0.25] * 4, rel=0.06)
+    plan = BatchPlan([], 2, 7)
+    assert draw(plan) == draw(plan)
+    if per_step != "all":
+        others = [ScaleDraw(scales, per_step, keep, seed)(BatchPlan([], 2, 7)) for seed in range(30)]
+        assert any(other != draw(plan) for other in others)
+
+
+@pytest.mark.parametrize(
+    ("per_step", "keep", "said"), [(0, False, "1 to 2"), (3, False, "1 to 2"), (1, True, "finest")]
+)
+def test_draws_that_cannot_be_meant_are_refused(per_step, keep, said):
+    with pytest.raises(ValueError, match=said):
+        ScaleDraw([4, 1], per_step, keep)
 
 
 def test_no_images():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lit_mm.data.batching import group_by_size
-from lit_mm.model.rows import IGNORED, IMAGE, Batch, Images, Question, expand, stack
+from lit_mm.model.rows import IGNORED, IMAGE, Batch, Images, Question, all_scales, expand, stack
 from tests.conftest import tiny_vlm, tiny_vlm64
 
 SCALES = [16, 4, 1]
@@ -17,6 +17,7 @@ def batch_of(*samples: tuple[list[int], list[int], list[torch.Tensor]]) -> Batch
         [torch.tensor(ids) for ids, *_ in samples],
         [torch.tensor(targets) for _, targets, _ in samples],
         torch.arange(len(images)),
+        all_scales(len(SCALES)),
     )
 
 
@@ -63,8 +64,9 @@ def test_losses_and_gradients_equal_the_slow_way(source):
     vlm = tiny_vlm64(source=source)
     losses = vlm(batch_of(*samples()))
     expected = torch.stack([slow_loss(vlm, samples(), scale) for scale in SCALES])
-    assert torch.allclose(losses, expected, rtol=1e-12)
-    gradients = [torch.autograd.grad(x.mean(), list(vlm.parameters()), allow_unused=True) for x in (losses, expected)]
+    assert torch.allclose(losses.per_scale, expected, rtol=1e-12)
+    means = losses.total, expected.mean()
+    gradients = [torch.autograd.grad(x, list(vlm.parameters()), allow_unused=True) for x in means]
     for fast, slow in zip(*gradients, strict=True):
         assert (fast is None) == (slow is None)
         assert fast is None or torch.allclose(fast, slow, rtol=1e-10, atol=1e-13)
@@ -80,14 +82,14 @@ def test_losses_and_gradients_equal_the_slow_way(source):
 )
 def test_logits_scaled_or_capped_behind_the_head(source, sizes):
     vlm = tiny_vlm(source=source, **sizes)
-    losses = vlm(batch_of(*samples()))
+    losses = vlm(batch_of(*samples())).per_scale
     expected = torch.stack([slow_loss(vlm, samples(), scale) for scale in SCALES])
     assert torch.allclose(losses, expected, rtol=1e-5)
 
 
 def test_text_alone():
     vlm = tiny_vlm64()
-    losses = vlm(batch_of(samples()[2]))
+    losses = vlm(batch_of(samples()[2])).per_scale
     assert torch.allclose(losses, slow_loss(vlm, samples()[2:], 1).expand(3), rtol=1e-12)
 
 

@@ -109,7 +109,7 @@ def test_validation_loss_is_the_mean_over_targets_not_over_batches(instruction_s
     data = trainer.datamodule
     total, count = 0.0, 0
     for batch in data.val_dataloader():
-        total, count = total + lit.vlm(batch).mean().item() * batch.supervised, count + batch.supervised
+        total, count = total + lit.vlm(batch).total.item() * batch.supervised, count + batch.supervised
     [metrics] = trainer.validate(lit, data, verbose=False)
     assert metrics["val/loss"] == pytest.approx(total / count, rel=1e-5)
 

@@ -1,0 +1,333 @@
+"""What one training step on nested scales costs, against one on the finest scale alone.
+
+    python experiments/benchmarks/nested_step.py                     # CPU sizes
+    python experiments/benchmarks/nested_step.py --device cuda --size 1b --dtype bfloat16
+
+Ways, each a forward and backward pass (no optimizer):
+
+- single: the finest scale alone, losses only where there is a target. All ratios are to it.
+- authors: as in M3's public code: for every scale anew the encoder, the projector, the embedding and
+  the LLM on padded samples, float32 logits of every position, all graphs alive until one backward.
+- reference: this package's plain loop: encoder once, the LLM once per scale, padded, target logits only.
+- packed-…: one packed row, by each attention mechanism; packed-sequential: a row a scale.
+
+Parts: `llm` (embeddings of images given) and `model` (images to loss). Times are medians of
+alternating repetitions, after one warm-up; peak memory is taken in a process of its own for each way.
+`limit` is the arithmetic bound of a packed step: its floating point operations over those of single,
+counted from shapes (linear layers, attention's causal pairs, the head at targets, the encoder once);
+for `authors` and `reference` it is that of a packed step too, as no way needs more than that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from lightning_utilities.core.apply_func import apply_to_collection
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lit_mm.data.batching import group_by_size
+from lit_mm.model.attention import NAME
+from lit_mm.model.encoder import ConvNeXtEncoder, ExtraStage
+from lit_mm.model.projector import MatryoshkaProjector
+from lit_mm.model.rows import IGNORED, IMAGE, Batch, Drawn, all_scales, expand, pack, stack
+from lit_mm.model.vlm import MatryoshkaVLM
+
+SCALES = [576, 144, 36, 9, 1]
+
+
+@dataclass
+class Size:
+    """An LLM's width, layers, heads and vocabulary, and an encoder's five widths and depths, at
+    1536 pixels. The encoder needs about as many operations, relative to the LLM's 675 tokens of one
+    sample, as ConvNeXt-L with stage 5 does relative to the LLM that the size is named after."""
+
+    width: int
+    layers: int
+    heads: int
+    vocabulary: int
+    widths: list[int]
+    depths: list[int]
+
+
+SIZES = {
+    "small": Size(512, 6, 8, 32000, [16, 32, 64, 128, 256], [3, 3, 9, 3, 3]),
+    "wide": Size(2048, 2, 16, 32000, [32, 64, 128, 256, 512], [3, 3, 9, 3, 3]),
+    "1b": Size(2048, 16, 32, 32000, [192, 384, 768, 1536, 3072], [3, 3, 27, 3, 6]),
+    "3b": Size(3072, 28, 24, 32000, [192, 384, 768, 1536, 3072], [3, 3, 27, 3, 6]),
+}
+
+
+@dataclass
+class Row:
+    """One measurement, as the JSON holds it: seconds and ratio are medians, memory in bytes."""
+
+    way: str
+    part: str
+    prefix: int
+    texts: list[int]
+    seconds: float
+    ratio: float
+    limit: float
+    peak_bytes: int | None
+
+
+def build(size: Size, device: str, dtype: torch.dtype) -> MatryoshkaVLM:
+    torch.manual_seed(0)
+    with torch.device(device):
+        encoder = ConvNeXtEncoder(
+            "convnext_atto",
+            [ExtraStage(size.depths[4], size.widths[4])],
+            overrides={"dims": size.widths[:4], "depths": size.depths[:4]},
+        )
+        config = LlamaConfig(
+            hidden_size=size.width,
+            intermediate_size=size.width * 8 // 3 // 64 * 64,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            vocab_size=size.vocabulary,
+            attn_implementation=NAME,
+        )
+        vlm = MatryoshkaVLM(encoder, MatryoshkaProjector(encoder.width, size.width, SCALES), LlamaForCausalLM(config))
+    return vlm.to(dtype)
+
+
+def batch_of(prefix: int, texts: Sequence[int], packing: str, drawn: list[Drawn], device: str) -> Batch:
+    """One sample a text length: prefix, one image, text of which every token is a target."""
+    torch.manual_seed(1)
+    ids = [torch.cat([torch.randint(9, 999, (n,)) for n in (prefix, 1, text)]) for text in texts]
+    for own in ids:
+        own[prefix] = IMAGE
+    targets = [torch.where(torch.arange(len(own)) > prefix, own, IGNORED) for own in ids]
+    images = group_by_size([torch.randint(0, 255, (3, 1536, 1536), dtype=torch.uint8) for _ in texts])
+    index = torch.arange(len(texts))
+    rows = pack(ids, targets, index, SCALES, drawn, packing)  # type: ignore[arg-type]
+    return apply_to_collection(Batch(images, ids, targets, index, drawn, rows), Tensor, Tensor.to, device)
+
+
+def authors_loss(vlm: MatryoshkaVLM, batch: Batch, nested: list[Tensor] | None) -> Tensor:
+    """M3's own step, scale after scale; `nested` stands in for the encoder and the projector."""
+    losses = []
+    for number, scale in enumerate(SCALES):
+        tokens = (nested or vlm.encode(batch.images))[number]
+        ids = stack([expand(ids, ids, scale) for ids in batch.token_ids], padding=0)
+        mask = stack([torch.ones(len(expand(ids, ids, scale))) for ids in batch.token_ids], padding=0).to(ids)
+        expanded = [expand(own, ids, scale) for own, ids in zip(batch.targets, batch.token_ids, strict=True)]
+        targets = stack(expanded, padding=IGNORED)
+        logits = vlm.llm(
+            inputs_embeds=vlm._embed(ids, tokens, batch.image_index), attention_mask=mask, use_cache=False
+        ).logits.float()
+        shifted, labels = logits[:, :-1].contiguous(), targets[:, 1:].contiguous()
+        losses.append(torch.nn.functional.cross_entropy(shifted.view(-1, shifted.shape[-1]), labels.view(-1)))
+    return torch.stack(losses).mean()
+
+
+def make_step(vlm: MatryoshkaVLM, way: str, part: str, case: tuple[int, list[int]], device: str) -> Callable[[], None]:
+    """One forward and backward pass."""
+    prefix, texts = case
+    drawn = [Drawn(0, 1.0)] if way == "single" else all_scales(len(SCALES))
+    packing = way.removeprefix("packed-") if way.startswith("packed-") else "branch"
+    packing = "loop" if way in ("reference", "authors") else packing
+    batch = batch_of(prefix, texts, packing, drawn, device)
+    like = vlm.llm.get_input_embeddings().weight
+    given = [torch.randn(len(texts), s, like.shape[1], dtype=like.dtype, device=device) * 0.02 for s in SCALES]
+
+    def step() -> None:
+        nested = None
+        if part == "llm":
+            nested = [tokens.clone().requires_grad_() for tokens in given]
+        if way == "authors":
+            loss = authors_loss(vlm, batch, nested)
+        else:
+            with_given(vlm, nested)
+            loss = vlm(batch).total
+        loss.backward()
+        for parameter in vlm.parameters():
+            parameter.grad = None
+
+    return step
+
+
+def with_given(vlm: MatryoshkaVLM, nested: list[Tensor] | None) -> None:
+    """Let `encode` return the given tokens, or be itself again."""
+    vlm.__dict__.pop("encode", None)
+    if nested is not None:
+        vlm.__dict__["encode"] = lambda images: nested
+
+
+def operations(size: Size, part: str, prefix: int, texts: list[int], scales: list[int], encoder: float) -> float:
+    """Floating point operations of one forward pass, from shapes; training takes three times as many."""
+    hidden = size.width * 8 // 3 // 64 * 64
+    per_token = 2 * size.layers * (4 * size.width**2 + 3 * size.width * hidden)
+    total = 0.0
+    for text in texts:
+        branches = [scale + text for scale in scales]
+        pairs = prefix**2 / 2 + sum(branch * prefix + branch**2 / 2 for branch in branches)
+        total += per_token * (prefix + sum(branches)) + 4 * size.layers * size.width * pairs
+        total += 2 * size.width * size.vocabulary * text * len(scales)
+    projector = 2 * 576 * (size.widths[-1] * size.width + size.width**2)
+    return total + (len(texts) * (encoder + projector) if part == "model" else 0.0)
+
+
+def encoder_operations(size: Size) -> float:
+    """Of one image, counted by torch on the meta device."""
+    with torch.device("meta"):
+        encoder = build(Size(64, 1, 1, 9, size.widths, size.depths), "meta", torch.float32).encoder
+        with FlopCounterMode(display=False) as counter:
+            encoder(torch.empty(1, 3, 1536, 1536))
+    return counter.get_total_flops()
+
+
+def measure(steps: dict[str, Callable[[], None]], repetitions: int, device: str) -> dict[str, float]:
+    """Median seconds of each step, in alternation."""
+    times: dict[str, list[float]] = {way: [] for way in steps}
+    for repetition in range(repetitions + 1):
+        for way, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if repetition:
+                times[way].append(time.perf_counter() - start)
+    return {way: statistics.median(values) for way, values in times.items()}
+
+
+def peak_bytes(arguments: argparse.Namespace, way: str, part: str, case: tuple[int, list[int]]) -> int | None:
+    """What a step takes beside the weights, measured in a process of its own."""
+    case_words = ["--prefix", str(case[0]), "--texts", ",".join(map(str, case[1]))]
+    command = [sys.executable, __file__, "--peak", way, "--parts", part, *case_words]
+    command += ["--device", arguments.device, "--size", arguments.size, "--dtype", arguments.dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return int(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def print_peak(arguments: argparse.Namespace, case: tuple[int, list[int]]) -> None:
+    vlm = build(SIZES[arguments.size], arguments.device, getattr(torch, arguments.dtype))
+    step = make_step(vlm, arguments.peak, arguments.parts[0], case, arguments.device)
+    if arguments.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        step()
+        print(torch.cuda.max_memory_allocated() - before)
+    else:
+        before = resident()
+        step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+
+
+def resident() -> int:
+    """Bytes of memory of this process now (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def ways_of(arguments: argparse.Namespace) -> list[str]:
+    gpu = ["packed-flex", "packed-varlen"] if arguments.device == "cuda" else []
+    if arguments.dtype == "float32" and gpu:
+        gpu.pop()
+    return arguments.ways or ["single", "authors", "reference", "packed-branch", *gpu, "packed-sequential"]
+
+
+def rows_of(arguments: argparse.Namespace, part: str, case: tuple[int, list[int]]) -> list[Row]:
+    size = SIZES[arguments.size]
+    vlm = build(size, arguments.device, getattr(torch, arguments.dtype))
+    steps = {way: make_step(vlm, way, part, case, arguments.device) for way in ways_of(arguments)}
+    seconds = measure(steps, arguments.repetitions, arguments.device)
+    encoder = encoder_operations(size) if part == "model" else 0.0
+    limit = operations(size, part, *case, SCALES, encoder) / operations(size, part, *case, SCALES[:1], encoder)
+    del vlm, steps
+    return [
+        Row(
+            way,
+            part,
+            *case,
+            seconds[way],
+            seconds[way] / seconds["single"],
+            1.0 if way == "single" else limit,
+            None if arguments.no_memory else peak_bytes(arguments, way, part, case),
+        )
+        for way in seconds
+    ]
+
+
+def show(rows: list[Row]) -> Table:
+    prefix, texts = rows[0].prefix, rows[0].texts
+    tokens = sum(prefix + sum(SCALES) + len(SCALES) * t for t in texts) / sum(prefix + SCALES[0] + t for t in texts)
+    title = f"{rows[0].part}: P={prefix}, T={texts}, scales {SCALES}; by tokens alone the limit is {tokens:.2f}"
+    table = Table(title=title, title_justify="left")
+    for column in ("way", "seconds", "ratio", "limit", "ratio / limit", "peak MiB"):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    for row in rows:
+        peak = f"{row.peak_bytes / 2**20:,.0f}" if row.peak_bytes else "–"
+        figures = f"{row.seconds:.3f}", f"{row.ratio:.2f}", f"{row.limit:.2f}", f"{row.ratio / row.limit:.2f}"
+        table.add_row(row.way, *figures, peak)
+    return table
+
+
+def hardware(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    names = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def parsed(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--size", default="small", choices=list(SIZES))
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--parts", nargs="+", default=["llm", "model"], choices=["llm", "model"])
+    parser.add_argument("--ways", nargs="+", help="default: all that the device can do")
+    parser.add_argument("--prefix", type=int, default=35, help="tokens before the image")
+    parser.add_argument(
+        "--texts",
+        nargs="+",
+        default=["64", "256"],
+        type=lambda word: [int(n) for n in word.split(",")],
+        help="tokens after the image; several samples in a row as 32,64,128",
+    )
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    made = parser.parse_args(words)
+    made.texts = [[int(text)] if isinstance(text, str) else text for text in made.texts]
+    return made
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    arguments, console = parsed(words), Console(width=110)
+    if arguments.peak:
+        print_peak(arguments, (arguments.prefix, arguments.texts[0]))
+        return
+    versions: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    console.print(
+        f"{hardware(arguments.device)}; {versions}; {arguments.size} {SIZES[arguments.size]} {arguments.dtype}"
+    )
+    rows = []
+    for part in arguments.parts:
+        for texts in arguments.texts:
+            rows += (found := rows_of(arguments, part, (arguments.prefix, texts)))
+            console.print(show(found))
+    if arguments.json:
+        result = {"hardware": hardware(arguments.device), "versions": versions, "dtype": arguments.dtype}
+        result |= {"sizes": asdict(SIZES[arguments.size]), "rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

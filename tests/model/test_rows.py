@@ -1,0 +1,301 @@
+"""Packed rows against the slow, obvious way of test_vlm: one sample and one scale at a time."""
+
+import random
+from itertools import combinations
+
+import pytest
+import torch
+from torch.nn.attention import varlen
+from transformers import MambaConfig
+
+from lit_mm.model import attention, loss
+from lit_mm.model.attention import NAME
+from lit_mm.model.llm import PACKED, load_config, packing_of
+from lit_mm.model.rows import IGNORED, IMAGE, Batch, Drawn, all_scales, pack
+from tests.conftest import tiny_llm, tiny_vlm, tiny_vlm64
+from tests.model.test_vlm import SCALES, batch_of, picture, samples, slow_loss
+
+LLMS = ["LlamaConfig", "Qwen2Config", "Qwen3Config"]
+SIZES = [(64, 64), (32, 128), (60, 50), (128, 32)]
+
+
+def packed(batch: Batch, packing="branch", drawn=None) -> Batch:
+    batch.drawn = drawn or all_scales(len(SCALES))
+    batch.rows = pack(batch.token_ids, batch.targets, batch.image_index, SCALES, batch.drawn, packing)
+    return batch
+
+
+def random_samples(seed: int, count: int = 5, sizes=SIZES):
+    """Text alone, one image or several, anywhere in short or long text, targets at random."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    made = []
+    for _ in range(count):
+        images = [picture(*rng.choice(sizes)) for _ in range(rng.choice([0, 1, 1, 2, 3]))]
+        ids = [rng.randrange(348) for _ in range(rng.randint(4, 60))]
+        for _ in images:
+            ids.insert(rng.choice([0, len(ids) // 2, len(ids) - 2]), IMAGE)
+        targets = [i if i != IMAGE and rng.random() < 0.3 and n else IGNORED for n, i in enumerate(ids)]
+        targets[-1] = ids[-1]
+        made.append((ids, targets, images))
+    return made
+
+
+def plain_vlm64(source="LlamaConfig", **sizes):
+    """In float64, with the attention of packed rows."""
+    vlm = tiny_vlm64(source=source, **sizes)
+    vlm.llm.set_attn_implementation(NAME)
+    return vlm
+
+
+def gradients(total, vlm):
+    found = torch.autograd.grad(total, list(vlm.parameters()), allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, vlm.parameters(), strict=True)]
+
+
+@pytest.mark.parametrize("packing", ["branch", "sequential"])
+@pytest.mark.parametrize("source", LLMS)
+@pytest.mark.parametrize("seed", range(3))
+def test_losses_and_gradients_equal_the_slow_way(source, packing, seed):
+    vlm, mixed = plain_vlm64(source), random_samples(seed)
+    losses = vlm(packed(batch_of(*mixed), packing))
+    expected = torch.stack([slow_loss(vlm, mixed, scale) for scale in SCALES])
+    assert torch.allclose(losses.per_scale, expected, rtol=1e-10)
+    assert torch.allclose(losses.total, expected.mean(), rtol=1e-10)
+    for fast, slow in zip(gradients(losses.total, vlm), gradients(expected.mean(), vlm), strict=True):
+        assert torch.allclose(fast, slow, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("packing", ["branch", "sequential"])
+@pytest.mark.parametrize("source", LLMS)
+def test_float32_agrees_to_rounding(source, packing):
+    vlm, mixed = tiny_vlm(source=source), random_samples(7)
+    vlm.llm.set_attn_implementation(NAME)
+    losses = vlm(packed(batch_of(*mixed), packing))
+    assert torch.allclose(losses.per_scale, vlm.loop(packed(batch_of(*mixed))).per_scale, rtol=1e-5)
+
+
+def test_every_way_of_a_group_is_tried():
+    """Long prefixes ask with a mask, short ones with the branch; both within one row."""
+    batch = packed(batch_of(*(sample for seed in range(3) for sample in random_samples(seed))))
+    groups = batch.rows[0].layout.groups
+    assert {group.mask is None for group in groups} == {True, False}
+    assert len(groups) > 3
+    assert max(group.count for group in groups) > 1
+
+
+def test_a_sample_moves_no_other_samples_loss_by_one_bit():
+    vlm, mixed = plain_vlm64(), random_samples(3, count=6)
+    before = vlm_losses(vlm, mixed)
+    for changed in range(len(mixed)):
+        other = [(list(ids), list(targets), list(images)) for ids, targets, images in mixed]
+        ids, _, images = other[changed]
+        ids[:] = [token if token == IMAGE else (token + 1) % 348 for token in ids]
+        images[:] = [255 - image for image in images]
+        after = vlm_losses(vlm, other)
+        for number, (a, b) in enumerate(zip(before, after, strict=True)):
+            assert torch.equal(a, b) == (number != changed)
+
+
+def vlm_losses(vlm, mixed):
+    """All losses of each sample, as one tensor a sample."""
+    batch, found = packed(batch_of(*mixed)), []
+    original, row = loss._cross_entropy, batch.rows[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "_cross_entropy", lambda *x: found.append(original(*x)) or found[-1])
+        with torch.no_grad():
+            vlm(batch)
+    return [torch.cat(found)[row.target_sample == number] for number in range(len(mixed))]
+
+
+def test_layout_of_one_sample_by_hand():
+    ids = [torch.tensor([5, 6, IMAGE, 7, 8]), torch.tensor([9, 10])]
+    targets = [torch.tensor([IGNORED, 6, IGNORED, IGNORED, 8]), torch.tensor([IGNORED, 10])]
+    [row] = pack(ids, targets, torch.tensor([1]), [4, 1], all_scales(2))
+    assert row.token_ids.tolist() == [5, 6, 0, 0, 0, 0, 7, 8, 0, 7, 8, 9, 10]
+    assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 2, 3, 4, 0, 1]
+    assert row.visual_index.tolist() == [2, 3, 4, 5, 8]
+    assert row.visual_source.tolist() == [5, 6, 7, 8, 9]  # image 1 of two with 4 + 1 tokens each
+    assert row.target_index.tolist() == [0, 6, 9, 11]
+    assert row.targets.tolist() == [6, 8, 8, 10]
+    assert row.target_scale.tolist() == [2, 0, 1, 2]  # a prefix and a text alone count at both
+    assert row.target_sample.tolist() == [0, 0, 0, 1]
+    assert row.weights == [0.5, 0.5, 1.0]
+
+
+def test_sequential_lays_text_alone_out_once():
+    batch = packed(batch_of(*samples()), "sequential")
+    assert [2 in row.target_sample for row in batch.rows] == [True, False, False]
+
+
+def test_a_row_is_as_long_as_m3s_scales_without_repetitions():
+    """766 visual tokens over five scales, P prefix and T text tokens: P + 766 + 5 T positions."""
+    ids, prefix, text = [torch.tensor([1] * 35 + [IMAGE] + [2] * 64)], 35, 64
+    [row] = pack(ids, ids, torch.tensor([0]), [576, 144, 36, 9, 1], all_scales(5))
+    assert len(row.token_ids) == prefix + 766 + 5 * text
+
+
+@pytest.mark.parametrize("per_step", [1, 2])
+def test_mean_gradient_over_all_draws_is_m3s(per_step):
+    vlm, batch = plain_vlm64(), batch_of(*samples())
+    whole = gradients(vlm(packed(batch)).total, vlm)
+    draws = list(combinations(range(3), per_step))
+    sums = [torch.zeros_like(p) for p in vlm.parameters()]
+    for draw in draws:
+        drawn = [Drawn(number, 1 / per_step) for number in draw]
+        for packing in ("branch", "sequential", "loop"):
+            found = gradients(vlm(packed(batch, packing, drawn)).total, vlm)
+            sums = [total + each / len(draws) / 3 for total, each in zip(sums, found, strict=True)]
+    for total, expected in zip(sums, whole, strict=True):
+        assert torch.allclose(total, expected, rtol=1e-9, atol=1e-12)
+
+
+def slow_varlen(query, key, value, ends_q, ends_k, longest_q, longest_k, *, window_size, scale):
+    """What torch documents of varlen_attn: each sequence alone, causal from its last key back."""
+    assert window_size == (-1, 0)
+    pieces = []
+    for q0, q1, k0, k1 in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
+        q, k, v = query[q0:q1].transpose(0, 1), key[k0:k1].transpose(0, 1), value[k0:k1].transpose(0, 1)
+        scores = q @ k.transpose(1, 2) * scale
+        seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
+        pieces.append((scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(0, 1))
+        assert len(pieces[-1]) <= longest_q
+        assert k1 - k0 <= longest_k
+    return torch.cat(pieces)
+
+
+def test_varlen_hands_the_kernel_the_right_sequences(monkeypatch):
+    monkeypatch.setattr(varlen, "varlen_attn", slow_varlen)
+    vlm, mixed = plain_vlm64(), random_samples(0)
+    fast, slow = vlm(packed(batch_of(*mixed), "varlen")), vlm(packed(batch_of(*mixed)))
+    assert torch.allclose(fast.total, slow.total, rtol=1e-12)
+    for a, b in zip(gradients(fast.total, vlm), gradients(slow.total, vlm), strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_computes_the_same_losses():
+    """Forward only: on a CPU flex_attention has no backward."""
+    vlm, mixed = plain_vlm64(), random_samples(0)
+    with torch.no_grad():
+        fast, slow = vlm(packed(batch_of(*mixed), "flex")), vlm(packed(batch_of(*mixed)))
+    assert torch.allclose(fast.per_scale, slow.per_scale, rtol=1e-10)
+
+
+CLASSES = {
+    "cohere": "CohereConfig",
+    "cohere2": "Cohere2Config",
+    "gemma": "GemmaConfig",
+    "gemma2": "Gemma2Config",
+    "gemma3_text": "Gemma3TextConfig",
+    "granite": "GraniteConfig",
+    "llama": "LlamaConfig",
+    "mistral": "MistralConfig",
+    "olmo": "OlmoConfig",
+    "olmo2": "Olmo2Config",
+    "phi3": "Phi3Config",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
+    "smollm3": "SmolLM3Config",
+    "starcoder2": "Starcoder2Config",
+}
+EXTRA = {
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 8},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 8},
+    "cohere2": {"sliding_window": 8},
+    "mistral": {"sliding_window": None},
+    "phi3": {"pad_token_id": 0, "original_max_position_embeddings": 4096},
+}
+WINDOWED = {
+    "MistralConfig": {"sliding_window": 8},
+    "Phi3Config": {"sliding_window": 8, "pad_token_id": 0},
+    "Starcoder2Config": {"sliding_window": 8},
+    "Qwen2Config": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "Qwen3Config": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+}
+
+
+def by_its_own_packing(source, tokenizer, **sizes):
+    packing = packing_of(load_config(tiny_llm(source, **sizes), tokenizer), "auto")
+    vlm = tiny_vlm(source=source, **sizes)
+    if packing == "branch":
+        vlm.llm.set_attn_implementation(NAME)
+    return vlm, packing
+
+
+def test_every_kind_of_llm_is_listed():
+    assert set(CLASSES) == PACKED
+
+
+@pytest.mark.parametrize("kind", sorted(PACKED))
+def test_every_listed_llm_is_exact(kind, tokenizer):
+    vlm, packing = by_its_own_packing(CLASSES[kind], tokenizer, **EXTRA.get(kind, {}))
+    assert packing == ("repeat" if kind in ("gemma2", "gemma3_text", "cohere2") else "branch")
+    losses = vlm(packed(batch_of(*samples()), packing))
+    expected = torch.stack([slow_loss(vlm, samples(), scale) for scale in SCALES])
+    assert torch.allclose(losses.per_scale, expected, rtol=2e-5)
+    vlm.check(packing)
+
+
+@pytest.mark.parametrize("source", sorted(WINDOWED))
+def test_windows_are_kept(source, tokenizer):
+    vlm, packing = by_its_own_packing(source, tokenizer, **WINDOWED[source])
+    mixed = random_samples(0)
+    losses, expected = vlm(packed(batch_of(*mixed), packing)), torch.stack([slow_loss(vlm, mixed, s) for s in SCALES])
+    assert packing == "repeat"
+    assert torch.allclose(losses.per_scale, expected, rtol=2e-5)
+    vlm.check(packing)
+
+
+def test_recurrent_models_run_scale_after_scale():
+    assert packing_of(MambaConfig(), "branch") == "loop"
+    assert pack([torch.tensor([1, 2])], [torch.tensor([1, 2])], torch.tensor([]), SCALES, all_scales(3), "loop") == []
+
+
+def test_a_window_is_refused_where_it_would_be_lost():
+    vlm = tiny_vlm(source="MistralConfig", sliding_window=8)
+    vlm.llm.set_attn_implementation(NAME)
+    with pytest.raises(ValueError, match=r"do not know \['sliding_window'\] of MistralAttention"):
+        vlm(packed(batch_of(*samples())))
+
+
+def test_the_start_up_check_finds_an_attention_that_leaks(monkeypatch):
+    vlm = plain_vlm64()
+    vlm.check("branch")
+    real = attention._of_group
+    monkeypatch.setattr(attention, "_of_group", lambda group, q, k, v, *rest: real(group, q, k.roll(1, 0), v, *rest))
+    with pytest.raises(RuntimeError, match=r"set model\.attention to sequential"):
+        vlm.check("branch")
+
+
+def test_layer_checkpointing_keeps_every_gradient():
+    vlm, mixed = plain_vlm64(), random_samples(1)
+    plain = gradients(vlm(packed(batch_of(*mixed))).total, vlm)
+    vlm.llm.gradient_checkpointing_enable({"use_reentrant": False})
+    vlm.train()
+    again = gradients(vlm(packed(batch_of(*mixed))).total, vlm)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_bf16_stays_near_float32():
+    vlm, mixed = tiny_vlm(), random_samples(1)
+    vlm.llm.set_attn_implementation(NAME)
+    exact = vlm(packed(batch_of(*mixed))).total
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = vlm(packed(batch_of(*mixed))).total
+    assert rough.dtype == torch.float32
+    assert torch.allclose(rough, exact, rtol=2e-2)
+    rough.backward()
+
+
+def test_compiled_layers_compute_the_same():
+    """Without graph breaks (aot_eager: what inductor gets)."""
+    vlm = plain_vlm64()
+    expected = [gradients(vlm(packed(batch_of(*random_samples(seed)))).total, vlm) for seed in range(2)]
+    for layer in vlm.llm.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True, dynamic=True)
+    for seed in range(2):
+        found = gradients(vlm(packed(batch_of(*random_samples(seed)))).total, vlm)
+        for a, b in zip(found, expected[seed], strict=True):
+            assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
