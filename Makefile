@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint types format clean
+.PHONY: help install demo bench test test-fast lint types format clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: install ## Train on easy-VQA on two CPU cores and judge at 16, 4 and 1 visual tokens
 	$(RUN) -m lit_mm fit --config experiments/quickstart.yaml
 	$(RUN) -m lit_mm test --config experiments/quickstart.yaml --ckpt_path last
+
+bench: install ## Time the nested training step and the encoder against their rivals (about 15 min)
+	$(RUN) experiments/benchmarks/nested_step.py
+	$(RUN) experiments/benchmarks/encoder.py
 
 test: install ## All tests
 	$(RUN) -m pytest

@@ -252,57 +252,52 @@ def _flex_layout(segments: Sequence[Segment]) -> FlexLayout:
 
 
 def _varlen_layout(segments: Sequence[Segment]) -> VarlenLayout:
-    queries = [length for *_, length in segments]
-    keys = [size + length for _, size, _, length in segments]
-    slots = np.concatenate([_positions(segment) for segment in segments])
-    ends = [torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)) for lengths in (queries, keys)]
-    return VarlenLayout(ends[0], ends[1], (max(queries), max(keys)), *_homes(slots, np.ones(len(slots), bool)))
+    keys = [_positions(segment) for segment in segments]
+    lengths = [length for *_, length in segments], [len(positions) for positions in keys]
+    ends = [torch.from_numpy(np.cumsum([0, *each], dtype=np.int32)) for each in lengths]
+    longest = max(lengths[0]), max(lengths[1])
+    return VarlenLayout(ends[0], ends[1], longest, *_homes([(positions, len(positions)) for positions in keys]))
 
 
 def _branch_layout(segments: Sequence[Segment]) -> BranchLayout:
-    """Give a prefix's queries to its first branch where that attends from the prefix on, anyway."""
-    alone = {start: number for number, (_, size, start, _) in enumerate(segments) if not size}
-    masked = [size > length for _, size, _, length in segments]
-    for (begin, size, _, _), hidden in zip(segments, masked, strict=True):
-        if size and not hidden:
-            alone.pop(begin, None)
-    kept = [number for number, (_, size, start, _) in enumerate(segments) if size or alone.get(start) == number]
-    groups, queries, keys, mine, real = [], [], [], [], []
-    for members, hidden in _grouped([segments[n] for n in kept], [masked[n] for n in kept]):
-        lengths = [length for *_, length in members]
-        sizes = [size + length for _, size, _, length in members]
-        longest = max(sizes)
-        keys += [_filled(_positions(segment), longest) for segment in members]
-        real += [np.arange(longest) < size for size in sizes]
-        if hidden:
-            widest = max(lengths)
-            queries += [_filled(_positions(segment)[segment[1] :], widest) for segment in members]
-            mine += [np.arange(widest) < length for length in lengths]
-            seen = (
-                np.arange(longest)
-                <= np.arange(widest)[None, :, None] + np.array([s[1] for s in members])[:, None, None]
-            )
-            groups.append(Group(len(members), widest, longest, torch.from_numpy(seen[:, None])))
+    groups, queries, keys = [], [], []
+    for members in _grouped(_without_answered(segments)):
+        positions = [_positions(segment) for segment in members]
+        hidden = _asks_with_mask(members[0])
+        first = [segment[1] if hidden else 0 for segment in members]
+        longest = max(len(own) for own in positions)
+        widest = max(len(own) - skip for own, skip in zip(positions, first, strict=True))
+        keys += [(own, longest) for own in positions]
+        queries += [(own[skip:], widest) for own, skip in zip(positions, first, strict=True)]
+        seen = np.arange(longest) <= np.arange(widest)[None, :, None] + np.array(first)[:, None, None]
+        groups.append(Group(len(members), widest, longest, torch.from_numpy(seen[:, None]) if hidden else None))
+    query_slots, query_home, *_ = _homes(queries)
+    return BranchLayout(groups, query_slots, query_home, *_homes(keys))
+
+
+def _asks_with_mask(segment: Segment) -> bool:
+    """Plain causal attention over prefix and branch costs (P + B)² / 2, the branch's queries alone,
+    with a mask that a kernel can not skip, B (P + B): less where the prefix is the longer part."""
+    _, size, _, length = segment
+    return size > length
+
+
+def _without_answered(segments: Sequence[Segment]) -> list[Segment]:
+    """Leave out the prefixes whose queries a branch's plain causal attention answers anyway."""
+    answered = {segment[0] for segment in segments if segment[1] and not _asks_with_mask(segment)}
+    return [segment for segment in segments if segment[1] or segment[2] not in answered]
+
+
+def _grouped(segments: list[Segment], apart: float = 0.85) -> list[list[Segment]]:
+    """Segments of one kind of which the shortest has at least `apart` of the longest's positions."""
+    groups: list[list[Segment]] = []
+    for segment in sorted(segments, key=lambda s: (_asks_with_mask(s), s[1] + s[3]), reverse=True):
+        longest = groups[-1][0] if groups else None
+        alike = longest is not None and _asks_with_mask(longest) == _asks_with_mask(segment)
+        if longest is not None and alike and segment[1] + segment[3] >= apart * (longest[1] + longest[3]):
+            groups[-1].append(segment)
         else:
-            queries += keys[-len(members) :]
-            mine += real[-len(members) :]
-            groups.append(Group(len(members), longest, longest, None))
-    query_slots, query_home, *_ = _homes(np.concatenate(queries), np.concatenate(mine))
-    return BranchLayout(groups, query_slots, query_home, *_homes(np.concatenate(keys), np.concatenate(real)))
-
-
-def _grouped(segments: list[Segment], masked: list[bool], apart: float = 0.85) -> list[tuple[list[Segment], bool]]:
-    """Segments of which the shortest has `apart` of the longest's keys and queries stand together."""
-    groups: list[tuple[list[Segment], bool]] = []
-    order = sorted(zip(masked, segments, strict=True), key=lambda x: (x[0], x[1][1] + x[1][3]), reverse=True)
-    for hidden, segment in order:
-        size = segment[1] + segment[3]
-        if groups and groups[-1][1] == hidden:
-            first = groups[-1][0][0]
-            if size >= apart * (first[1] + first[3]):
-                groups[-1][0].append(segment)
-                continue
-        groups.append(([segment], hidden))
+            groups.append([segment])
     return groups
 
 
@@ -312,16 +307,14 @@ def _positions(segment: Segment) -> np.ndarray:
     return np.concatenate([np.arange(begin, begin + size), np.arange(start, start + length)])
 
 
-def _filled(positions: np.ndarray, length: int) -> np.ndarray:
-    return np.pad(positions, (0, length - len(positions)))
-
-
-def _homes(slots: np.ndarray, real: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Slots, the first real slot of every position, and the further ones with their positions."""
-    places = np.flatnonzero(real)
-    _, first = np.unique(slots[places], return_index=True)
-    home = places[first]
-    again = np.setdiff1d(places, home, assume_unique=True)
+def _homes(pieces: Sequence[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Positions, each piece filled up to a width -> slots, the first slot that really holds each
+    position, and the further ones with their positions."""
+    slots = np.concatenate([np.pad(own, (0, width - len(own))) for own, width in pieces])
+    real = np.flatnonzero(np.concatenate([np.arange(width) < len(own) for own, width in pieces]))
+    _, first = np.unique(slots[real], return_index=True)
+    home = real[first]
+    again = np.setdiff1d(real, home, assume_unique=True)
     return tuple(torch.from_numpy(x) for x in (slots, home, again, slots[again]))  # type: ignore[return-value]
 
 

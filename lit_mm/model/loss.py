@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-CHUNK = 2**25
-"""Most logits that exist at once (times 4 bytes: 128 MiB in float32)."""
+CHUNK = {"cpu": 2**23, "cuda": 2**27}
+"""Most logits that exist at once in training, by device: 32 MiB in float32 on a CPU."""
 
 
 def token_losses(llm: PreTrainedModel, embeddings: Tensor, targets: Tensor, ignored: int) -> Tensor:
@@ -61,64 +62,99 @@ def weighted_loss(llm: PreTrainedModel, hidden: Tensor, targets: Tensor, weights
     Returns:
         The sum, and all losses [S] without a gradient; float32 at least.
     """
-    logits_of, vocabulary = logits_function(llm), cast(nn.Linear, llm.get_output_embeddings()).weight.shape[0]
+    head, behind = cast(nn.Linear, llm.get_output_embeddings()), Behind.of(llm.config)
+    chunk = max(1, CHUNK.get(hidden.device.type, CHUNK["cuda"]) // head.weight.shape[0])
     weights = weights.to(torch.promote_types(hidden.dtype, torch.float32))
-    chunk = max(1, CHUNK // vocabulary)
-    if len(targets) > chunk and torch.is_grad_enabled():
-        parameters = [p for p in cast(nn.Module, llm.get_output_embeddings()).parameters() if p.requires_grad]
-        return _ChunkedLoss.apply(hidden, targets, weights, logits_of, chunk, *parameters)
+    if torch.is_grad_enabled() and type(head) is nn.Linear:
+        return cast(
+            tuple[Tensor, Tensor], _HeadLoss.apply(hidden, head.weight, head.bias, targets, weights, behind, chunk)
+        )
     pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    losses = torch.cat([_cross_entropy(logits_of(states), ids) for states, ids in pieces])
+    losses = torch.cat([_cross_entropy(behind(head(states)), ids) for states, ids in pieces])
     return (losses * weights).sum(), losses.detach()
 
 
-def logits_function(llm: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """Hidden states -> logits, with what transformers' models do behind their head."""
-    head, config = cast(nn.Module, llm.get_output_embeddings()), llm.config
-    factor = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+@dataclass
+class Behind:
+    """What transformers' models do to the logits behind their head.
 
-    def logits(hidden: Tensor) -> Tensor:
-        values = head(hidden) * factor / divisor if factor != divisor else head(hidden)
-        return torch.tanh(values / cap) * cap if cap else values
+    Args:
+        factor: Cohere multiplies them, Granite divides.
+        cap: Gemma 2 keeps them within ± cap, smoothly.
+    """
 
-    return logits
+    factor: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> Behind:
+        """As the LLM's config says."""
+        factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        return cls(factor, getattr(config, "final_logit_softcapping", None))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Raw logits -> logits."""
+        logits = logits * self.factor if self.factor != 1.0 else logits
+        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+
+    def backward(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """Gradient of the logits -> of the raw logits, in place."""
+        if self.cap:
+            gradient *= 1 - (logits / self.cap).square()
+        return gradient.mul_(self.factor) if self.factor != 1.0 else gradient
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    """Each chunk's gradient is made in the forward pass, so that its logits never wait for a backward."""
+class _HeadLoss(torch.autograd.Function):
+    """Output head and cross-entropy. Each chunk's gradient is made in the forward pass, so that its
+    logits never wait for a backward."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
         targets: Tensor,
         weights: Tensor,
-        logits_of: Callable[[Tensor], Tensor],
+        behind: Behind,
         chunk: int,
-        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        of_weight = torch.zeros_like(weight, dtype=weights.dtype) if ctx.needs_input_grad[1] else None
+        of_bias = torch.zeros_like(bias, dtype=weights.dtype) if bias is not None and ctx.needs_input_grad[2] else None
         losses, of_hidden = [], []
-        sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
-        for states, ids, share in zip(hidden.split(chunk), targets.split(chunk), weights.split(chunk), strict=True):
-            with torch.enable_grad():
-                leaf = states.detach().requires_grad_()
-                loss = _cross_entropy(logits_of(leaf), ids)
-                gradient, *others = torch.autograd.grad(loss, [leaf, *parameters], share.to(loss.dtype))
-            losses.append(loss.detach())
-            of_hidden.append(gradient)
-            torch._foreach_add_(sums, others)
+        pieces = (x.split(chunk) for x in (hidden, targets, weights))
+        for states, ids, share in zip(*pieces, strict=True):
+            raw = F.linear(states, weight, bias)
+            logits = behind(raw).to(weights.dtype)
+            logarithms = logits.log_softmax(-1)
+            losses.append(-logarithms.gather(1, ids[:, None])[:, 0])
+            gradient = logarithms.exp_().scatter_add_(1, ids[:, None], -torch.ones_like(share)[:, None])
+            gradient = behind.backward(gradient, logits).to(raw.dtype)
+            # the weights go to the narrow side: hidden states instead of logits
+            of_hidden.append((gradient @ weight.to(raw.dtype)) * share[:, None].to(raw.dtype))
+            if of_weight is not None:
+                _add_product(of_weight, gradient.T, states * share[:, None].to(states.dtype))
+            if of_bias is not None:
+                of_bias += share @ gradient.to(share.dtype)
+        made = torch.cat(of_hidden).to(hidden.dtype), of_weight, of_bias
+        ctx.save_for_backward(*(x if x is None else x.to(hidden.dtype if x is made[0] else weight.dtype) for x in made))
         all_losses = torch.cat(losses)
-        ctx.save_for_backward(torch.cat(of_hidden), *(s.to(p.dtype) for s, p in zip(sums, parameters, strict=True)))
         ctx.mark_non_differentiable(all_losses)
         return (all_losses * weights).sum(), all_losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        of_hidden, *of_parameters = (saved * gradients[0].to(saved.dtype) for saved in ctx.saved_tensors)
-        return of_hidden, None, None, None, None, *of_parameters
+        made = (x if x is None else x * gradients[0].to(x.dtype) for x in ctx.saved_tensors)
+        return *made, None, None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, without a matrix in between where the types agree."""
+    if total.dtype == left.dtype == right.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right.to(left.dtype)
