@@ -92,9 +92,9 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backbone", default="convnext_tiny")
     parser.add_argument("--width", type=int, default=1536, help="of stage 5")
     parser.add_argument("--depth", type=int, default=3, help="of stage 5")
-    parser.add_argument("--pixels", type=int, default=512)
+    parser.add_argument("--pixels", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     return parser.parse_args(words)
 

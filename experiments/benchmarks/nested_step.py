@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -224,15 +223,17 @@ def print_peak(arguments: argparse.Namespace, case: tuple[int, list[int]]) -> No
         before = torch.cuda.memory_allocated()
         step()
         print(torch.cuda.max_memory_allocated() - before)
-    else:
-        before = resident()
-        step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+        return
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far counts no longer (Linux)
+    before = resident("VmHWM")
+    step()
+    print(resident("VmHWM") - before)
 
 
-def resident() -> int:
-    """Bytes of memory of this process now (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def resident(field: str) -> int:
+    """Bytes of a field of this process's status, such as VmHWM, the most memory held so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def ways_of(arguments: argparse.Namespace) -> list[str]:
