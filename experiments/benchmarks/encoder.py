@@ -6,7 +6,7 @@
 timm has four stages only, so its time is multiplied by the operations of five stages over those of
 four (counted by torch on the meta device): what timm would take if stage 5 ran at the speed of the
 others. Both memory formats are given. `ours / other` below 1 means that this package is faster.
-Times are medians of alternating repetitions after one warm-up.
+Times are medians of repetitions in alternating order after one warm-up.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import timm
 import torch
-from nested_step import hardware
+from nested_step import hardware, shuffled
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -73,7 +73,7 @@ def measure(found: dict[str, Step], pixels: Tensor, repetitions: int, backward: 
     """Median seconds of each, in alternation."""
     times: dict[str, list[float]] = {name: [] for name in found}
     for repetition in range(repetitions + 1):
-        for name, step in found.items():
+        for name, step in shuffled(found, repetition):
             start = time.perf_counter()
             with torch.set_grad_enabled(backward):
                 output = step(pixels)

@@ -12,7 +12,7 @@ Ways, each a forward and backward pass (no optimizer):
 - packed-…: one packed row, by each attention mechanism; packed-sequential: a row a scale.
 
 Parts: `llm` (embeddings of images given) and `model` (images to loss). Times are medians of
-alternating repetitions, after one warm-up; peak memory is taken in a process of its own for each way.
+repetitions in alternating order, after one warm-up; peak memory is taken in a process of its own for each way.
 `limit` is the arithmetic bound of a packed step: its floating point operations over those of single,
 counted from shapes (linear layers, attention's causal pairs, the head at targets, the encoder once);
 for `authors` and `reference` it is that of a packed step too, as no way needs more than that.
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -197,7 +198,7 @@ def measure(steps: dict[str, Callable[[], None]], repetitions: int, device: str)
     """Median seconds of each step, in alternation."""
     times: dict[str, list[float]] = {way: [] for way in steps}
     for repetition in range(repetitions + 1):
-        for way, step in steps.items():
+        for way, step in shuffled(steps, repetition):
             start = time.perf_counter()
             step()
             if device == "cuda":
@@ -205,6 +206,11 @@ def measure(steps: dict[str, Callable[[], None]], repetitions: int, device: str)
             if repetition:
                 times[way].append(time.perf_counter() - start)
     return {way: statistics.median(values) for way, values in times.items()}
+
+
+def shuffled(steps: dict[str, Any], seed: int) -> list[tuple[str, Any]]:
+    """In another order each time: whoever comes first finds other memory than whoever follows."""
+    return random.Random(seed).sample(list(steps.items()), len(steps))
 
 
 def peak_bytes(arguments: argparse.Namespace, way: str, part: str, case: tuple[int, list[int]]) -> int | None:
