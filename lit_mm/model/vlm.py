@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
@@ -16,20 +15,7 @@ from lit_mm.model.attention import FlexLayout
 from lit_mm.model.encoder import Encoder
 from lit_mm.model.loss import token_losses, weighted_loss
 from lit_mm.model.projector import MatryoshkaProjector
-from lit_mm.model.rows import (
-    IGNORED,
-    IMAGE,
-    Batch,
-    Drawn,
-    Images,
-    Packing,
-    Question,
-    Rows,
-    behind_an_image,
-    expand,
-    pack,
-    stack,
-)
+from lit_mm.model.rows import IGNORED, IMAGE, Batch, Images, Question, Rows, behind_an_image, expand, stack
 
 
 @dataclass
@@ -85,46 +71,22 @@ class MatryoshkaVLM(nn.Module):
             batch: Samples, packed or not.
             count: What the total is divided by; null: the batch's own number of targets.
         """
-        nested = self.encode(batch.images)
-        own = max(1, batch.supervised)
-        again = len(batch.rows) > 1
-        sums = [self._packed(rows, nested, again) for rows in batch.rows] or [self._loop(batch, nested)]
-        total = sum_of(s.total for s in sums) / (own if count is None else count)
-        return Losses(total, sum_of(s.per_scale for s in sums) / own)
+        sums, own = self.sums(batch, self.encode(batch.images)), max(1, batch.supervised)
+        return Losses(sums.total / (own if count is None else count), sums.per_scale / own)
 
     def loop(self, batch: Batch) -> Losses:
         """What `forward` computes, in the obvious way: the LLM runs once per scale, on padded samples.
 
         The reference for packed rows, and the way of models that cannot be packed.
         """
-        sums, own = self._loop(batch, self.encode(batch.images)), max(1, batch.supervised)
-        return Losses(sums.total / own, sums.per_scale / own)
+        return self(replace(batch, rows=[]))
 
-    @torch.no_grad()
-    def check(self, packing: Packing) -> None:
-        """Compare packed with looped losses on a tiny batch of random tokens.
-
-        Raises:
-            RuntimeError: They differ by more than rounding explains.
-        """
-        embedding, training = cast(nn.Embedding, self.llm.get_input_embeddings()), self.training
-        batch, nested = tiny_batch(embedding.weight, self.scales, packing, self._window())
-        self.eval()
-        sums = [self._packed(rows, nested, again=False) for rows in batch.rows]
-        packed, looped = (
-            sum_of(s.total for s in sums) / batch.supervised,
-            self._loop(batch, nested).total / batch.supervised,
-        )
-        self.train(training)
-        allowed = 1e-4 if embedding.weight.dtype in (torch.float32, torch.float64) else 1e-2
-        if not abs(packed - looped) <= allowed * looped:
-            raise RuntimeError(
-                f"{self.llm.config.model_type} with attention {packing}: a packed row's loss is {packed:.6f} where one "
-                f"scale after another gives {looped:.6f}; set model.attention to sequential"
-            )
-
-    def _window(self) -> int:
-        return getattr(self.llm.config.get_text_config(decoder=True), "sliding_window", None) or 0
+    def sums(self, batch: Batch, nested: list[Tensor]) -> Losses:
+        """Sums of the batch's losses instead of means, given the images' nested tokens."""
+        if not batch.rows:
+            return self._loop(batch, nested)
+        parts = [self._packed(rows, nested, again=len(batch.rows) > 1) for rows in batch.rows]
+        return Losses(sum_of(part.total for part in parts), sum_of(part.per_scale for part in parts))
 
     def _packed(self, rows: Rows, nested: list[Tensor], again: bool) -> Losses:
         """Sums over one row's targets; `again` computes the LLM's activations anew in the backward
@@ -245,22 +207,6 @@ class MatryoshkaVLM(nn.Module):
         if not (ends := sorted({*end_ids, *own})):
             raise ValueError("neither the caller nor the LLM's generation config names a token that ends an answer")
         return ends
-
-
-def tiny_batch(like: Tensor, scales: Sequence[int], packing: Packing, window: int) -> tuple[Batch, list[Tensor]]:
-    """Random samples, one longer than the LLM's window (up to 256), at the two coarsest scales, with
-    their nested tokens: an image first, one between text, text alone."""
-    generator = torch.Generator().manual_seed(0)
-    words = torch.randint(len(like), (min(window, 256) + 12,), generator=generator)
-    image, few = torch.tensor([IMAGE]), words[:6]
-    ids = [torch.cat([image, words]), torch.cat([few, image, few.flip(0)]), few]
-    targets = [torch.cat([torch.full((len(own) - 4,), IGNORED), own[-4:]]) for own in ids]
-    count = min(2, len(scales))
-    drawn = [Drawn(len(scales) - number, 1 / count) for number in range(count, 0, -1)]
-    index = torch.tensor([0, 1])
-    batch = Batch(Images([], index), ids, targets, index, drawn, pack(ids, targets, index, scales, drawn, packing))
-    noise = [torch.randn(2, scale, like.shape[1], generator=generator) for scale in scales]
-    return apply_to_collection(batch, Tensor, Tensor.to, like.device), [(like.std().cpu() * x).to(like) for x in noise]
 
 
 def sum_of(values: Iterable[Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ from lit_mm.model.llm import LLM, load_config, load_llm, load_tokenizer, packing
 from lit_mm.model.projector import MatryoshkaProjector, Sampling, checked_scales
 from lit_mm.model.rows import Attention, Batch
 from lit_mm.model.vlm import Losses, MatryoshkaVLM
+from lit_mm.training.check import check_packing
 from lit_mm.training.parts import Parts, parameter_groups
 from lit_mm.training.schedule import WarmupCosine
 
@@ -117,7 +118,7 @@ class LitMatryoshka(LightningModule):
     def on_fit_start(self) -> None:
         """Say how samples are packed, and make sure that this LLM computes the same that way."""
         rank_zero_info(f"attention: {self.packing} ({type(self.vlm.llm).__name__})")
-        self.vlm.check(self.packing)
+        check_packing(self.vlm, self.packing)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean over scales of the next-token loss (M3, equation 1), over the targets of all ranks.

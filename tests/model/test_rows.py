@@ -12,6 +12,7 @@ from lit_mm.model import attention, loss
 from lit_mm.model.attention import NAME
 from lit_mm.model.llm import PACKED, load_config, packing_of
 from lit_mm.model.rows import IGNORED, IMAGE, Batch, Drawn, all_scales, pack
+from lit_mm.training.check import check_packing
 from tests.conftest import tiny_llm, tiny_vlm, tiny_vlm64
 from tests.model.test_vlm import SCALES, batch_of, picture, samples, slow_loss
 
@@ -235,7 +236,7 @@ def test_every_listed_llm_is_exact(kind, tokenizer):
     losses = vlm(packed(batch_of(*samples()), packing))
     expected = torch.stack([slow_loss(vlm, samples(), scale) for scale in SCALES])
     assert torch.allclose(losses.per_scale, expected, rtol=2e-5)
-    vlm.check(packing)
+    check_packing(vlm, packing)
 
 
 @pytest.mark.parametrize("source", sorted(WINDOWED))
@@ -245,7 +246,7 @@ def test_windows_are_kept(source, tokenizer):
     losses, expected = vlm(packed(batch_of(*mixed), packing)), torch.stack([slow_loss(vlm, mixed, s) for s in SCALES])
     assert packing == "repeat"
     assert torch.allclose(losses.per_scale, expected, rtol=2e-5)
-    vlm.check(packing)
+    check_packing(vlm, packing)
 
 
 def test_recurrent_models_run_scale_after_scale():
@@ -262,11 +263,11 @@ def test_a_window_is_refused_where_it_would_be_lost():
 
 def test_the_start_up_check_finds_an_attention_that_leaks(monkeypatch):
     vlm = plain_vlm64()
-    vlm.check("branch")
+    check_packing(vlm, "branch")
     real = attention._of_group
     monkeypatch.setattr(attention, "_of_group", lambda group, q, k, v, *rest: real(group, q, k.roll(1, 0), v, *rest))
     with pytest.raises(RuntimeError, match=r"set model\.attention to sequential"):
-        vlm.check("branch")
+        check_packing(vlm, "branch")
 
 
 def test_layer_checkpointing_keeps_every_gradient():
