@@ -52,11 +52,12 @@ def test_groups_carry_the_parts_rates_and_spare_norms_from_decay():
     vlm = tiny_vlm()
     groups = {group["name"]: group for group in parameter_groups(vlm, Parts(Part(1.0), Part(2.0), Part(3.0)))}
     assert {name: group["lr"] for name, group in groups.items()} == {
-        "encoder": 1.0,
+        "encoder_other": 1.0,  # this backbone's matrices are 1×1 convolutions
         "encoder_no_decay": 1.0,
         "projector": 2.0,
         "projector_no_decay": 2.0,
         "llm": 3.0,
+        "llm_other": 3.0,
         "llm_no_decay": 3.0,
     }
     names = {id(parameter): name for name, parameter in vlm.named_parameters()}
