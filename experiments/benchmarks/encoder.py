@@ -5,8 +5,8 @@
 
 timm has four stages only, so its time is multiplied by the operations of five stages over those of
 four (counted by torch on the meta device): what timm would take if stage 5 ran at the speed of the
-others. Both memory formats are given. `ours / other` below 1 means that this package is faster.
-Times are medians of repetitions in alternating order after one warm-up.
+others. timm is timed in both memory formats, Hugging Face's in its own. `ours / other` below 1 means
+that this package is faster. Times are medians of repetitions in alternating order after one warm-up.
 """
 
 from __future__ import annotations

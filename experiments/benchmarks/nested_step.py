@@ -5,7 +5,8 @@
 
 Ways, each a forward and backward pass (no optimizer):
 
-- single: the finest scale alone, losses only where there is a target. All ratios are to it.
+- single: the finest scale alone on padded samples, plainly (no packing, no chunks), logits only where
+  there is a target. All ratios are to it.
 - authors: as in M3's public code: for every scale anew the encoder, the projector, the embedding and
   the LLM on padded samples, float32 logits of every position, all graphs alive until one backward.
 - reference: this package's plain loop: encoder once, the LLM once per scale, padded, target logits only.
@@ -43,13 +44,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_mm.data.batching import group_by_size
-from lit_mm.model.attention import NAME
+from lit_mm.model.attention import NAME, FlexLayout
 from lit_mm.model.encoder import ConvNeXtEncoder, ExtraStage
 from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.rows import IGNORED, IMAGE, Batch, Drawn, all_scales, expand, pack, stack
 from lit_mm.model.vlm import MatryoshkaVLM
 
 SCALES = [576, 144, 36, 9, 1]
+WAYS = ["single", "authors", "reference", *(f"packed-{name}" for name in ("branch", "flex", "varlen", "sequential"))]
 
 
 @dataclass
@@ -143,7 +145,7 @@ def make_step(vlm: MatryoshkaVLM, way: str, part: str, case: tuple[int, list[int
     prefix, texts = case
     drawn = [Drawn(0, 1.0)] if way == "single" else all_scales(len(SCALES))
     packing = way.removeprefix("packed-") if way.startswith("packed-") else "branch"
-    packing = "loop" if way in ("reference", "authors") else packing
+    packing = "loop" if way in ("single", "reference", "authors") else packing
     batch = batch_of(prefix, texts, packing, drawn, device)
     like = vlm.llm.get_input_embeddings().weight
     given = [torch.randn(len(texts), s, like.shape[1], dtype=like.dtype, device=device) * 0.02 for s in SCALES]
@@ -156,6 +158,9 @@ def make_step(vlm: MatryoshkaVLM, way: str, part: str, case: tuple[int, list[int
             loss = authors_loss(vlm, batch, nested)
         else:
             with_given(vlm, nested)
+            for rows in batch.rows:
+                if isinstance(rows.layout, FlexLayout):
+                    rows.layout.mask = None  # a new batch has to make its own
             loss = vlm(batch).total
         loss.backward()
         for parameter in vlm.parameters():
@@ -213,19 +218,19 @@ def shuffled(steps: dict[str, Any], seed: int) -> list[tuple[str, Any]]:
     return random.Random(seed).sample(list(steps.items()), len(steps))
 
 
-def peak_bytes(arguments: argparse.Namespace, way: str, part: str, case: tuple[int, list[int]]) -> int | None:
+def peak_bytes(arguments: argparse.Namespace, way: str, part: str, case: tuple[int, list[int]]) -> int:
     """What a step takes beside the weights, measured in a process of its own."""
     case_words = ["--prefix", str(case[0]), "--texts", ",".join(map(str, case[1]))]
     command = [sys.executable, __file__, "--peak", way, "--parts", part, *case_words]
     command += ["--device", arguments.device, "--size", arguments.size, "--dtype", arguments.dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return int(done.stdout.split()[-1]) if done.returncode == 0 else None
+    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
 
 
 def print_peak(arguments: argparse.Namespace, case: tuple[int, list[int]]) -> None:
     vlm = build(SIZES[arguments.size], arguments.device, getattr(torch, arguments.dtype))
     step = make_step(vlm, arguments.peak, arguments.parts[0], case, arguments.device)
     if arguments.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         print(torch.cuda.max_memory_allocated() - before)
@@ -246,7 +251,8 @@ def ways_of(arguments: argparse.Namespace) -> list[str]:
     gpu = ["packed-flex", "packed-varlen"] if arguments.device == "cuda" else []
     if arguments.dtype == "float32" and gpu:
         gpu.pop()
-    return arguments.ways or ["single", "authors", "reference", "packed-branch", *gpu, "packed-sequential"]
+    chosen = arguments.ways or ["authors", "reference", "packed-branch", *gpu, "packed-sequential"]
+    return ["single", *(way for way in chosen if way != "single")]
 
 
 def rows_of(arguments: argparse.Namespace, part: str, case: tuple[int, list[int]]) -> list[Row]:
@@ -298,7 +304,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", default="small", choices=list(SIZES))
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--parts", nargs="+", default=["llm", "model"], choices=["llm", "model"])
-    parser.add_argument("--ways", nargs="+", help="default: all that the device can do")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help="beside single; default: all that the device can do")
     parser.add_argument("--prefix", type=int, default=35, help="tokens before the image")
     parser.add_argument(
         "--texts",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from typing import Literal
 
 import torch
@@ -169,16 +170,18 @@ class LengthGroupedBatches(Sampler[BatchPlan]):
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Samples -> Batch without rows; records that could not be read are named in `Batch.skipped`."""
-    images: list[Tensor] = []
+    images: dict[tuple, Tensor] = {}
+    places: dict[tuple, int] = {}
     index: list[int] = []
     questions: list[Question] = []
     for sample in samples:
-        first = len(images)
-        images += sample.images
-        index += range(first, len(images)) if sample.token_ids is not None else []
-        questions += [replace(q, image_index=[first + i for i in q.image_index]) for q in sample.questions]
+        keys = [_identity(image) for image in sample.images]
+        images |= dict(zip(keys, sample.images, strict=True))
+        own = [places.setdefault(key, len(places)) for key in keys]
+        index += own if sample.token_ids is not None else []
+        questions += [replace(q, image_index=[own[i] for i in q.image_index]) for q in sample.questions]
     return Batch(
-        images=group_by_size(images),
+        images=group_by_size(list(images.values())),
         token_ids=[sample.token_ids for sample in samples if sample.token_ids is not None],
         targets=[sample.targets for sample in samples if sample.targets is not None],
         image_index=torch.tensor(index, dtype=torch.long),
@@ -186,6 +189,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
         records=len(samples),
         skipped=[(error.reason, str(error)) for sample in samples for error in sample.skipped],
     )
+
+
+def _identity(image: Tensor) -> tuple:
+    """Equal for equal images: each is encoded once a batch, however often it is shown."""
+    return tuple(image.shape), blake2b(image.numpy().tobytes(), digest_size=16).digest()
 
 
 def group_by_size(images: Sequence[Tensor]) -> Images:

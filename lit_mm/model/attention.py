@@ -80,6 +80,7 @@ class BranchLayout(Layout):
     again_slots: Tensor
     again_positions: Tensor
 
+    @torch.compiler.disable  # groups differ in number and size from batch to batch: each would be compiled anew
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float) -> Tensor:
         queries = _Gather.apply(query[0].transpose(0, 1), self.query_slots, self.query_home, None, None)
         keys, values = (
@@ -112,8 +113,9 @@ class VarlenLayout(Layout):
     again_positions: Tensor
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float) -> Tensor:
-        if dropout:
-            raise ValueError("attention: varlen knows no attention dropout; choose branch")
+        if dropout or not query.is_cuda:
+            raise ValueError("model.attention varlen runs on a GPU and knows no attention dropout; choose branch")
+        query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves rotated ones in float32
         keys, values = (
             _Gather.apply(x[0].transpose(0, 1), self.key_slots, self.key_home, self.again_slots, self.again_positions)
             for x in (key, value)
@@ -142,11 +144,12 @@ class FlexLayout(Layout):
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (key <= query) & ((segment[key] == segment[query]) | (segment[key] == prefix[query]))
 
-        self.mask = create_block_mask(sees, None, None, length, length, device=self.segment.device)
+        device = self.segment.device
+        self.mask = create_block_mask(sees, None, None, length, length, device=device, _compile=device.type == "cuda")
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float) -> Tensor:
-        if dropout:
-            raise ValueError("attention: flex knows no attention dropout; choose branch")
+        if dropout or (torch.is_grad_enabled() and not query.is_cuda):
+            raise ValueError("model.attention flex trains on a GPU and knows no attention dropout; choose branch")
         grouped = query.shape[1] != key.shape[1]
         flex = _compiled_flex() if query.is_cuda else flex_attention
         return flex(query, key, value, block_mask=self.mask, scale=scaling, enable_gqa=grouped).transpose(1, 2)
@@ -179,8 +182,9 @@ def attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
-    if asked := [name for name in ("sliding_window", "softcap", "s_aux", "position_bias") if others.get(name)]:
-        raise ValueError(f"packed rows do not know {asked} of {type(module).__name__}: set attention to sequential")
+    unknown = ("sliding_window", "softcap", "s_aux", "position_bias")
+    if asked := [name for name in unknown if others.get(name) is not None]:
+        raise ValueError(f"packed rows do not know {asked} of {type(module).__name__}: set model.attention to loop")
     return rows_layout.attend(query, key, value, scaling, dropout), None
 
 
@@ -193,6 +197,10 @@ def _of_group(
 ) -> Tensor:
     """Slots [n, heads, d] -> [n, heads, d]."""
     query, key, value = (x.unflatten(0, (group.count, -1)).transpose(1, 2) for x in (queries, keys, values))
+    grouped = query.shape[1] // key.shape[1]
+    if grouped > 1 and query.is_cuda and (group.mask is not None or query.dtype == torch.float32):
+        # no fused CUDA kernel takes grouped heads then: all scores would exist at once
+        key, value = (x.repeat_interleave(grouped, dim=1) for x in (key, value))
     output = F.scaled_dot_product_attention(
         query,
         key,

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_mm.model.rows import Attention, Packing
+from lit_mm.model.rows import Packing
 
 Template = Literal["own", "vicuna_v1", "chatml", "plain"]
 DType = Literal["float32", "bfloat16", "float16", "float64"]
@@ -37,8 +37,8 @@ TEMPLATES: dict[str, str] = {
 """Named chat templates (Jinja, as in transformers). vicuna_v1 is LLaVA's and ConvLLaVA's; plain is
 the bare conversation, each answer ended by the tokenizer's end token."""
 
-PACKED = {"cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo", "olmo2"}
-PACKED |= {"phi3", "qwen2", "qwen3", "smollm3", "starcoder2"}
+PACKED = {"cohere", "gemma", "granite", "llama", "mistral", "olmo", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"}
+PACKED |= {"starcoder2"}
 """Model types of transformers whose packed losses a test compares with unpacked ones."""
 
 
@@ -113,25 +113,25 @@ def load_config(llm: LLM, tokenizer: PreTrainedTokenizerBase) -> transformers.Pr
     return cast(transformers.PretrainedConfig, _found(transformers.AutoConfig, llm.source))
 
 
-def packing_of(config: transformers.PretrainedConfig, attention: Attention) -> Packing:
-    """How batches for an LLM of this config are laid out (each kind of model here has a test).
+def packing_of(config: transformers.PretrainedConfig, attention: Packing | Literal["auto"]) -> Packing:
+    """How batches for an LLM of this config are laid out: as asked, where packed rows are exact.
 
-    Branches share their prefix where every layer attends to all that precedes; with windows or soft
-    caps the prefix is repeated in each branch and transformers' own attention tells the sequences of
-    a row apart; other models, recurrent ones above all, run once per scale on padded batches.
+    That is where every layer attends to all that precedes and positions are rotated alike in short
+    and long rows. Models with windows or soft caps, recurrent ones and those without a test here go
+    through the LLM once per scale (`loop`), each branch with its own copy of the prefix.
     """
     text = config.get_text_config(decoder=True)
-    if text.model_type not in PACKED:
+    if text.model_type not in PACKED or not _attends_to_all(text):
         return "loop"
-    if _attends_to_all(text):
-        return "branch" if attention == "auto" else attention
-    return "repeat"
+    return "branch" if attention == "auto" else attention
 
 
 def _attends_to_all(config: Any) -> bool:
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None) is not None if kinds is None else set(kinds) != {"full_attention"}
-    return not window and not getattr(config, "attn_logit_softcapping", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    stretched = {"dynamic", "longrope"} & {rope.get("rope_type"), rope.get("type")}  # by the row's longest sequence
+    return not window and not stretched and not getattr(config, "attn_logit_softcapping", None)
 
 
 def _is_config_class(source: str) -> bool:

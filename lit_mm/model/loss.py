@@ -54,7 +54,8 @@ def weighted_loss(llm: PreTrainedModel, hidden: Tensor, targets: Tensor, weights
     """Sum of weighted next-token losses, with at most CHUNK logits at a time.
 
     Args:
-        llm: A causal LM; its output head is applied.
+        llm: A causal LM; its output head is applied. A head that is no plain nn.Linear keeps all its
+            logits for the backward pass.
         hidden: [S, D] last hidden states at the positions that predict.
         targets: [S] token ids.
         weights: [S] of each loss in the sum.
@@ -135,20 +136,21 @@ class _HeadLoss(torch.autograd.Function):
             gradient = logarithms.exp_().scatter_add_(1, ids[:, None], -torch.ones_like(share)[:, None])
             gradient = behind.backward(gradient, logits).to(raw.dtype)
             # the weights go to the narrow side: hidden states instead of logits
-            of_hidden.append((gradient @ weight.to(raw.dtype)) * share[:, None].to(raw.dtype))
+            of_hidden.append((share[:, None] * (gradient @ weight.to(raw.dtype))).to(hidden.dtype))
             if of_weight is not None:
-                _add_product(of_weight, gradient.T, states * share[:, None].to(states.dtype))
+                _add_product(of_weight, gradient.T, (share[:, None] * states).to(states.dtype))
             if of_bias is not None:
                 of_bias += share @ gradient.to(share.dtype)
-        made = torch.cat(of_hidden).to(hidden.dtype), of_weight, of_bias
-        ctx.save_for_backward(*(x if x is None else x.to(hidden.dtype if x is made[0] else weight.dtype) for x in made))
+        of_head = (x if x is None else x.to(weight.dtype) for x in (of_weight, of_bias))
+        ctx.save_for_backward(torch.cat(of_hidden), *of_head)
         all_losses = torch.cat(losses)
         ctx.mark_non_differentiable(all_losses)
         return (all_losses * weights).sum(), all_losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        made = (x if x is None else x * gradients[0].to(x.dtype) for x in ctx.saved_tensors)
+        # by a tensor of one element, not a scalar: a bf16 product with a float32 factor is rounded once
+        made = (x if x is None else (x * gradients[0][None]).to(x.dtype) for x in ctx.saved_tensors)
         return *made, None, None, None, None
 
 

@@ -28,11 +28,9 @@ IMAGE = -200
 IGNORED = -100
 """The target of positions without a loss."""
 
-Attention = Literal["auto", "branch", "flex", "varlen", "sequential"]
-"""How the LLM attends in packed rows, as users choose it."""
-Packing = Literal["branch", "flex", "varlen", "sequential", "repeat", "loop"]
-"""How a batch is laid out: one row whose branches share the prefix, for one of three attention
-mechanisms; a row a scale; one row that repeats the prefix in every branch; or no rows at all."""
+Packing = Literal["branch", "flex", "varlen", "sequential", "loop"]
+"""How a batch is laid out: one row, for one of three attention mechanisms; a row a scale; or no rows
+at all but samples, which are padded and go through the LLM once per scale."""
 
 
 @dataclass
@@ -97,8 +95,7 @@ class Rows:
             share, a text alone or a prefix.
         target_sample: [S] the target's sample.
         weights: What a target's loss counts in the step's loss, by its target_scale.
-        layout: Who sees whom, for the LLM's attention; None: transformers' own way of telling
-            packed sequences apart, by positions that start at 0.
+        layout: Who sees whom, for the LLM's attention.
     """
 
     token_ids: Tensor
@@ -110,7 +107,7 @@ class Rows:
     target_scale: Tensor
     target_sample: Tensor
     weights: list[float]
-    layout: Layout | None
+    layout: Layout
 
 
 @dataclass
@@ -253,7 +250,7 @@ class _Builder:
             joined["scale"],
             joined["sample"],
             weights,
-            None if packing == "repeat" else layout_of(self.segments, packing),
+            layout_of(self.segments, packing),
         )
 
 
@@ -269,7 +266,7 @@ def _row(
             builder.segments.append((start, 0, start, len(sample.ids)))
             builder.add(sample, slice(None), 0, every)
             continue
-        first = 0 if packing == "repeat" else int(np.flatnonzero(sample.ids == IMAGE)[0])
+        first = int(np.flatnonzero(sample.ids == IMAGE)[0])
         if first:
             builder.segments.append((start, 0, start, first))
             builder.add(sample, slice(first), 0, every, once)

@@ -85,38 +85,41 @@ class MatryoshkaVLM(nn.Module):
         """Sums of the batch's losses instead of means, given the images' nested tokens."""
         if not batch.rows:
             return self._loop(batch, nested)
-        parts = [self._packed(rows, nested, again=len(batch.rows) > 1) for rows in batch.rows]
-        return Losses(sum_of(part.total for part in parts), sum_of(part.per_scale for part in parts))
+        hidden = torch.cat([self._hidden_of(rows, nested, again=len(batch.rows) > 1) for rows in batch.rows])
+        weights = torch.cat([self._weights(rows, hidden) for rows in batch.rows])
+        total, losses = weighted_loss(self.llm, hidden, torch.cat([rows.targets for rows in batch.rows]), weights)
+        scales = torch.cat([rows.target_scale for rows in batch.rows])
+        sums = losses.new_zeros(len(self.scales) + 1).index_add_(0, scales, losses)
+        return Losses(total, sums[:-1] + sums[-1])
 
-    def _packed(self, rows: Rows, nested: list[Tensor], again: bool) -> Losses:
-        """Sums over one row's targets; `again` computes the LLM's activations anew in the backward
-        pass, so that those of one row exist at a time."""
+    def _weights(self, rows: Rows, hidden: Tensor) -> Tensor:
+        """[S] what each target's loss counts."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        return torch.tensor(rows.weights, dtype=dtype).to(hidden.device)[rows.target_scale]
+
+    def _hidden_of(self, rows: Rows, nested: list[Tensor], again: bool) -> Tensor:
+        """Last hidden states [S, D] where a row's targets are predicted. `again` computes the LLM's
+        activations anew in the backward pass, so that those of one row exist at a time."""
         embeddings = cast(nn.Module, self.llm.get_input_embeddings())(rows.token_ids)
         if nested and len(rows.visual_index):
             tokens = torch.cat(nested, dim=1).flatten(0, 1)[rows.visual_source]
             embeddings = embeddings.index_copy(0, rows.visual_index, tokens.to(embeddings.dtype))
         if again and torch.is_grad_enabled():
-            hidden = cast(Tensor, checkpoint(self._hidden, embeddings, rows, use_reentrant=False))
-        else:
-            hidden = self._hidden(embeddings, rows)
-        weights = torch.tensor(rows.weights, dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-        weights = weights.to(hidden.device)[rows.target_scale]
-        total, losses = weighted_loss(self.llm, hidden, rows.targets, weights)
-        sums = losses.new_zeros(len(self.scales) + 1).index_add_(0, rows.target_scale, losses)
-        return Losses(total, sums[:-1] + sums[-1])
+            return cast(Tensor, checkpoint(self._decode, embeddings, rows, use_reentrant=False))
+        return self._decode(embeddings, rows)
 
-    def _hidden(self, embeddings: Tensor, rows: Rows) -> Tensor:
+    def _decode(self, embeddings: Tensor, rows: Rows) -> Tensor:
         """Embeddings [L, D] of a row -> last hidden states [S, D] where a target is predicted."""
-        options: dict[str, Any] = {}
-        if rows.layout is not None:
-            # a mask of four dimensions is handed on as it is: transformers must not build its own
-            nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeddings.device)
-            options = {"attention_mask": nothing, "rows_layout": rows.layout}
         if isinstance(rows.layout, FlexLayout) and rows.layout.mask is None:
             rows.layout.prepare()
-        decoder = cast(Any, self.llm).base_model
-        output = decoder(
-            inputs_embeds=embeddings[None], position_ids=rows.position_ids[None], use_cache=False, **options
+        # a mask of four dimensions is handed on as it is: transformers must not build its own
+        nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeddings.device)
+        output = cast(Any, self.llm).base_model(
+            inputs_embeds=embeddings[None],
+            position_ids=rows.position_ids[None],
+            attention_mask=nothing,
+            rows_layout=rows.layout,
+            use_cache=False,
         )
         return output.last_hidden_state[0, rows.target_index]
 

@@ -12,9 +12,6 @@ from torch import Tensor
 from lit_mm.model.rows import IGNORED, IMAGE, Batch, Drawn, Images, Packing, pack
 from lit_mm.model.vlm import MatryoshkaVLM
 
-LONGEST = 256
-"""Windows longer than this many tokens are not tried out."""
-
 
 @torch.no_grad()
 def check_packing(vlm: MatryoshkaVLM, packing: Packing) -> None:
@@ -26,8 +23,7 @@ def check_packing(vlm: MatryoshkaVLM, packing: Packing) -> None:
     if packing == "loop":
         return
     weight: Tensor = vlm.llm.get_input_embeddings().weight  # type: ignore[assignment]
-    window = getattr(vlm.llm.config.get_text_config(decoder=True), "sliding_window", None) or 0
-    batch, nested = tiny_batch(weight, vlm.scales, packing, min(window, LONGEST))
+    batch, nested = tiny_batch(weight, vlm.scales, packing)
     modes = {module: module.training for module in vlm.modules()}
     vlm.eval()
     packed, looped = (vlm.sums(each, nested).total / batch.supervised for each in (batch, replace(batch, rows=[])))
@@ -37,23 +33,22 @@ def check_packing(vlm: MatryoshkaVLM, packing: Packing) -> None:
     if not abs(packed - looped) <= allowed * looped:
         raise RuntimeError(
             f"{vlm.llm.config.model_type} with attention {packing}: a packed row's loss is {packed:.6f} where one "
-            f"scale after another gives {looped:.6f}; set model.attention to sequential"
+            f"scale after another gives {looped:.6f}; set model.attention to loop"
         )
 
 
-def tiny_batch(like: Tensor, scales: Sequence[int], packing: Packing, window: int) -> tuple[Batch, list[Tensor]]:
-    """Random samples, one longer than the window, at the two coarsest scales, with their nested
-    tokens: an image first, one between text, text alone."""
+def tiny_batch(like: Tensor, scales: Sequence[int], packing: Packing) -> tuple[Batch, list[Tensor]]:
+    """Random samples at the two coarsest scales, with their nested tokens: an image first, one behind
+    a short and one behind a long prefix, text alone."""
     generator = torch.Generator().manual_seed(0)
-    words = torch.randint(len(like), (window + 12,), generator=generator)
-    image, few = torch.tensor([IMAGE]), words[:6]
-    ids = [torch.cat([image, words]), torch.cat([few, image, few.flip(0)]), few]
+    words, image = torch.randint(len(like), (scales[-min(2, len(scales))] + 20,), generator=generator), [IMAGE]
+    few = words[:6].tolist()
+    ids = [torch.tensor(own) for own in (image + few, few + image + few, [*words.tolist(), *image, *few], few)]
     targets = [torch.cat([torch.full((len(own) - 4,), IGNORED), own[-4:]]) for own in ids]
     count = min(2, len(scales))
     drawn = [Drawn(len(scales) - number, 1 / count) for number in range(count, 0, -1)]
-    index = torch.tensor([0, 1])
+    index = torch.arange(3)
     batch = Batch(Images([], index), ids, targets, index, drawn, pack(ids, targets, index, scales, drawn, packing))
-    noise = [torch.randn(2, scale, like.shape[1], generator=generator) for scale in scales]
-    return apply_to_collection(batch, Tensor, Tensor.to, like.device), [
-        (like.std().cpu() * tokens).to(like) for tokens in noise
-    ]
+    noise = [torch.randn(3, scale, like.shape[1], generator=generator) for scale in scales]
+    moved = apply_to_collection(batch, Tensor, Tensor.to, like.device)
+    return moved, [(like.std().cpu() * tokens).to(like) for tokens in noise]

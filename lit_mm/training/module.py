@@ -20,7 +20,7 @@ from lit_mm.model.attention import NAME
 from lit_mm.model.encoder import Encoder
 from lit_mm.model.llm import LLM, load_config, load_llm, load_tokenizer, packing_of
 from lit_mm.model.projector import MatryoshkaProjector, Sampling, checked_scales
-from lit_mm.model.rows import Attention, Batch
+from lit_mm.model.rows import Batch, Packing
 from lit_mm.model.vlm import Losses, MatryoshkaVLM
 from lit_mm.training.check import check_packing
 from lit_mm.training.parts import Parts, parameter_groups
@@ -38,7 +38,7 @@ class LitMatryoshka(LightningModule):
         llm: LLM,
         scales: list[int],
         sampling: Sampling = "mean",
-        attention: Attention = "auto",
+        attention: Packing | Literal["auto"] = "auto",
         scales_per_step: int | Literal["all"] = "all",
         keep_finest: bool = False,
         parts: Parts = Parts(),  # noqa: B008 (read only)
@@ -57,9 +57,9 @@ class LitMatryoshka(LightningModule):
             attention: How all scales of a sample go through the LLM in one packed row. auto: branch,
                 one causal attention per branch, on any device; flex: FlexAttention (GPU); varlen:
                 variable-length flash attention (GPU, 16 bit); sequential: scale after scale, each
-                computed again in the backward pass, for the least memory. LLMs with attention
-                windows repeat the prefix per scale, recurrent ones run once per scale, whatever is
-                chosen here.
+                computed again in the backward pass, for the least memory; loop: once per scale on
+                padded samples. LLMs with attention windows, recurrent and unknown ones take loop,
+                whatever is chosen here.
             scales_per_step: How many scales take part in a training step, drawn anew in each; their
                 weights keep the expected loss the mean over all scales. all: every one, as in M3.
             keep_finest: Whether the finest scale takes part in every step when scales are drawn.
@@ -107,7 +107,7 @@ class LitMatryoshka(LightningModule):
         if hasattr(self, "vlm"):
             return
         encoder, llm = self.build_encoder(), load_llm(self.llm, self.tokenizer)
-        if self.packing not in ("repeat", "loop"):
+        if self.packing != "loop":
             llm.set_attn_implementation(NAME)
         width = cast(nn.Embedding, llm.get_input_embeddings()).embedding_dim
         projector = MatryoshkaProjector(encoder.width, width, self.scales, self.sampling)
@@ -118,7 +118,9 @@ class LitMatryoshka(LightningModule):
     def on_fit_start(self) -> None:
         """Say how samples are packed, and make sure that this LLM computes the same that way."""
         rank_zero_info(f"attention: {self.packing} ({type(self.vlm.llm).__name__})")
-        check_packing(self.vlm, self.packing)
+        self.divisor: Tensor | None = None
+        with self.trainer.precision_plugin.forward_context():
+            check_packing(self.vlm, self.packing)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean over scales of the next-token loss (M3, equation 1), over the targets of all ranks.
@@ -129,7 +131,7 @@ class LitMatryoshka(LightningModule):
         """
         window = self.trainer.accumulate_grad_batches
         targets = self._over_ranks(batch.supervised)
-        if batch_idx % window == 0:
+        if batch_idx % window == 0 or self.divisor is None:  # or resumed between two steps
             self.divisor, self.targets = targets.clamp(min=1) * window, torch.zeros_like(targets)
         self.targets += targets
         losses = self.vlm(batch, self.divisor / (window * self.trainer.world_size))
@@ -138,7 +140,7 @@ class LitMatryoshka(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide by the number of targets that were accumulated."""
-        if self.trainer.accumulate_grad_batches > 1:
+        if self.trainer.accumulate_grad_batches > 1 and self.divisor is not None:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             torch._foreach_mul_(gradients, self.divisor / self.targets.clamp(min=1))
 

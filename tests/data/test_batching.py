@@ -75,6 +75,14 @@ def test_collate_places_images_and_questions():
     assert ask.image_index == [0]
 
 
+def test_an_image_shown_twice_is_encoded_once():
+    ids = torch.tensor([IMAGE, 1])
+    twice, once = Sample([picture(4, 4, 1), picture(4, 4, 1)], torch.cat([ids, ids]), torch.ones(4)), picture(4, 4, 2)
+    batch = collate([twice, Sample([once, picture(4, 4, 1)], torch.cat([ids, ids]), torch.ones(4))])
+    assert batch.image_index.tolist() == [0, 0, 1, 0]
+    assert len(batch.images.groups[0]) == 2
+
+
 def test_unreadable_records_are_named_not_lost():
     skipped = Sample([], torch.tensor([1]), torch.tensor([1]), skipped=[RecordError("w", "truncated image", "d")])
     assert collate([skipped, Sample([])]).skipped == [("truncated image", "w: truncated image: d")]
