@@ -6,6 +6,7 @@ from functools import partial
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 
 from lit_mm.data.datamodules import ImageInstructions
@@ -21,7 +22,7 @@ def module(**options) -> LitMatryoshka:
     return LitMatryoshka(tiny_encoder, tiny_llm(), [16, 4, 1], parts=parts, max_new_tokens=3, **options)
 
 
-def fit(root, folder, **options) -> tuple[LitMatryoshka, lightning.Trainer]:
+def fit(root, folder, ckpt_path=None, **options) -> tuple[LitMatryoshka, lightning.Trainer]:
     lightning.seed_everything(7, verbose=False)
     lit = module()
     data = ImageInstructions(
@@ -35,7 +36,7 @@ def fit(root, folder, **options) -> tuple[LitMatryoshka, lightning.Trainer]:
     defaults = {"max_steps": 4, "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1}
     logger = CSVLogger(folder)
     trainer = lightning.Trainer(**{**defaults, **options}, logger=logger, enable_model_summary=False)
-    trainer.fit(lit, data)
+    trainer.fit(lit, data, ckpt_path=ckpt_path, weights_only=False)
     return lit, trainer
 
 
@@ -164,3 +165,16 @@ def test_optimizer_and_schedule_come_from_the_config(instruction_set, tmp_path, 
     assert isinstance(trainer.optimizers[0], torch.optim.SGD)
     schedule = trainer.lr_scheduler_configs[0].scheduler
     assert (type(schedule), schedule.T_max) == (torch.optim.lr_scheduler.CosineAnnealingLR, 4)
+
+
+def test_resuming_in_the_middle_of_an_accumulation(instruction_set, tmp_path):
+    file = tmp_path / "middle.ckpt"
+
+    def keep(trainer, lit, outputs, batch, batch_idx):
+        if batch_idx == 2:
+            trainer.save_checkpoint(file)
+
+    options = {"accumulate_grad_batches": 2, "limit_val_batches": 0}
+    fit(instruction_set, tmp_path, max_steps=2, callbacks=[LambdaCallback(on_train_batch_end=keep)], **options)
+    _, trainer = fit(instruction_set, tmp_path, ckpt_path=str(file), max_steps=3, **options)
+    assert trainer.global_step == 3
