@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from datetime import timedelta
 from typing import Any
@@ -13,12 +14,15 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 class Progress(TQDMProgressBar):
     """Lightning's bar of the epoch with `left`, the time to the run's last step, beside the losses.
 
-    The time follows from the mean of the steps done since the start, validation included.
+    The time follows from the mean of the steps done since the start, validation included. Where
+    nobody watches (output to a file) the bar is written every fiftieth step at most.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         super().on_train_start(trainer, pl_module)
+        if not sys.stdout.isatty():
+            self._refresh_rate = max(50, self._refresh_rate) if self._refresh_rate else 0
         self._started, self._first_step = time.monotonic(), trainer.global_step
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""The benchmarks run, write what they promise, and count operations as torch does."""
+
+import importlib
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lit_mm.model.rows import Drawn, all_scales
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def nested_step(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments/benchmarks"))
+    return importlib.import_module("nested_step")
+
+
+@pytest.mark.parametrize("scales", [[576], [576, 144, 36, 9, 1]])
+def test_operations_are_those_torch_counts(nested_step, scales):
+    """On a CPU torch counts no attention: what is left is that of the linear layers."""
+    size = nested_step.SIZES["tiny"]
+    vlm = nested_step.build(size, "cpu", torch.float32)
+    drawn = all_scales(5) if len(scales) > 1 else [Drawn(0, 1.0)]
+    batch = nested_step.batch_of(35, [20, 7], "branch", drawn, "cpu")
+    nested = [torch.randn(2, scale, size.width) for scale in nested_step.SCALES]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vlm.sums(batch, nested)
+    seen = sum(35**2 / 2 + sum((s + t) * 35 + (s + t) ** 2 / 2 for s in scales) for t in (20, 7))
+    counted = nested_step.operations(size, "llm", 35, [20, 7], scales, 0.0)
+    assert counter.get_total_flops() == counted - 4 * size.layers * size.width * seen
+
+
+@pytest.mark.slow
+def test_nested_step_writes_its_figures(nested_step, tmp_path, capsys):
+    file = tmp_path / "out.json"
+    words = ["--size", "tiny", "--texts", "5", "4,9", "--repetitions", "1", "--parts", "llm", "model"]
+    nested_step.main([*words, "--ways", "authors", "packed-branch", "--json", str(file), "--no-memory"])
+    made = json.loads(file.read_text())
+    assert {"hardware", "versions", "sizes", "dtype"} <= set(made)
+    assert [(row["way"], row["part"], row["texts"]) for row in made["rows"][:4]] == [
+        ("single", "llm", [5]),
+        ("authors", "llm", [5]),
+        ("packed-branch", "llm", [5]),
+        ("single", "llm", [4, 9]),
+    ]
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 and row["limit"] >= 1 for row in made["rows"])
+    assert "by tokens alone the limit" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_authors_loss_is_the_mean_over_scales(nested_step):
+    """Faithful: their way and ours differ in cost, not in value (one sample; they average per scale)."""
+    vlm = nested_step.build(nested_step.SIZES["tiny"], "cpu", torch.float32)
+    batch = nested_step.batch_of(3, [6], "branch", all_scales(5), "cpu")
+    nested = [torch.randn(1, scale, 64) for scale in nested_step.SCALES]
+    theirs = nested_step.authors_loss(vlm, batch, nested)
+    assert torch.allclose(theirs, vlm.sums(batch, nested).total / batch.supervised, rtol=1e-5)
