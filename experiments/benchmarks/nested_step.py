@@ -278,18 +278,18 @@ def rows_of(arguments: argparse.Namespace, part: str, case: tuple[int, list[int]
     ]
 
 
-def show(rows: list[Row]) -> Table:
+def show(rows: list[Row], console: Console) -> None:
     prefix, texts = rows[0].prefix, rows[0].texts
     tokens = sum(prefix + sum(SCALES) + len(SCALES) * t for t in texts) / sum(prefix + SCALES[0] + t for t in texts)
-    title = f"{rows[0].part}: P={prefix}, T={texts}, scales {SCALES}; by tokens alone the limit is {tokens:.2f}"
-    table = Table(title=title, title_justify="left")
+    console.print(f"{rows[0].part}: P={prefix}, T={texts}, scales {SCALES}; by tokens alone the limit is {tokens:.2f}")
+    table = Table()
     for column in ("way", "seconds", "ratio", "limit", "ratio / limit", "peak MiB"):
         table.add_column(column, justify="left" if column == "way" else "right")
     for row in rows:
         peak = f"{row.peak_bytes / 2**20:,.0f}" if row.peak_bytes else "–"
         figures = f"{row.seconds:.3f}", f"{row.ratio:.2f}", f"{row.limit:.2f}", f"{row.ratio / row.limit:.2f}"
         table.add_row(row.way, *figures, peak)
-    return table
+    console.print(table)
 
 
 def hardware(device: str) -> str:
@@ -336,7 +336,7 @@ def main(words: Sequence[str] | None = None) -> None:
     for part in arguments.parts:
         for texts in arguments.texts:
             rows += (found := rows_of(arguments, part, (arguments.prefix, texts)))
-            console.print(show(found))
+            show(found, console)
     if arguments.json:
         result = {"hardware": hardware(arguments.device), "versions": versions, "dtype": arguments.dtype}
         result |= {"sizes": asdict(SIZES[arguments.size]), "rows": [asdict(row) for row in rows]}
