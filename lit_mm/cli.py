@@ -67,7 +67,8 @@ class LitMMCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Checkpoints and the bar, each with its own section, and what the data get of the model."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.enable_version_counter": False})
+        kept = {"save_last": True, "save_on_exception": True, "enable_version_counter": False}  # after Ctrl-C, too
+        parser.set_defaults({f"checkpoint.{name}": value for name, value in kept.items()})
         parser.add_lightning_class_args(Progress, "progress")
         parser.link_arguments("model.inputs", "data.init_args.inputs", apply_on="instantiate")
 

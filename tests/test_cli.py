@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -202,3 +203,23 @@ def test_a_run_and_what_follows_share_a_folder(experiment, instruction_set):
     result = lit_mm("fit", *experiment, "--trainer.enable_progress_bar", "false")
     assert result.returncode == 0, result.stderr
     assert (runs / "version_1/checkpoints/last.ckpt").is_file()
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_a_checkpoint_to_go_on_from(experiment, instruction_set):
+    run = instruction_set / "runs/version_0"
+    endless = ["fit", *experiment, "--trainer.max_steps", "100000", "--trainer.limit_val_batches", "0"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "lit_mm", *endless, "--checkpoint.every_n_epochs", "100000"]
+    fit = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
+    seen = b""
+    while b"loss@16" not in seen and fit.poll() is None:
+        seen = seen[-100:] + os.read(fit.stdout.fileno(), 4096)
+    assert not (run / "checkpoints/last.ckpt").exists()
+    fit.send_signal(signal.SIGINT)
+    fit.communicate(timeout=60)
+    kept = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    more = str(kept["global_step"] + 2)
+    result = lit_mm("fit", *experiment, "--ckpt_path", "last", "--trainer.max_steps", more)
+    assert result.returncode == 0, result.stderr
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == int(more)
