@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -127,10 +127,13 @@ class MatryoshkaVLM(nn.Module):
         totals, sums, moved = [], {}, behind_an_image(batch)
         for scale in batch.drawn:
             losses = self._losses_at(batch, self.scales[scale.number], nested[scale.number] if nested else None)
+            # what no scale changes counts once over all drawn scales, as in a packed row
             totals.append(torch.where(moved, losses * scale.weight, losses / len(batch.drawn)).sum())
             sums[scale.number] = losses.detach().sum()
         nothing = torch.zeros_like(totals[0])
-        return Losses(sum_of(totals), torch.stack([sums.get(number, nothing) for number in range(len(self.scales))]))
+        return Losses(
+            torch.stack(totals).sum(), torch.stack([sums.get(number, nothing) for number in range(len(self.scales))])
+        )
 
     def _losses_at(self, batch: Batch, scale: int, tokens: Tensor | None) -> Tensor:
         """Loss of every target [S] at one scale."""
@@ -210,11 +213,6 @@ class MatryoshkaVLM(nn.Module):
         if not (ends := sorted({*end_ids, *own})):
             raise ValueError("neither the caller nor the LLM's generation config names a token that ends an answer")
         return ends
-
-
-def sum_of(values: Iterable[Tensor]) -> Tensor:
-    """Sum of scalars or vectors, at least one."""
-    return torch.stack(list(values)).sum(0)
 
 
 def _until(ids: Tensor, ends: list[int]) -> Tensor:
