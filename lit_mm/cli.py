@@ -17,6 +17,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_mm.callbacks.predictions import AnswerWriter
 from lit_mm.callbacks.progress import Progress
+from lit_mm.callbacks.skipped import SkippedRecords
+from lit_mm.callbacks.stopping import StopBetweenBatches
 from lit_mm.callbacks.token_efficiency import TokenEfficiency
 from lit_mm.data import easy_vqa  # noqa: F401 (known to --data by its short name)
 from lit_mm.training.module import LitMatryoshka
@@ -55,11 +57,12 @@ class LitMMCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             trainer_defaults={
-                "callbacks": [TokenEfficiency(), AnswerWriter()],
+                "callbacks": [StopBetweenBatches(), SkippedRecords(), TokenEfficiency(), AnswerWriter()],
                 "default_root_dir": "runs",
                 "use_distributed_sampler": False,  # the data side shares records among ranks itself
                 "log_every_n_steps": 10,
                 "num_sanity_val_steps": 0,
+                "reload_dataloaders_every_n_epochs": 1,  # epochs may differ in length
             },
             parser_kwargs={"prog": PROGRAM} | {verb: {"usage": usage(verb)} for verb in self.subcommands()},
         )

@@ -44,11 +44,22 @@ def tiny_encoder() -> ConvNeXtEncoder:
     return ConvNeXtEncoder("convnext_atto", [ExtraStage(1, 24, 1.0)], overrides=overrides)
 
 
-def tiny_vlm(scales=(16, 4, 1), source: str = "LlamaConfig", dtype: str = "float32", **sizes) -> MatryoshkaVLM:
+def tiny_vlm(
+    scales=(16, 4, 1), source: str = "LlamaConfig", dtype: str = "float32", time_scales=(), **sizes
+) -> MatryoshkaVLM:
     torch.manual_seed(0)
     llm = tiny_llm(source, dtype, **sizes)
     encoder, model = tiny_encoder(), load_llm(llm, load_tokenizer(llm))
-    return MatryoshkaVLM(encoder, MatryoshkaProjector(24, 32, scales), model).to(getattr(torch, dtype)).eval()
+    projector = MatryoshkaProjector(24, 32, scales)
+    return MatryoshkaVLM(encoder, projector, model, time_scales).to(getattr(torch, dtype)).eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Tables of records are not kept in the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,7 @@ def test_missing_config_and_unknown_command_show_the_help(arguments, message):
 def test_help_explains_every_field_of_the_model(run):
     text = " ".join(run("fit", "--help")[1].split())
     for words in (
-        "Visual tokens per image, finest first",
+        "Visual tokens per image, or per frame of a video, finest first",
         "Where the model comes from: a hub name",
         "Chat template: `own` is the tokenizer's",
         "Peak learning rate",

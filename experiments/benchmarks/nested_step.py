@@ -47,7 +47,7 @@ from lit_mm.data.batching import group_by_size
 from lit_mm.model.attention import NAME, FlexLayout
 from lit_mm.model.encoder import ConvNeXtEncoder, ExtraStage
 from lit_mm.model.projector import MatryoshkaProjector
-from lit_mm.model.rows import IGNORED, IMAGE, Batch, Drawn, all_scales, expand, pack, stack
+from lit_mm.model.rows import IGNORED, IMAGE, Batch, Drawn, every_level, expand, pack, stack
 from lit_mm.model.vlm import MatryoshkaVLM
 
 SCALES = [576, 144, 36, 9, 1]
@@ -144,7 +144,7 @@ def authors_loss(vlm: MatryoshkaVLM, batch: Batch, nested: list[Tensor] | None) 
 def make_step(vlm: MatryoshkaVLM, way: str, part: str, case: tuple[int, list[int]], device: str) -> Callable[[], None]:
     """One forward and backward pass."""
     prefix, texts = case
-    drawn = [Drawn(0, 1.0)] if way == "single" else all_scales(len(SCALES))
+    drawn = [Drawn(0, 1.0)] if way == "single" else every_level(len(SCALES))
     packing = way.removeprefix("packed-") if way.startswith("packed-") else "branch"
     packing = "loop" if way in ("single", "reference", "authors") else packing
     batch = batch_of(prefix, texts, packing, drawn, device)

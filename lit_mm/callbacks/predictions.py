@@ -11,6 +11,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_mm.model.projector import Scale
+
 
 class AnswerWriter(BasePredictionWriter):
     """Writes `answers@16.jsonl`, …: one {"question_id", "prompt", "text"} a line, a file a scale.
@@ -20,14 +22,14 @@ class AnswerWriter(BasePredictionWriter):
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
-        self.files: dict[int, TextIO] = {}
+        self.files: dict[Scale, TextIO] = {}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the files."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         rank = f".rank{trainer.global_rank}" if trainer.global_rank else ""
-        for scale in pl_module.scales:  # type: ignore[union-attr]
+        for scale in pl_module.levels:  # type: ignore[union-attr]
             self.files[scale] = (folder / f"answers@{scale}{rank}.jsonl").open("w", encoding="utf-8")
 
     def write_on_batch_end(

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_mm.evaluation.metrics import majority_share
+from lit_mm.model.projector import ClipScale, Scale
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +47,7 @@ class TokenEfficiency(Callback):
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the picture, the JSON and the table."""
-        result = self.result(trainer, cast(list[int], pl_module.scales))
+        result = self.result(trainer, cast(list[Scale], pl_module.levels))
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "accuracy_tokens.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -56,15 +57,22 @@ class TokenEfficiency(Callback):
             trainer.logger.experiment.add_figure("test/accuracy against tokens", figure, trainer.global_step)
         Console().print(table(result), f"Picture and figures: {folder}/accuracy_tokens.png and .json", sep="\n")
 
-    def result(self, trainer: Trainer, scales: list[int]) -> dict[str, Any]:
-        """What the JSON holds: accuracies in 0..1, finest scale first."""
-        accuracy = {scale: trainer.callback_metrics[f"test/accuracy@{scale}"].item() for scale in scales}
+    def result(self, trainer: Trainer, levels: list[Scale]) -> dict[str, Any]:
+        """What the JSON holds: accuracies in 0..1, finest level first."""
         return {
             "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
             "questions": len(self.expected),
             "majority_answer": majority_share(self.expected),
-            "scales": [{"visual_tokens": scale, "accuracy": accuracy[scale]} for scale in scales],
+            "scales": [_row(trainer, level) for level in levels],
         }
+
+
+def _row(trainer: Trainer, level: Scale) -> dict[str, Any]:
+    """`frames` and tokens of all of them together, for a level of video; tokens of an image otherwise."""
+    accuracy = {"accuracy": trainer.callback_metrics[f"test/accuracy@{level}"].item()}
+    if isinstance(level, ClipScale):
+        return {"frames": level.frames, "visual_tokens": level.frames * level.tokens, **accuracy}
+    return {"visual_tokens": level, **accuracy}
 
 
 def draw(result: dict[str, Any]) -> Figure:

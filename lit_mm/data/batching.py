@@ -1,19 +1,38 @@
-"""Samples -> batches: which records stand together, and how they become one Batch."""
+"""Records -> batches: which stand together, and how they become one Batch.
+
+epoch_order    (seed, epoch) -> the records of all sets in a random order
+fill           order + costs + budget -> batches, step by step for all ranks
+BatchPlans     one rank's share, from any step on: nothing else is needed to resume
+Batches        plan -> samples -> Batch, packed
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
-from typing import Literal
+from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_mm.data.records import RecordError
-from lit_mm.model.rows import Batch, Drawn, Images, Packing, Question, all_scales, pack
+from lit_mm.model.rows import Batch, Drawn, FrameSets, Images, Packing, Question, every_level, pack
+
+
+@dataclass
+class Visual:
+    """A still image or the frames of a video.
+
+    Args:
+        key: Equal for what is the same.
+        pixels: uint8 [frames, 3, H, W]; one frame for an image.
+    """
+
+    key: Hashable
+    pixels: Tensor
 
 
 @dataclass
@@ -21,16 +40,18 @@ class Sample:
     """One record, encoded.
 
     Args:
-        images: uint8 [3, H, W] each.
-        token_ids: [T], IMAGE once for each image; None where there is nothing to train on.
+        visuals: What it shows.
+        token_ids: [T], IMAGE once for each frame; None where there is nothing to train on.
         targets: [T], IGNORED where nothing is supervised.
-        questions: What is to be asked about it; their image_index counts this sample's images.
-        skipped: Records that could not be read on the way to this one.
+        kept: [T] the coarsest time scale, by number, at which a position still stands.
+        questions: What is to be asked about it; their image_index counts this sample's frames.
+        skipped: Why there is nothing in it, if its record could not be read.
     """
 
-    images: list[Tensor]
+    visuals: list[Visual] = field(default_factory=list)
     token_ids: Tensor | None = None
     targets: Tensor | None = None
+    kept: Tensor | None = None
     questions: list[Question] = field(default_factory=list)
     skipped: list[RecordError] = field(default_factory=list)
 
@@ -52,36 +73,261 @@ class BatchPlan:
 
 @dataclass
 class ScaleDraw:
-    """Which scales take part in a training step.
+    """Which levels take part in a training step.
 
     Args:
-        scales: All scales of the model, finest first.
-        per_step: How many; `all`: every scale in every step, as in M3.
+        levels: How many levels the model has.
+        per_step: How many take part; `all`: every one in every step, as in M3.
         keep_finest: Whether the finest always takes part; otherwise it is drawn like the others.
         seed: Decides the draw, together with the epoch and the step.
     """
 
-    scales: list[int]
+    levels: int
     per_step: int | Literal["all"] = "all"
     keep_finest: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.per_step != "all" and not 1 <= self.per_step <= len(self.scales):
-            raise ValueError(f"scales_per_step: expected all or 1 to {len(self.scales)}, found {self.per_step}")
-        if self.keep_finest and self.per_step == 1 < len(self.scales):
+        if self.per_step != "all" and not 1 <= self.per_step <= self.levels:
+            raise ValueError(f"scales_per_step: expected all or 1 to {self.levels}, found {self.per_step}")
+        if self.keep_finest and self.per_step == 1 < self.levels:
             raise ValueError("scales_per_step 1 with keep_finest would train the finest scale alone")
 
-    def __call__(self, plan: BatchPlan) -> list[Drawn]:
-        """The step's scales, finest first, with weights that keep the expected loss equal to M3's."""
-        count = len(self.scales)
-        if self.per_step in ("all", count):
-            return all_scales(count)
+    def __call__(self, epoch: int, step: int) -> list[Drawn]:
+        """The step's levels, finest first, with weights that keep the expected loss equal to M3's."""
+        if self.per_step in ("all", self.levels):
+            return every_level(self.levels)
         kept = 1 if self.keep_finest else 0
         others = int(self.per_step) - kept
-        drawn = random.Random(f"{self.seed} {plan.epoch} {plan.step} scales").sample(range(kept, count), others)
-        chance = others / (count - kept)
-        return [Drawn(0, 1 / count)] * kept + [Drawn(number, 1 / (count * chance)) for number in sorted(drawn)]
+        drawn = random.Random(f"{self.seed} {epoch} {step} scales").sample(range(kept, self.levels), others)
+        chance = others / (self.levels - kept)
+        first = [Drawn(0, 1 / self.levels)] * kept
+        return first + [Drawn(number, 1 / (self.levels * chance)) for number in sorted(drawn)]
+
+
+@dataclass
+class Costs:
+    """What n records cost, with T time scales (one without video).
+
+    Args:
+        before: [n] positions before the first image; all of them in a text alone.
+        words: [n, T] the other positions but those of images, at each time scale.
+        frames: [n, T] images and sets of frames at each time scale.
+        pixels: [n] of all images and frames, padded to the stride.
+    """
+
+    before: np.ndarray
+    words: np.ndarray
+    frames: np.ndarray
+    pixels: np.ndarray
+
+    def tokens(self, records: np.ndarray, drawn: Sequence[Drawn], scales: Sequence[int]) -> np.ndarray:
+        """[m] positions of a packed row that m of the records fill at the drawn levels."""
+        words, frames, seen = self.words[records], self.frames[records], set()
+        video = (frames[:, :1] != frames).any(1) | (words[:, :1] != words).any(1)
+        total = self.before[records].astype(np.int64)
+        for level in drawn:
+            time, scale = divmod(level.number, len(scales))
+            branch = words[:, time] + frames[:, time] * scales[scale]
+            total += np.where(video, branch, 0) if scale in seen else branch
+            seen.add(scale)
+        return total
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When a batch is full.
+
+    Args:
+        records: Most records; None: any number.
+        tokens: Most positions of the packed row; None: any number.
+        pixels: Most pixels of all images; None: any number.
+    """
+
+    records: int | None = None
+    tokens: int | None = None
+    pixels: int | None = None
+
+    @property
+    def fixed(self) -> bool:
+        """Whether every batch has as many records as every other."""
+        return self.tokens is None and self.pixels is None
+
+    def room(self) -> np.ndarray:
+        """[3] how many records, tokens and pixels an empty batch takes."""
+        most = np.iinfo(np.int64).max
+        return np.array([most if limit is None else limit for limit in (self.records, self.tokens, self.pixels)])
+
+
+def epoch_order(counts: Sequence[int], shares: Sequence[float], seed: int, epoch: int) -> np.ndarray:
+    """The records of one epoch, numbered over all sets, in random order.
+
+    A set's records come in one random order after another, so that none comes again before all others
+    of its set have come, in whatever epochs that is.
+
+    Args:
+        counts: Records of each set.
+        shares: How often each set is gone through in an epoch: 2 twice, 0.5 one half in each.
+        seed: Decides the order, together with the epoch.
+        epoch: Of the run.
+    """
+    picked, first = [], 0
+    for number, (count, share) in enumerate(zip(counts, shares, strict=True)):
+        begin, end = (int((epoch + more) * share * count + 1e-6) for more in (0, 1))
+        rounds = range(begin // count, -(-end // count))
+        orders = [np.random.default_rng([seed, number, again]).permutation(count) for again in rounds]
+        if orders:
+            skipped = rounds[0] * count
+            picked.append(first + np.concatenate(orders)[begin - skipped : end - skipped])
+        first += count
+    order = np.concatenate([*picked, np.zeros(0, np.int64)])
+    return np.random.default_rng([seed, len(counts), epoch]).permutation(order)
+
+
+Sizes = Callable[[int, np.ndarray], np.ndarray]
+"""(step, [m] records) -> [m, 3] what each is of the budget: 1 record, its tokens, its pixels."""
+
+
+Choice = Literal["next", "largest", "alike"]
+"""Which waiting record a batch takes next."""
+
+
+def fill(order: np.ndarray, sizes: Sizes, budget: Budget, ranks: int, choice: Choice, window: int) -> Iterator[list]:
+    """Cut an order into steps, each a list of as many batches [m] as there are ranks.
+
+    A batch begins with the record that waits longest. Of those within the window it then takes the
+    largest that still fits, again and again, which leaves least of the budget unused; or the one
+    nearest in length to the first, for padded batches; or it keeps the order. In the last step some
+    ranks may get nothing.
+
+    Args:
+        order: [n] records.
+        sizes: What each costs.
+        budget: When a batch is full.
+        ranks: Batches per step.
+        choice: Which record a batch takes next.
+        window: How many records are looked at ahead.
+    """
+    waiting, ahead, step = order[:window], window, 0
+    while len(waiting):
+        batches = []
+        for _ in range(ranks):
+            taken = _taken(sizes(step, waiting), budget.room(), choice) if len(waiting) else []
+            batches.append(waiting[taken])
+            waiting = np.concatenate([np.delete(waiting, taken), order[ahead : ahead + len(taken)]])
+            ahead += len(taken)
+        yield batches
+        step += 1
+
+
+def _taken(sizes: np.ndarray, room: np.ndarray, choice: Choice) -> list[int]:
+    """Which of the waiting records [m, 3] go into a batch with room [3], the first one in any case."""
+    if choice == "next":
+        fits: Any = (sizes.cumsum(0) <= room).all(1)
+        return list(range(max(1, len(fits) if fits.all() else int(fits.argmin()))))
+    wanted = -abs(sizes[:, 1] - sizes[0, 1]) if choice == "alike" else (sizes / room).max(1)
+    taken, room = [0], room - sizes[0]
+    fits = (sizes <= room).all(1)
+    fits[0] = False
+    while fits.any():
+        best = int(np.where(fits, wanted, -np.inf).argmax())
+        taken.append(best)
+        room = room - sizes[best]
+        fits &= (sizes <= room).all(1)
+        fits[best] = False
+    return taken
+
+
+def shared_out(batches: list[np.ndarray], ranks: int) -> list[np.ndarray]:
+    """A step's batches [m], dealt out anew if some rank has none and there are records enough."""
+    records = np.concatenate(batches)
+    if all(len(batch) for batch in batches) or len(records) < ranks:
+        return batches
+    return [records[rank::ranks] for rank in range(ranks)]
+
+
+class BatchPlans(Sampler[BatchPlan]):
+    """One rank's batches of an epoch, from a step on.
+
+    (seed, epoch, rank, step) alone decide a batch. Every rank gets as many as the others. In training
+    the fewer than `ranks` records that may be left at the end wait for another epoch; elsewhere they
+    make batches that some ranks have empty.
+
+    Args:
+        order: epoch -> its records.
+        sizes: epoch -> what each costs at a step.
+        budget: When a batch is full.
+        training: Whether a rank must never get nothing.
+        choice: As in `fill`.
+        rank: This process.
+        ranks: Number of processes.
+        epoch: The one to begin with.
+        window: As in `fill`; at least as many records as a batch can hold.
+    """
+
+    def __init__(
+        self,
+        order: Callable[[int], np.ndarray],
+        sizes: Callable[[int], Sizes],
+        budget: Budget,
+        training: bool,
+        choice: Choice = "next",
+        rank: int = 0,
+        ranks: int = 1,
+        epoch: int = 0,
+        window: int = 512,
+    ) -> None:
+        self.order, self.sizes, self.budget = order, sizes, budget
+        self.training, self.choice, self.window = training, choice, max(window, budget.records or 0)
+        self.rank, self.ranks = rank, ranks
+        self.epoch, self.start = epoch, 0
+        self._made: tuple[int, list[np.ndarray]] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before every epoch; the one that a run resumes in goes on where it was."""
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def __len__(self) -> int:
+        """Batches of the whole epoch, wherever it begins."""
+        return len(self.batches())
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        epoch, start = self.epoch, self.start
+        for step, records in enumerate(self.batches()[start:], start):
+            yield BatchPlan(records.tolist(), epoch, step)
+
+    def batches(self) -> list[np.ndarray]:
+        """The epoch's batches of this rank."""
+        if self._made is None or self._made[0] != self.epoch:
+            self._made = self.epoch, list(self._fill())
+        return self._made[1]
+
+    def _fill(self) -> Iterator[np.ndarray]:
+        order, sizes = self.order(self.epoch), self.sizes(self.epoch)
+        for batches in fill(order, sizes, self.budget, self.ranks, self.choice, self.window):
+            step = shared_out(batches, self.ranks)
+            if not self.training or all(len(batch) for batch in step):
+                yield step[self.rank]
+
+
+class ResumableLoader(DataLoader):
+    """A loader whose place is (epoch, batches trained): Lightning restores it before the first batch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the epoch began; `LitMatryoshka.on_save_checkpoint` writes the place that training reached,
+        as workers have fetched more than that."""
+        plans = self._plans()
+        return {"epoch": plans.epoch, "batches": plans.start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on at a place."""
+        plans = self._plans()
+        plans.epoch, plans.start = state["epoch"], state["batches"]
+
+    def _plans(self) -> BatchPlans:
+        assert isinstance(self.sampler, BatchPlans)
+        return self.sampler
 
 
 class Batches(Dataset):
@@ -89,116 +335,104 @@ class Batches(Dataset):
 
     Args:
         samples: Set of `Sample`s.
-        draw: Which scales are laid out.
+        draw: Which levels are laid out.
+        scales: Visual tokens per image, finest first.
+        time_scales: Sets of frames per video, finest first, if any.
         packing: How.
-    """
-
-    def __init__(self, samples: Dataset[Sample], draw: ScaleDraw, packing: Packing) -> None:
-        self.samples, self.draw, self.packing = samples, draw, packing
-
-    def __getitem__(self, plan: BatchPlan) -> Batch:
-        batch = collate([self.samples[index] for index in plan.records])
-        batch.drawn = self.draw(plan)
-        if batch.token_ids:
-            parts = batch.token_ids, batch.targets, batch.image_index
-            batch.rows = pack(*parts, self.draw.scales, batch.drawn, self.packing)
-        return batch
-
-
-class LengthGroupedBatches(Sampler[BatchPlan]):
-    """Batches of records of similar length, in an order that (seed, epoch) decide.
-
-    Records are shuffled, windows of `window` batches sorted by length and cut into batches, and the
-    batches shuffled: little padding, and every epoch another mixture. Each rank takes its share;
-    in training all ranks get the same number of batches (the last few records of an epoch may wait
-    for the next one then).
-
-    Args:
-        lengths: Tokens of every record.
-        batch_size: Records per batch and rank.
-        shuffle: For training; otherwise batches follow the file and none is left out.
-        seed: Decides the order, together with the epoch.
-        rank: This process.
-        ranks: Number of processes.
-        window: How many batches are sorted together.
+        training: Whether a batch needs something to train on: where none of its records can be read,
+            the next readable one of the set takes their place.
     """
 
     def __init__(
         self,
-        lengths: Sequence[int],
-        batch_size: int,
-        shuffle: bool,
-        seed: int = 0,
-        rank: int = 0,
-        ranks: int = 1,
-        window: int = 16,
+        samples: Dataset[Sample],
+        draw: ScaleDraw,
+        scales: Sequence[int],
+        time_scales: Sequence[int],
+        packing: Packing,
+        training: bool,
     ) -> None:
-        self.lengths, self.batch_size, self.shuffle, self.seed = lengths, batch_size, shuffle, seed
-        self.rank, self.ranks, self.window = rank, ranks, window
-        self.epoch = 0
+        self.samples, self.draw, self.packing, self.training = samples, draw, packing, training
+        self.scales, self.time_scales = list(scales), list(time_scales)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before every epoch."""
-        self.epoch = epoch
+    def __getitem__(self, plan: BatchPlan) -> Batch:
+        samples = [self.samples[record] for record in plan.records]
+        if self.training and all(sample.token_ids is None for sample in samples):
+            samples += self._stand_in(plan.records[-1])
+        batch = collate(samples, self.time_scales)
+        batch.drawn = self.draw(plan.epoch, plan.step)
+        if batch.token_ids:
+            parts = batch.token_ids, batch.targets, batch.image_index
+            batch.rows = pack(*parts, self.scales, batch.drawn, self.packing, batch.kept, batch.images.over_time)
+        return batch
 
-    def __len__(self) -> int:
-        return len(range(self.rank, self._total(), self.ranks))
-
-    def __iter__(self) -> Iterator[BatchPlan]:
-        for step, records in enumerate(self._batches()):
-            yield BatchPlan(records, self.epoch, step)
-
-    def _batches(self) -> list[list[int]]:
-        order = list(range(len(self.lengths)))
-        if not self.shuffle:
-            return self._cut(order)[self.rank :: self.ranks]
-        generator = random.Random(f"{self.seed} {self.epoch}")
-        generator.shuffle(order)
-        step = self.batch_size * self.window
-        windows = [order[first : first + step] for first in range(0, len(order), step)]
-        batches = [batch for window in windows for batch in self._cut(sorted(window, key=self.lengths.__getitem__))]
-        generator.shuffle(batches)
-        return batches[self.rank : self._total() : self.ranks]
-
-    def _cut(self, order: list[int]) -> list[list[int]]:
-        return [order[first : first + self.batch_size] for first in range(0, len(order), self.batch_size)]
-
-    def _total(self) -> int:
-        batches = -(-len(self.lengths) // self.batch_size)
-        return batches - batches % self.ranks if self.shuffle else batches
+    def _stand_in(self, record: int) -> list[Sample]:
+        """What follows a record, up to the first that can be read."""
+        found: list[Sample] = []
+        count = len(cast(Sized, self.samples))
+        for further in range(1, count):
+            found.append(self.samples[(record + further) % count])
+            if found[-1].token_ids is not None:
+                return found
+        raise RecordError("data.train", "not one readable record", f"tried all {count}")
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples -> Batch without rows; records that could not be read are named in `Batch.skipped`."""
-    images: dict[tuple, Tensor] = {}
-    places: dict[tuple, int] = {}
+def collate(samples: Sequence[Sample], time_scales: Sequence[int] = ()) -> Batch:
+    """Samples -> Batch without rows; what is shown twice is encoded once. Records that could not be
+    read are named in `Batch.skipped`."""
+    visuals: dict[Hashable, Visual] = {}
+    for sample in samples:
+        visuals |= {visual.key: visual for visual in sample.visuals}
+    firsts = np.cumsum([0] + [len(visual.pixels) for visual in visuals.values()])
+    places = dict(zip(visuals, firsts.tolist(), strict=False))
     index: list[int] = []
     questions: list[Question] = []
     for sample in samples:
-        keys = [_identity(image) for image in sample.images]
-        images |= dict(zip(keys, sample.images, strict=True))
-        own = [places.setdefault(key, len(places)) for key in keys]
+        own = [places[v.key] + frame for v in sample.visuals for frame in range(len(v.pixels))]
         index += own if sample.token_ids is not None else []
         questions += [replace(q, image_index=[own[i] for i in q.image_index]) for q in sample.questions]
     return Batch(
-        images=group_by_size(list(images.values())),
+        images=group_by_size([visual.pixels for visual in visuals.values()], time_scales),
         token_ids=[sample.token_ids for sample in samples if sample.token_ids is not None],
         targets=[sample.targets for sample in samples if sample.targets is not None],
         image_index=torch.tensor(index, dtype=torch.long),
         questions=questions,
         records=len(samples),
         skipped=[(error.reason, str(error)) for sample in samples for error in sample.skipped],
+        kept=[sample.kept for sample in samples if sample.kept is not None],
     )
 
 
-def _identity(image: Tensor) -> tuple:
-    """Equal for equal images: each is encoded once a batch, however often it is shown."""
-    return tuple(image.shape), blake2b(image.numpy().tobytes(), digest_size=16).digest()
+def group_by_size(visuals: Sequence[Tensor], time_scales: Sequence[int] = ()) -> Images:
+    """Frames uint8 [n, 3, H, W] of images and videos -> one tensor a size, where each frame went, and
+    the sets of frames at every time scale."""
+    groups: dict[torch.Size, list[int]] = {}
+    for number, pixels in enumerate(visuals):
+        groups.setdefault(pixels.shape[1:], []).append(number)
+    firsts = np.cumsum([0] + [len(pixels) for pixels in visuals])
+    went = [np.arange(firsts[n], firsts[n + 1]) for members in groups.values() for n in members]
+    places = torch.from_numpy(np.concatenate([*went, np.zeros(0, np.int64)]))
+    tensors = [torch.cat([visuals[n] for n in members]) for members in groups.values()]
+    return Images(tensors, places.argsort(), [frame_sets([len(v) for v in visuals], most) for most in time_scales])
 
 
-def group_by_size(images: Sequence[Tensor]) -> Images:
-    """Images uint8 [3, H, W] of any sizes -> one tensor a size, and where each image went."""
-    sizes = dict.fromkeys(image.shape for image in images)
-    groups = {size: [i for i, image in enumerate(images) if image.shape == size] for size in sizes}
-    places = torch.tensor([i for members in groups.values() for i in members], dtype=torch.long)
-    return Images([torch.stack([images[i] for i in members]) for members in groups.values()], places.argsort())
+def set_starts(frames: int, most: int) -> list[int]:
+    """The first frame of each of at most so many sets of neighbouring frames, of nearly equal size.
+
+    Where one number of sets divides another, its sets are unions of the other's.
+    """
+    sets = min(frames, most)
+    return [number * frames // sets for number in range(sets)]
+
+
+def coarsest(frames: int, time_scales: Sequence[int]) -> list[int]:
+    """Of every frame the coarsest time scale, by number, at which it begins a set; -1: at none."""
+    starts = [set_starts(frames, most) for most in time_scales]
+    return [sum(frame in begin for begin in starts) - 1 for frame in range(frames)]
+
+
+def frame_sets(frames: Sequence[int], most: int) -> FrameSets:
+    """The sets of frames of images and videos of so many frames at one time scale."""
+    sizes = [np.diff([*set_starts(count, most), count]) for count in frames]
+    flat = torch.from_numpy(np.concatenate([*sizes, np.zeros(0, np.int64)]))
+    return FrameSets(torch.arange(len(flat)).repeat_interleave(flat), flat)

@@ -7,19 +7,51 @@ template, and a prompt at generation has the same ids as in training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_mm.data.records import MARKER, Record, RecordError, Turn
+from lit_mm.data.batching import coarsest
+from lit_mm.data.records import MARKERS, Record, RecordError, Turn
 from lit_mm.model.rows import IGNORED, IMAGE
 
 STAND_IN = "\ue000"
 """A private-use character that stands for an answer while the template is rendered."""
+Frames = Sequence[str]
+"""One image or video as the text shows it: what stands before each of its frames, mostly nothing."""
+
+
+@dataclass
+class Encoded:
+    """Text as token ids.
+
+    Args:
+        ids: [T], IMAGE once for each frame.
+        kept: [T] the coarsest time scale, by number, at which a position still stands: of the later
+            frames of a set, and what is written before them, nothing remains.
+        targets: [T], IGNORED where nothing is supervised.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+
+    def add(self, other: Encoded, targets: Sequence[int]) -> None:
+        """Append a piece with its targets."""
+        self.ids += other.ids
+        self.kept += other.kept
+        self.targets += targets
+
+    def tensors(self, timed: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Ids, targets and, if there are time scales, kept."""
+        return torch.tensor(self.ids), torch.tensor(self.targets), torch.tensor(self.kept) if timed else None
 
 
 class Conversation:
@@ -27,13 +59,14 @@ class Conversation:
 
     Args:
         tokenizer: With its chat template set.
+        time_scales: Sets of frames per video, finest first, if any.
 
     Raises:
         ValueError: The template does not end an answer with a special token, or alters answers.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, time_scales: Sequence[int] = ()) -> None:
+        self.tokenizer, self.time_scales = tokenizer, list(time_scales)
         first = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False))[0]
         self._prepends_space = first.startswith("▁")
         self._special = {*tokenizer.all_special_tokens}
@@ -41,38 +74,57 @@ class Conversation:
         self._encode = lru_cache(maxsize=65536)(self._encode_text)
         self.end_id = self._end_id()
 
-    def encode(self, record: Record) -> tuple[Tensor, Tensor]:
-        """Token ids [T], IMAGE once for each image, and targets [T]: answers with their end token.
+    def encode(self, record: Record, media: Sequence[Frames] | None = None) -> Encoded:
+        """Token ids with IMAGE once for each frame; targets are the answers with their end token.
+
+        Args:
+            record: What to encode.
+            media: Its images and videos, in order; None: all of them are still images.
 
         Raises:
             RecordError: The text holds a special token, or the template drops a turn.
         """
-        ids: list[int] = []
-        targets: list[int] = []
+        made, shown = Encoded(), iter([[""]] * len(record.media) if media is None else media)
         answers = [turn.text for turn in record.turns if turn.role == "assistant"]
-        pieces = self._prompts(record.where, record.turns)
-        for prompt, answer in zip(pieces, answers, strict=False):
-            prompt_ids = self.ids(prompt.removesuffix(" "), first=not ids)
-            answer_ids = self.ids(" " + answer if prompt.endswith(" ") else answer)
+        for text, answer in zip(self._prompts(record.where, record.turns, record.system), answers, strict=False):
+            prompt = self._pieces(text.removesuffix(" "), shown, first=not made.ids)
+            reply = self._pieces(" " + answer if text.endswith(" ") else answer, shown)
             # A later prompt opens with the end token of the answer before it, which is a target.
-            if ids and prompt_ids[0] != self.end_id:
-                raise RecordError(record.where, "chat template", f"expected the end token first in {prompt!r}")
-            targets += [self.end_id] * bool(ids) + [IGNORED] * (len(prompt_ids) - bool(ids)) + answer_ids
-            ids += prompt_ids + answer_ids
-        return torch.tensor([*ids, self.end_id]), torch.tensor([*targets, self.end_id])
+            if made.ids and prompt.ids[0] != self.end_id:
+                raise RecordError(record.where, "chat template", f"expected the end token first in {text!r}")
+            end = [self.end_id] * bool(made.ids)
+            made.add(prompt, end + [IGNORED] * (len(prompt.ids) - len(end)))
+            made.add(reply, reply.ids)
+        made.add(Encoded([self.end_id], [self._always]), [self.end_id])
+        return made
 
-    def prompt(self, text: str, where: str = "question") -> Tensor:
-        """Token ids [T] of one question up to where the answer begins."""
-        prompt = self._prompts(where, [Turn("user", text), Turn("assistant", "")])[0]
-        return torch.tensor(self.ids(prompt.removesuffix(" "), first=True))
+    def prompt(
+        self, text: str, where: str = "question", media: Sequence[Frames] | None = None, system: str | None = None
+    ) -> Encoded:
+        """Token ids of one question up to where the answer begins."""
+        rendered = self._prompts(where, [Turn("user", text), Turn("assistant", "")], system)[0]
+        markers = sum(text.count(marker) for marker in MARKERS.values())
+        return self._pieces(rendered.removesuffix(" "), iter([[""]] * markers if media is None else media), first=True)
 
-    def ids(self, text: str, first: bool = False) -> list[int]:
-        """Ids of a piece of rendered text, IMAGE for each marker; `first` if nothing stands before it."""
-        ids: list[int] = []
-        for number, chunk in enumerate(text.split(MARKER)):
-            ids += [IMAGE] if number else []
-            ids += self._encode(chunk, first and not number)
-        return ids
+    @property
+    def _always(self) -> int:
+        return len(self.time_scales) - 1
+
+    def _pieces(self, text: str, media: Iterator[Frames], first: bool = False) -> Encoded:
+        """A piece of rendered text, `first` if nothing stands before it."""
+        made = Encoded()
+        for number, chunk in enumerate(re.split("|".join(MARKERS.values()), text)):
+            if number:
+                self._add_frames(made, next(media), first and not made.ids)
+            self._add(made, self._encode(chunk, first and not made.ids), self._always)
+        return made
+
+    def _add_frames(self, made: Encoded, frames: Frames, first: bool) -> None:
+        for before, kept in zip(frames, coarsest(len(frames), self.time_scales), strict=True):
+            self._add(made, [*self._encode(before, first and not made.ids), IMAGE], kept)
+
+    def _add(self, made: Encoded, ids: list[int], kept: int) -> None:
+        made.add(Encoded(ids, [kept] * len(ids)), [])
 
     def _encode_text(self, text: str, first: bool) -> list[int]:
         # SentencePiece-like tokenizers put a space before any text they get: in the middle of a
@@ -81,22 +133,30 @@ class Conversation:
             text = text.removeprefix(" ")
         return self.tokenizer.encode(text, add_special_tokens=False) if text else []
 
-    def _prompts(self, where: str, turns: Sequence[Turn]) -> list[str]:
-        pieces = self._render(turns, where).split(STAND_IN)
+    def _prompts(self, where: str, turns: Sequence[Turn], system: str | None = None) -> list[str]:
+        pieces = self._render(turns, where, system).split(STAND_IN)
         expected = sum(turn.role == "assistant" for turn in turns) + 1
         if len(pieces) != expected:
             raise RecordError(where, "chat template", f"rendered {len(pieces) - 1} answers, expected {expected - 1}")
         return pieces
 
-    def _render(self, turns: Sequence[Turn], where: str) -> str:
-        for number, turn in enumerate(turns):
-            if found := [token for token in (STAND_IN, *self._special) if token in turn.text]:
-                detail = f"conversations[{number}].value holds {found[0]!r}, which would steer the model, not inform it"
+    def _render(self, turns: Sequence[Turn], where: str, system: str | None) -> str:
+        texts = {f"turn {number}": turn.text for number, turn in enumerate(turns)} | {"system": system or ""}
+        for name, text in texts.items():
+            if found := [token for token in (STAND_IN, *self._special) if token in text]:
+                detail = f"{name} holds {found[0]!r}, which would steer the model, not inform it"
                 raise RecordError(where, "reserved text", detail)
-        messages = [
+        messages = [{"role": "system", "content": system}] if system else []
+        messages += [
             {"role": turn.role, "content": STAND_IN if turn.role == "assistant" else turn.text} for turn in turns
         ]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+        try:
+            text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+        except TemplateError as error:
+            raise RecordError(where, "chat template", f"{error}") from None
+        if system and system not in text:
+            raise RecordError(where, "chat template", "it leaves the system message out")
+        return text
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_encode"}

@@ -11,10 +11,9 @@ import json
 import random
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from torch.utils.data import DataLoader
-
+from lit_mm.data.batching import ResumableLoader
 from lit_mm.data.datamodules import ImageInstructions, ModelInputs
 from lit_mm.data.images import ImageOptions
 
@@ -92,19 +91,19 @@ class EasyVQA(ImageInstructions):
         if stage == "fit" and self.caption_epochs:
             self.sets["captions"] = self._read("captions", "train")
 
-    def train_dataloader(self) -> DataLoader:
-        """Captions in the first epochs, conversations after them.
+    def train_set(self, epoch: int) -> str:
+        """Captions in the first epochs, conversations after them."""
+        return "captions" if epoch < self.caption_epochs else "train"
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Batches of an epoch.
 
         Raises:
             ValueError: The trainer would never come back for the conversations.
         """
-        trainer = cast(Any, self.trainer)
-        if not self.caption_epochs or trainer is None:
-            return super().train_dataloader()
-        if trainer.reload_dataloaders_every_n_epochs != 1:
-            raise ValueError("data.caption_epochs needs trainer.reload_dataloaders_every_n_epochs: 1")
-        now = "captions" if trainer.current_epoch < self.caption_epochs else "train"
-        return self._loader(now, self.batch_size, shuffle=True)
+        if self.caption_epochs and self.trainer is not None:
+            self._reloads("data.caption_epochs")
+        return super().train_dataloader()
 
 
 def package_data() -> Path:

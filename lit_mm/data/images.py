@@ -1,8 +1,10 @@
-"""Image files -> pixels of the size that the encoder shall see."""
+"""An encoded image -> pixels of the size that the encoder shall see."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -10,8 +12,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
-from lit_mm.data.records import Record, RecordError
+from lit_mm.data.records import RecordError
+
+DRAFT = 2.0
+"""How many times larger than wanted a JPEG may be decoded: it can leave out what resizing would blur.
+With `pad` the image then sits up to a quarter of a pixel beside its place."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +29,17 @@ class ImageOptions:
     Args:
         mode: `pad` makes it square with the encoder's mean colour and resizes it to size × size
             (LLaVA, ConvLLaVA); `squash` resizes it to size × size whatever its shape; `keep` keeps
-            its shape and resizes its longer side to size. Resizing is bicubic.
-        size: Side of the result in pixels. With `keep` null means as it is.
+            its shape, and the encoder pads its sides up to its stride only. Resizing is bicubic.
+        size: Side of the result in pixels; what it measures with `keep` says `side`. With `keep` null
+            means as it is.
+        side: With `keep`: whether `size` is the `long` side, the `short` one (ConvLLaVA's any-aspect
+            input), or that of the square with as many pixels (`area`).
         max_pixels: A larger image (with `pad`, a larger square) is refused before it is decoded.
     """
 
     mode: Literal["pad", "squash", "keep"] = "pad"
     size: int | None = 336
+    side: Literal["long", "short", "area"] = "long"
     max_pixels: int = 89_478_485
 
     def __post_init__(self) -> None:
@@ -42,79 +54,75 @@ class ImageOptions:
             return self.size or 0, self.size or 0
         if self.size is None:
             return width, height
-        longer = max(width, height)
-        return max(1, round(width * self.size / longer)), max(1, round(height * self.size / longer))
+        now = {"long": max(width, height), "short": min(width, height), "area": math.sqrt(width * height)}[self.side]
+        return max(1, round(width * self.size / now)), max(1, round(height * self.size / now))
 
 
-class ImageFolder:
-    """Opens the images of records below one root.
+class ImageFile:
+    """One encoded image.
 
     Args:
-        root: The folder that the records' paths are relative to; nothing outside it is opened.
-        options: How they are brought to size.
-        colour: What `pad` fills with: red, green and blue in 0..255.
+        where: File and record, for errors.
+        name: How errors call the image.
+        source: Its file, or its content.
+        options: How it is brought to size.
+
+    Raises:
+        RecordError: Not an image, several frames, or too many pixels, found in its header.
     """
 
-    def __init__(self, root: Path, options: ImageOptions, colour: tuple[int, int, int]) -> None:
-        self.root, self.options, self.colour = root.resolve(), options, colour
-
-    def sizes(self, record: Record) -> list[tuple[int, int]]:
-        """Width and height that each image will have, from the file's header alone.
-
-        Raises:
-            RecordError: Missing, outside the root, not an image, or too many pixels.
-        """
-        return [self.options.target(*_upright_size(self._open(record, path))) for path in record.images]
-
-    def load(self, record: Record) -> list[Tensor]:
-        """The record's images, uint8 [3, H, W] each, upright and in RGB.
-
-        Raises:
-            RecordError: As `sizes`, or the file is truncated.
-        """
-        return [self._decode(record, path) for path in record.images]
-
-    def _open(self, record: Record, path: str) -> Image.Image:
-        file = self._inside_root(record, path)
+    def __init__(self, where: str, name: str, source: Path | bytes, options: ImageOptions) -> None:
+        self.where, self.name, self.options = where, name, options
         try:
-            image = Image.open(file)
-        except (Image.DecompressionBombError, UnidentifiedImageError, OSError) as error:
-            bomb = isinstance(error, Image.DecompressionBombError)
-            raise RecordError(
-                record.where, "too many pixels" if bomb else "not an image", f"image {path}: {error}"
-            ) from None
-        pixels = max(image.size) ** 2 if self.options.mode == "pad" else image.width * image.height
-        if pixels > self.options.max_pixels:
-            detail = f"image {path}: {image.width}×{image.height} ({self.options.mode}: {pixels} pixels)"
-            raise RecordError(record.where, "too many pixels", f"{detail}, allowed are {self.options.max_pixels}")
+            self.image = Image.open(BytesIO(source) if isinstance(source, bytes) else source)
+        except Image.DecompressionBombError as error:
+            raise self._fault("too many pixels", str(error)) from None
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            raise self._fault("not an image", str(error)) from None
+        self._check()
+
+    def _check(self) -> None:
+        image, options = self.image, self.options
+        pixels = max(image.size) ** 2 if options.mode == "pad" else math.prod(image.size)
+        if max(pixels, math.prod(options.target(*image.size))) > options.max_pixels:
+            found = f"{image.width}×{image.height} ({options.mode}: {pixels} pixels)"
+            raise self._fault("too many pixels", f"{found}, allowed are {options.max_pixels}")
         if image.mode in ("I", "F"):
-            detail = f"image {path}: mode {image.mode}, expected 8 or 16 bits a channel: its range is unknown"
-            raise RecordError(record.where, "unsupported pixels", detail)
-        if (frames := getattr(image, "n_frames", 1)) > 1:
-            raise RecordError(record.where, "several frames", f"image {path}: {frames} frames, expected one")
-        return image
-
-    def _inside_root(self, record: Record, path: str) -> Path:
-        try:
-            file = (self.root / path).resolve()
-            exists = file.is_file()
-        except (OSError, ValueError) as error:
-            raise RecordError(record.where, "malformed image path", f"image {path:.80}: {error}") from None
-        if Path(path).is_absolute() or "://" in path or not file.is_relative_to(self.root):
-            raise RecordError(
-                record.where, "path leaves the image root", f"image {path}: expected a path below {self.root}"
+            raise self._fault(
+                "unsupported pixels", f"mode {image.mode}, expected 8 or 16 bits a channel: its range is unknown"
             )
-        if not exists:
-            raise RecordError(record.where, "missing image", f"image {path}: no such file in {self.root}")
-        return file
+        if (frames := getattr(image, "n_frames", 1)) > 1:
+            raise self._fault("several frames", f"{frames} frames, expected one")
 
-    def _decode(self, record: Record, path: str) -> Tensor:
-        image = self._open(record, path)
+    def _fault(self, reason: str, detail: str) -> RecordError:
+        return RecordError(self.where, reason, f"image {self.name}: {detail}")
+
+    def size(self) -> tuple[int, int]:
+        """Width and height that it will have, from its header alone."""
+        return self.options.target(*_upright_size(self.image))
+
+    def pixels(self, colour: tuple[int, int, int]) -> Tensor:
+        """uint8 [1, 3, H, W], upright and in RGB; `pad` fills with a colour in 0..255.
+
+        Raises:
+            RecordError: The file is truncated.
+        """
+        target = self.size()
         try:
-            image = to_rgb(ImageOps.exif_transpose(image))
+            self._draft()
+            upright = to_rgb(ImageOps.exif_transpose(self.image))
         except (OSError, SyntaxError, ValueError) as error:
-            raise RecordError(record.where, "truncated image", f"image {path}: {error}") from None
-        return to_pixels(image, self.options, self.colour)
+            raise self._fault("truncated image", str(error)) from None
+        return to_pixels(upright, target, colour if self.options.mode == "pad" else None)[None]
+
+    def _draft(self) -> None:
+        """Let a JPEG be decoded at a fraction of its size that is still DRAFT times what is wanted."""
+        if self.options.size is not None:
+            size = self.image.size
+            wanted = self.options.target(*size)
+            scale = DRAFT * max(want / have for want, have in zip(wanted, size, strict=True))
+            scale = min(scale, DRAFT * max(wanted) / max(size)) if self.options.mode == "pad" else scale
+            self.image.draft(None, (math.ceil(size[0] * scale), math.ceil(size[1] * scale)))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -127,17 +135,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_pixels(image: Image.Image, options: ImageOptions, colour: tuple[int, int, int]) -> Tensor:
-    """An RGB image -> uint8 [3, H, W] by the options' mode and size."""
-    target = options.target(*image.size)
-    if options.mode == "pad":
-        side = max(image.size)
-        square = Image.new("RGB", (side, side), colour)
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = square
-    if image.size != target:
-        image = image.resize(target, Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+def to_pixels(image: Image.Image, target: tuple[int, int], colour: tuple[int, int, int] | None = None) -> Tensor:
+    """An RGB image -> uint8 [3, H, W] of a width and height; a colour makes it square first.
+
+    Bicubic with antialiasing, by torchvision: Pillow's result to one or two levels of 255 in a third
+    of the time.
+    """
+    pixels = torch.from_numpy(np.array(image))
+    if colour is not None:
+        side, height, width = max(image.size), image.height, image.width
+        square = torch.tensor(colour, dtype=torch.uint8).repeat(side, side, 1)
+        top, left = (side - height) // 2, (side - width) // 2
+        square[top : top + height, left : left + width] = pixels
+        pixels = square
+    pixels = pixels.permute(2, 0, 1)
+    if tuple(pixels.shape[:0:-1]) != target:
+        pixels = resize(pixels, [target[1], target[0]], InterpolationMode.BICUBIC, antialias=True)
+    return pixels.contiguous()
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:

@@ -1,24 +1,37 @@
-"""Instruction sets in: files of LLaVA's format -> validated records.
+"""Instruction sets: a raw item as `sources` hands it over -> a validated record.
 
-Two shapes are read, in a JSON list or as JSON-lines, told apart by their content:
-  conversations  {"id", "image": "rel/path.jpg" or a list or absent,
-                  "conversations": [{"from": "human" | "gpt", "value": "…"}]}
-  questions      {"question_id", "image", "text"}, LLaVA's evaluation files, without answers
-Every error names the file, the record, the field, what was found and what was expected.
+Three formats are read, told apart by their content:
+  conversations  LLaVA's {"id", "image", "video", "conversations": [{"from": "human" | "gpt", "value": "…"}]}
+  question       {"question_id", "image", "video", "text"}, LLaVA's evaluation files, without answers
+  messages       chat as OpenAI and Hugging Face write it: {"messages": [{"role": "system" | "user" |
+                 "assistant", "content": "…" or a list of parts}]}; a part is {"type": "text", "text": "…"},
+                 {"type": "image"} or {"type": "video"}, with its file in "image", "video", "path", "url" or
+                 {"image_url": {"url": "…"}}, or without one
+The fields image, images, video and videos hold one file or a list: a path below the media root, a
+data URI, bytes, or {"bytes", "path"} as the library datasets stores an image. The k-th <image> of
+the text, or the k-th part of type image without a file of its own, takes the k-th image; videos
+likewise. A field that is null counts as absent: that is how Arrow writes it.
+Every error names the file, the record, the field, what was found and what was expected. No file is
+opened here.
 """
 
 from __future__ import annotations
 
-import json
+import base64
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
-MARKER = "<image>"
-"""Where an image stands in a turn's text."""
-ROLES = {"human": "user", "gpt": "assistant"}
+Kind = Literal["image", "video"]
+ItemFormat = Literal["conversations", "question", "messages"]
+
+MARKERS: dict[Kind, str] = {"image": "<image>", "video": "<video>"}
+"""Where an image or a video stands in a turn's text."""
+SHOWN_BY: dict[ItemFormat, str] = {"conversations": "conversations", "messages": "messages", "question": "text"}
+"""The field that shows an item's format; the first that holds something decides."""
 
 
 class RecordError(ValueError):
@@ -40,8 +53,23 @@ class RecordError(ValueError):
 
 
 @dataclass(frozen=True)
+class Media:
+    """An image or a video of a record.
+
+    Args:
+        kind: `image` or `video`.
+        name: Path below the media root; a label for errors where `data` is given.
+        data: Content of the encoded file, where it stands in the record itself.
+    """
+
+    kind: Kind
+    name: str
+    data: bytes | None = None
+
+
+@dataclass(frozen=True)
 class Turn:
-    """One message; `text`, without white space around it, holds MARKER where an image stands."""
+    """One message; `text`, without white space around it, holds a marker where an image or a video stands."""
 
     role: str
     text: str
@@ -52,16 +80,18 @@ class Record:
     """One item of an instruction set, parsed and validated.
 
     Args:
-        id: The record's own id, or its number.
-        images: Paths below the image root, in the order of their markers.
-        turns: user and assistant in turn, user first; a question to be answered is one user turn.
+        id: The record's own id, or its place in the file.
+        media: Images and videos, in the order of their markers.
+        turns: user and assistant in turn, user first; a last one of user is a question to be answered.
         where: File and record, for errors.
+        system: The system message that goes ahead of the turns.
     """
 
     id: str | int
-    images: tuple[str, ...]
+    media: tuple[Media, ...]
     turns: tuple[Turn, ...]
     where: str
+    system: str | None = None
 
     @property
     def exchanges(self) -> Iterator[tuple[str, str | None]]:
@@ -111,72 +141,42 @@ class BadRecords:
         return "\n".join([f"{name}: skipped {self.counts.total()} of {total} records", *lines])
 
 
-def read_items(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
-    """The raw items of a JSON list or a JSON-lines file, each with its place for errors.
+def parse(where: str, item: Any, format: ItemFormat | None = None) -> Record:
+    """One raw item -> Record, by whichever format its fields show, or the one that is named.
 
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: Not UTF-8, not JSON, neither a list nor lines, or no items at all.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no instruction file {path}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error}") from None
-    items = _list_of(path, text) if text.lstrip().startswith("[") else _lines_of(path, text)
-    if not items:
-        raise ValueError(f"{path}: holds no records")
-    return [(f"{path}, record {number}{_id_of(item)}", item) for number, item in items]
-
-
-def _list_of(path: Path, text: str) -> list[tuple[int, Any]]:
-    try:
-        return list(enumerate(json.loads(text)))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-
-
-def _lines_of(path: Path, text: str) -> list[tuple[int, Any]]:
-    items = []
-    for line, content in enumerate(text.split("\n")):
-        try:
-            if content.strip():
-                items.append((line, json.loads(content)))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {line + 1}: expected a JSON list, or one JSON object a line, "
-                f"found {content[:60]!r} ({error})"
-            ) from None
-    return items
-
-
-def _id_of(item: Any) -> str:
-    name = item.get("id", item.get("question_id")) if isinstance(item, dict) else None
-    return f" (id {name})" if name is not None else ""
-
-
-def parse(where: str, item: Any) -> Record:
-    """One raw item -> Record, by whichever format its fields show.
+    The parts of a message become one text, each part stripped and on lines of its own, joined with
+    "\\n": an image before its question reads "<image>\\nWhat?", as LLaVA writes it. Texts that were
+    never in parts stay as they are.
 
     Raises:
         RecordError: Anything in it that is not as it should be.
     """
-    if isinstance(item, dict) and "conversations" in item:
-        return _conversation(where, item)
-    if isinstance(item, dict) and "text" in item:
-        return _question(where, item)
+    readers = {"conversations": _conversation, "question": _question, "messages": _messages}
+    return readers[_format(where, item, format)](where, item)
+
+
+def id_of(item: Any) -> Any:
+    """What an item calls itself; None if it does not."""
+    names = [item.get(field) for field in ("id", "question_id")] if isinstance(item, dict) else []
+    return next((name for name in names if name is not None), None)
+
+
+def _format(where: str, item: Any, format: ItemFormat | None) -> ItemFormat:
+    possible = [format] if format else list(SHOWN_BY)
+    present = [name for name in possible if isinstance(item, dict) and SHOWN_BY[name] in item]
+    if present:
+        return max(present, key=lambda name: item[SHOWN_BY[name]] is not None)
     found = f"an object with {sorted(item)}" if isinstance(item, dict) else f"{type(item).__name__} {str(item)[:60]!r}"
-    raise RecordError(where, "unknown format", f"expected an object with 'conversations' or 'text', found {found}")
+    expected = " or ".join(repr(SHOWN_BY[name]) for name in possible)
+    raise RecordError(where, "unknown format", f"expected an object with {expected}, found {found}")
 
 
 def _question(where: str, item: dict[str, Any]) -> Record:
-    images = _images(where, item)
+    columns = _columns(where, item)
     text = _text(where, "text", item["text"])
-    if MARKER not in text:
-        text = f"{MARKER}\n" * len(images) + text
-    return _checked(Record(item.get("question_id", where), images, (Turn("user", text),), where))
+    in_front = [f"{MARKERS[kind]}\n" * len(column) for kind, column in columns.items() if MARKERS[kind] not in text]
+    turns = (Turn("user", "".join(in_front) + text),)
+    return _record(where, item, turns, columns)
 
 
 def _conversation(where: str, item: dict[str, Any]) -> Record:
@@ -188,20 +188,127 @@ def _conversation(where: str, item: dict[str, Any]) -> Record:
         raise RecordError(
             where, "no answer", f"conversations: the last turn ({len(turns) - 1}) is human's, expected gpt's"
         )
-    return _checked(Record(item.get("id", where), _images(where, item), turns, where))
+    return _record(where, item, turns, _columns(where, item))
 
 
 def _turn(where: str, number: int, turn: Any) -> Turn:
     field = f"conversations[{number}]"
     if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
         raise RecordError(where, "malformed turn", f"{field}: expected {{'from', 'value'}}, found {turn!r:.80}")
-    if turn["from"] not in ROLES:
-        raise RecordError(where, "unknown role", f"{field}.from: expected human or gpt, found {turn['from']!r}")
-    expected = list(ROLES)[number % 2]
-    if turn["from"] != expected:
-        reason = "first turn is not human's" if number == 0 else f"two {turn['from']} turns in a row"
-        raise RecordError(where, reason, f"{field}.from: expected {expected}, found {turn['from']}")
-    return Turn(ROLES[expected], _text(where, f"{field}.value", turn["value"]))
+    role = _role(where, f"{field}.from", turn["from"], number, ("human", "gpt"))
+    text = _text(where, f"{field}.value", turn["value"])
+    if role == "assistant":
+        _refuse_markers(where, f"{field}.value", text, "in an answer", "in a gpt turn")
+    return Turn(role, text)
+
+
+def _messages(where: str, item: dict[str, Any]) -> Record:
+    raw = _message_list(where, item["messages"])
+    in_parts = any(isinstance(message["content"], list) for message in raw)
+    contents = [_content(where, number, message["content"], in_parts) for number, message in enumerate(raw)]
+    texts = ["\n".join(map(str, content)) for content in contents]
+    system = texts[0] if raw[0]["role"] == "system" else None
+    first = int(system is not None)
+    _refuse_markers(where, "messages[0].content", system or "", "in a system message", "in a system message")
+    if len(raw) == first:
+        raise RecordError(where, "empty conversation", "messages: expected a user message, found one of system alone")
+    turns = tuple(
+        _message(where, number, first, raw[number]["role"], texts[number]) for number in range(first, len(raw))
+    )
+    slots = [part for content in contents for part in content if isinstance(part, _Slot)]
+    return _record(where, item, turns, _columns(where, item), _carried(where, slots), system)
+
+
+def _message_list(where: str, raw: Any) -> list[dict[str, Any]]:
+    if not isinstance(raw, list) or not raw:
+        raise RecordError(where, "empty conversation", f"messages: expected a list of messages, found {raw!r:.60}")
+    for number, message in enumerate(raw):
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            detail = f"messages[{number}]: expected {{'role', 'content'}}, found {message!r:.80}"
+            raise RecordError(where, "malformed turn", detail)
+    return raw
+
+
+def _message(where: str, number: int, first: int, role: Any, text: str) -> Turn:
+    field = f"messages[{number}]"
+    role = _role(where, f"{field}.role", role, number - first, ("user", "assistant"))
+    if role == "assistant":
+        _refuse_markers(where, f"{field}.content", text, "in an answer", "in an assistant message")
+    return Turn(role, text)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A part of type image or video: with a file of its own, or waiting for the `index`-th of the columns."""
+
+    kind: Kind
+    media: Media | None
+    index: int | None
+
+    def __str__(self) -> str:
+        return MARKERS[self.kind]
+
+
+def _content(where: str, number: int, content: Any, in_parts: bool) -> list[str | _Slot]:
+    field = f"messages[{number}].content"
+    if isinstance(content, list) and content:
+        return [_part(where, f"{field}[{place}]", part) for place, part in enumerate(content)]
+    return [_part_text(where, field, content) if in_parts else _text(where, field, content)]
+
+
+def _part(where: str, field: str, part: Any) -> str | _Slot:
+    kinds: dict[Any, Kind] = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
+    found = part.get("type") if isinstance(part, dict) else None
+    if found == "text":
+        return _part_text(where, f"{field}.text", part.get("text"))
+    if isinstance(found, str) and found in kinds:
+        return _Slot(kinds[found], _own_file(where, field, kinds[found], part), part.get("index"))
+    expected = "an object of type text, image, image_url, video or video_url"
+    raise RecordError(where, "unknown part", f"{field}: expected {expected}, found {part!r:.80}")
+
+
+def _part_text(where: str, field: str, value: Any) -> str:
+    text = _text(where, field, value)
+    _refuse_markers(where, field, text, "marker in a text part", "in a text, expected a part of that type")
+    return text
+
+
+def _own_file(where: str, field: str, kind: Kind, part: dict[str, Any]) -> Media | None:
+    """The file that a part names, or None if it leaves that to the columns."""
+    named = [name for name in (kind, f"{kind}_url", "path", "url") if part.get(name) is not None]
+    if not named:
+        return None
+    value, field = part[named[0]], f"{field}.{named[0]}"
+    if isinstance(value, dict) and "url" in value:
+        value, field = value["url"], f"{field}.url"
+    if isinstance(value, str) and value.lower().startswith(("http://", "https://")):
+        raise RecordError(where, "a URL", f"{field}: expected a relative path or data, found {value:.80}")
+    media = _media(where, field, kind, value)
+    if media is None or len(named) > 1:
+        detail = f"{field}: expected one relative path or data, found {part!r:.80}"
+        raise RecordError(where, f"malformed {kind} path", detail)
+    return media
+
+
+def _carried(where: str, slots: Sequence[_Slot]) -> dict[int, Media]:
+    """Number among all markers -> the file of a part's own. An index that is not the part's place is an error."""
+    waiting: Counter[str] = Counter()
+    for slot in slots:
+        if slot.media is None and slot.index not in (None, waiting[slot.kind]):
+            detail = f"messages: {slot.kind} number {waiting[slot.kind]} of the text has index {slot.index}"
+            raise RecordError(where, f"{slot.kind} order disagrees", detail)
+        waiting[slot.kind] += slot.media is None
+    return {number: slot.media for number, slot in enumerate(slots) if slot.media}
+
+
+def _role(where: str, field: str, found: Any, number: int, names: tuple[str, str]) -> str:
+    if found not in names:
+        raise RecordError(where, "unknown role", f"{field}: expected {names[0]} or {names[1]}, found {found!r}")
+    expected = names[number % 2]
+    if found != expected:
+        reason = f"first turn is not {names[0]}'s" if number == 0 else f"two {found} turns in a row"
+        raise RecordError(where, reason, f"{field}: expected {expected}, found {found}")
+    return ("user", "assistant")[number % 2]
 
 
 def _text(where: str, field: str, value: Any) -> str:
@@ -210,25 +317,85 @@ def _text(where: str, field: str, value: Any) -> str:
     return value.strip()
 
 
-def _images(where: str, item: dict[str, Any]) -> tuple[str, ...]:
-    found = item.get("image")
-    paths = [] if found is None else found if isinstance(found, list) else [found]
-    for path in paths:
-        if not isinstance(path, str) or not path:
-            raise RecordError(
-                where, "malformed image path", f"image: expected a relative path or a list, found {found!r:.80}"
-            )
-    return tuple(paths)
+def _refuse_markers(where: str, field: str, text: str, reason: str, place: str) -> None:
+    for kind, marker in MARKERS.items():
+        if marker in text:
+            raise RecordError(where, f"{kind} {reason}", f"{field}: {marker} {place}")
 
 
-def _checked(record: Record) -> Record:
-    for number, turn in enumerate(record.turns):
-        if turn.role == "assistant" and MARKER in turn.text:
-            raise RecordError(
-                record.where, "image in an answer", f"conversations[{number}].value: {MARKER} in a gpt turn"
-            )
-    markers = sum(turn.text.count(MARKER) for turn in record.turns)
-    if markers != len(record.images):
-        detail = f"{markers} {MARKER} in the text, {len(record.images)} in the field image"
-        raise RecordError(record.where, "image count disagrees", detail)
-    return record
+def _columns(where: str, item: dict[str, Any]) -> dict[Kind, list[Media]]:
+    return {kind: _column(where, item, kind) for kind in MARKERS}
+
+
+def _column(where: str, item: dict[str, Any], kind: Kind) -> list[Media]:
+    fields = [field for field in (kind, f"{kind}s") if item.get(field) not in (None, [])]
+    if not fields:
+        return []
+    if len(fields) > 1:
+        raise RecordError(where, f"two {kind} fields", f"expected either {fields[0]} or {fields[1]}, found both")
+    field, found = fields[0], item[fields[0]]
+    values = (
+        {f"{field}[{number}]": value for number, value in enumerate(found)}
+        if isinstance(found, list)
+        else {field: found}
+    )
+    media = [_media(where, label, kind, value) for label, value in values.items()]
+    if None in media:
+        detail = f"{field}: expected a relative path or a list, found {found!r:.80}"
+        raise RecordError(where, f"malformed {kind} path", detail)
+    return [medium for medium in media if medium]
+
+
+def _media(where: str, field: str, kind: Kind, value: Any) -> Media | None:
+    """A path, a data URI, bytes or {"bytes", "path"}; None if it is nothing of that."""
+    path, data = value, None
+    if isinstance(value, dict):
+        path, data = value.get("path"), value.get("bytes")
+    elif isinstance(value, bytes):
+        path, data = field, value
+    if data is not None:
+        name = path if isinstance(path, str) and path else field
+        return Media(kind, name, data) if isinstance(data, bytes) and data else None
+    if not isinstance(path, str) or not path:
+        return None
+    return Media(kind, field, _decoded(where, field, kind, path)) if path.startswith("data:") else Media(kind, path)
+
+
+def _decoded(where: str, field: str, kind: Kind, uri: str) -> bytes:
+    header, _, content = uri.partition(",")
+    try:
+        data = base64.b64decode(content, validate=True) if re.fullmatch(rf"data:{kind}/.*;base64", header) else b""
+    except ValueError:
+        data = b""
+    if not data:
+        detail = f"{field}: expected data:{kind}/…;base64,…, found {uri[:60]!r} of {len(uri)} characters"
+        raise RecordError(where, "malformed data URI", detail)
+    return data
+
+
+def _record(
+    where: str,
+    item: dict[str, Any],
+    turns: tuple[Turn, ...],
+    columns: Mapping[Kind, list[Media]],
+    carried: Mapping[int, Media] = MappingProxyType({}),
+    system: str | None = None,
+) -> Record:
+    name = id_of(item)
+    media = _in_marker_order(where, turns, columns, carried)
+    return Record(where if name is None else name, media, turns, where, system)
+
+
+def _in_marker_order(
+    where: str, turns: Sequence[Turn], columns: Mapping[Kind, list[Media]], carried: Mapping[int, Media]
+) -> tuple[Media, ...]:
+    """The media of a record: each marker's own where its part carries one, the next of the columns elsewhere."""
+    kinds = {marker: kind for kind, marker in MARKERS.items()}
+    marked = [kinds[marker] for turn in turns for marker in re.findall("|".join(kinds), turn.text)]
+    waiting = Counter(kind for number, kind in enumerate(marked) if number not in carried)
+    for kind, column in columns.items():
+        if waiting[kind] != len(column):
+            detail = f"{waiting[kind]} {MARKERS[kind]} in the text, {len(column)} in the field {kind}"
+            raise RecordError(where, f"{kind} count disagrees", detail)
+    rest = {kind: iter(column) for kind, column in columns.items()}
+    return tuple(carried.get(number) or next(rest[kind]) for number, kind in enumerate(marked))

@@ -19,10 +19,12 @@ DType = Literal["float32", "bfloat16", "float16", "float64"]
 
 TEMPLATES: dict[str, str] = {
     "vicuna_v1": (
-        "{{ bos_token }}A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-        "helpful, detailed, and polite answers to the user's questions. {% for message in messages %}"
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+        "helpful, detailed, and polite answers to the user's questions.{% endif %} {% for message in messages %}"
         "{% if message['role'] == 'user' %}USER: {{ message['content'] }} "
-        "{% else %}ASSISTANT: {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% elif message['role'] == 'assistant' %}ASSISTANT: {{ message['content'] }}{{ eos_token }}"
+        "{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
     ),
     "chatml": (
@@ -30,8 +32,8 @@ TEMPLATES: dict[str, str] = {
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
     "plain": (
-        "{% for message in messages %}{{ message['content'] }}{% if message['role'] == 'user' %} "
-        "{% else %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% for message in messages %}{{ message['content'] }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}{% endfor %}"
     ),
 }
 """Named chat templates (Jinja, as in transformers). vicuna_v1 is LLaVA's and ConvLLaVA's; plain is

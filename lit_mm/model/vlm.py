@@ -14,8 +14,21 @@ from transformers import GenerationConfig, PreTrainedModel
 from lit_mm.model.attention import FlexLayout
 from lit_mm.model.encoder import Encoder
 from lit_mm.model.loss import token_losses, weighted_loss
-from lit_mm.model.projector import MatryoshkaProjector
-from lit_mm.model.rows import IGNORED, IMAGE, Batch, Images, Question, Rows, behind_an_image, expand, stack
+from lit_mm.model.projector import MatryoshkaProjector, Scale, all_levels, checked_time_scales
+from lit_mm.model.rows import (
+    IGNORED,
+    IMAGE,
+    Batch,
+    FrameSets,
+    Images,
+    Question,
+    Rows,
+    at_time,
+    behind_an_image,
+    expand,
+    levels_of_kinds,
+    stack,
+)
 
 
 @dataclass
@@ -23,13 +36,13 @@ class Losses:
     """What a step computes.
 
     Args:
-        total: Scalar with a gradient: the drawn scales' losses by their weights.
-        per_scale: [scales] mean over the batch's own targets, without a gradient; only those of the
-            drawn scales mean anything.
+        total: Scalar with a gradient: the drawn levels' losses by their weights.
+        per_level: [levels] mean over the batch's own targets, without a gradient; only those of the
+            drawn levels mean anything.
     """
 
     total: Tensor
-    per_scale: Tensor
+    per_level: Tensor
 
 
 class MatryoshkaVLM(nn.Module):
@@ -39,30 +52,57 @@ class MatryoshkaVLM(nn.Module):
         encoder: Image to grid.
         projector: Grid to nested tokens; its scales are the model's.
         llm: A causal LM of transformers.
+        time_scales: Sets of neighbouring frames that a video is cut into, finest first; each divides
+            the one before. Empty: a video's frames are not pooled.
+
+    Attributes:
+        always_encode: Whether the encoder and the projector run in every step, if need be on a blank
+            image that adds nothing: where ranks wait for each other's parameters or gradients, none
+            may leave a part out.
     """
 
-    def __init__(self, encoder: Encoder, projector: MatryoshkaProjector, llm: PreTrainedModel) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        projector: MatryoshkaProjector,
+        llm: PreTrainedModel,
+        time_scales: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.projector = projector
         self.llm = llm
+        self.time_scales = checked_time_scales(time_scales) if time_scales else []
+        self.always_encode = False
 
     @property
-    def scales(self) -> list[int]:
-        """Visual tokens per image, finest first."""
-        return self.projector.scales
+    def levels(self) -> list[Scale]:
+        """What the model answers at, finest first: its scales, at each of its time scales."""
+        return all_levels(self.projector.scales, self.time_scales)
 
     def encode(self, images: Images) -> list[Tensor]:
-        """N images -> their nested tokens, one [N, scale, D] per scale, finest first.
+        """N images -> their nested tokens, one [N, scale, D] per level, finest first.
+
+        With time scales it is [sets of frames, scale, D], the means over the frames of every set.
 
         Raises:
             ValueError: A scale does not divide an image's grid.
         """
         groups = [self.projector(self.encoder(self.encoder.normalise(pixels))) for pixels in images.groups]
-        return [torch.cat(same_scale)[images.order] for same_scale in zip(*groups, strict=True)]
+        nested = [torch.cat(same_scale)[images.order] for same_scale in zip(*groups, strict=True)]
+        if not self.time_scales:
+            return nested
+        return [mean_over(sets, tokens) for sets in images.over_time for tokens in nested]
+
+    def blank(self) -> Tensor:
+        """Zero, with a gradient of zero for the encoder and the projector, from the smallest image."""
+        pixels = torch.zeros(1, 3, self.encoder.stride, self.encoder.stride, dtype=torch.uint8)
+        grid = self.encoder(self.encoder.normalise(pixels.to(next(self.encoder.parameters()).device)))
+        [tokens] = self.projector(grid, [1])
+        return tokens[:, :0].sum()  # of nothing: not even an infinity can come through
 
     def forward(self, batch: Batch, count: Tensor | int | None = None) -> Losses:
-        """Next-token losses of the batch at its drawn scales (M3, equation 1 is their mean).
+        """Next-token losses of the batch at its drawn levels (M3, equation 1 is their mean).
 
         The encoder and the projector run once, the LLM once for each of the batch's rows, and logits
         exist only where there is a target. A batch without rows goes through `loop`.
@@ -72,10 +112,13 @@ class MatryoshkaVLM(nn.Module):
             count: What the total is divided by; null: the batch's own number of targets.
         """
         sums, own = self.sums(batch, self.encode(batch.images)), max(1, batch.supervised)
-        return Losses(sums.total / (own if count is None else count), sums.per_scale / own)
+        total = sums.total / (own if count is None else count)
+        if self.always_encode and not batch.images.groups:
+            total = total + self.blank()
+        return Losses(total, sums.per_level / own)
 
     def loop(self, batch: Batch) -> Losses:
-        """What `forward` computes, in the obvious way: the LLM runs once per scale, on padded samples.
+        """What `forward` computes, in the obvious way: the LLM runs once per level, on padded samples.
 
         The reference for packed rows, and the way of models that cannot be packed.
         """
@@ -88,25 +131,31 @@ class MatryoshkaVLM(nn.Module):
         hidden = torch.cat([self._hidden_of(rows, nested, again=len(batch.rows) > 1) for rows in batch.rows])
         weights = torch.cat([self._weights(rows, hidden) for rows in batch.rows])
         total, losses = weighted_loss(self.llm, hidden, torch.cat([rows.targets for rows in batch.rows]), weights)
-        scales = torch.cat([rows.target_scale for rows in batch.rows])
-        sums = losses.new_zeros(len(self.scales) + 1).index_add_(0, scales, losses)
-        return Losses(total, sums[:-1] + sums[-1])
+        kinds = torch.cat([rows.target_kind for rows in batch.rows])
+        belongs = torch.from_numpy(levels_of_kinds(len(self.projector.scales), len(self.time_scales))).to(losses)
+        return Losses(total, losses.new_zeros(len(belongs)).index_add_(0, kinds, losses) @ belongs)
 
     def _weights(self, rows: Rows, hidden: Tensor) -> Tensor:
         """[S] what each target's loss counts."""
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        return torch.tensor(rows.weights, dtype=dtype).to(hidden.device)[rows.target_scale]
+        return torch.tensor(rows.weights, dtype=dtype).to(hidden.device)[rows.target_kind]
 
     def _hidden_of(self, rows: Rows, nested: list[Tensor], again: bool) -> Tensor:
         """Last hidden states [S, D] where a row's targets are predicted. `again` computes the LLM's
         activations anew in the backward pass, so that those of one row exist at a time."""
         embeddings = cast(nn.Module, self.llm.get_input_embeddings())(rows.token_ids)
         if nested and len(rows.visual_index):
-            tokens = torch.cat(nested, dim=1).flatten(0, 1)[rows.visual_source]
+            tokens = self._in_one(nested)[rows.visual_source]
             embeddings = embeddings.index_copy(0, rows.visual_index, tokens.to(embeddings.dtype))
         if again and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(self._decode, embeddings, rows, use_reentrant=False))
         return self._decode(embeddings, rows)
+
+    def _in_one(self, nested: list[Tensor]) -> Tensor:
+        """The nested tokens of every level, in the order of a row's `visual_source`: [all, D]."""
+        count = len(self.projector.scales)
+        times = [nested[first : first + count] for first in range(0, len(nested), count)]
+        return torch.cat([torch.cat(same_time, dim=1).flatten(0, 1) for same_time in times])
 
     def _decode(self, embeddings: Tensor, rows: Rows) -> Tensor:
         """Embeddings [L, D] of a row -> last hidden states [S, D] where a target is predicted."""
@@ -125,21 +174,28 @@ class MatryoshkaVLM(nn.Module):
 
     def _loop(self, batch: Batch, nested: list[Tensor]) -> Losses:
         totals, sums, moved = [], {}, behind_an_image(batch)
-        for scale in batch.drawn:
-            losses = self._losses_at(batch, self.scales[scale.number], nested[scale.number] if nested else None)
-            # what no scale changes counts once over all drawn scales, as in a packed row
-            totals.append(torch.where(moved, losses * scale.weight, losses / len(batch.drawn)).sum())
-            sums[scale.number] = losses.detach().sum()
+        for level in batch.drawn:
+            losses = self._losses_at(batch, level.number, nested)
+            # what no level changes counts once over all drawn levels, as in a packed row
+            totals.append(torch.where(moved, losses * level.weight, losses / len(batch.drawn)).sum())
+            sums[level.number] = losses.detach().sum()
         nothing = torch.zeros_like(totals[0])
         return Losses(
-            torch.stack(totals).sum(), torch.stack([sums.get(number, nothing) for number in range(len(self.scales))])
+            torch.stack(totals).sum(), torch.stack([sums.get(number, nothing) for number in range(len(self.levels))])
         )
 
-    def _losses_at(self, batch: Batch, scale: int, tokens: Tensor | None) -> Tensor:
-        """Loss of every target [S] at one scale."""
-        ids = stack([expand(ids, ids, scale) for ids in batch.token_ids], padding=0)
-        targets = [expand(targets, ids, scale) for targets, ids in zip(batch.targets, batch.token_ids, strict=True)]
-        embeddings = self._embed(ids, tokens, batch.image_index)
+    def _losses_at(self, batch: Batch, level: int, nested: list[Tensor]) -> Tensor:
+        """Loss of every target [S] at one level."""
+        time, scale = divmod(level, len(self.projector.scales))
+        kept: list[Tensor | None] = [*batch.kept] or [None] * len(batch.token_ids)
+        stay = [at_time(ids, own, time) for ids, own in zip(batch.token_ids, kept, strict=True)]
+        ids = [ids[positions] for ids, (positions, _) in zip(batch.token_ids, stay, strict=True)]
+        targets = [own[positions] for own, (positions, _) in zip(batch.targets, stay, strict=True)]
+        index = batch.image_index[torch.cat([images for _, images in stay])]
+        count = self.projector.scales[scale]
+        targets = [expand(own, each, count) for own, each in zip(targets, ids, strict=True)]
+        padded = stack([expand(each, each, count) for each in ids], padding=0)
+        embeddings = self._embed(padded, nested[level] if nested else None, in_sets(index, batch.images, time))
         return token_losses(self.llm, embeddings, stack(targets, padding=IGNORED), IGNORED)
 
     def _embed(self, ids: Tensor, tokens: Tensor | None, image_index: Tensor) -> Tensor:
@@ -166,46 +222,57 @@ class MatryoshkaVLM(nn.Module):
     @torch.inference_mode()
     def generate(
         self,
-        images: Images | list[Tensor],
+        images: Images,
         questions: Sequence[Question],
-        scale: int,
+        level: Scale,
         max_new_tokens: int = 64,
         end_ids: Sequence[int] = (),
+        nested: list[Tensor] | None = None,
     ) -> list[Tensor]:
-        """Answer questions greedily with `scale` visual tokens an image.
+        """Answer questions greedily with so many visual tokens an image.
 
         Args:
-            images: Images, or the nested tokens that `encode` made of them (to ask at several scales
-                and encode once).
+            images: What the questions are about.
             questions: Prompts with the places of their images.
-            scale: One of the model's scales.
+            level: One of the model's levels.
             max_new_tokens: The longest answer, in tokens.
             end_ids: Token ids that end an answer; the model's own end token does so always.
+            nested: What `encode` made of the images, to ask at several levels and encode once.
 
         Returns:
             One [t] tensor of new token ids a question, its end token and padding removed.
 
         Raises:
-            ValueError: The model does not have this scale, or no end token is known.
+            ValueError: The model does not have this level, or no end token is known.
         """
         if not questions:
             return []
-        if scale not in self.scales:
-            raise ValueError(f"scale {scale} is not one of the model's {self.scales}")
-        nested = self.encode(images) if isinstance(images, Images) else images
-        prompts = [expand(question.token_ids, question.token_ids, scale) for question in questions]
-        mask = stack([torch.ones_like(prompt) for prompt in prompts], padding=0, left=True)
-        tokens = nested[self.scales.index(scale)] if nested else None
-        index = torch.tensor(
-            [i for question in questions for i in question.image_index], dtype=torch.long, device=mask.device
-        )
-        embeddings = self._embed(stack(prompts, padding=0, left=True), tokens, index)
+        if level not in self.levels:
+            raise ValueError(f"scale {level} is not one of the model's {', '.join(map(str, self.levels))}")
+        nested = self.encode(images) if nested is None else nested
+        number = self.levels.index(level)
+        embeddings, mask = self._prompts(images, questions, number, nested[number] if nested else None)
         ends = self._end_ids(end_ids)
         config = GenerationConfig(
             do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0]
         )
         answers = cast(Any, self.llm).generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=config)
         return [_until(answer, ends) for answer in answers]
+
+    def _prompts(
+        self, images: Images, questions: Sequence[Question], level: int, tokens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings [Q, T, D] of the questions at a level, padded on the left, and their mask [Q, T]."""
+        time, scale = divmod(level, len(self.projector.scales))
+        count, prompts, index = self.projector.scales[scale], [], []
+        for question in questions:
+            positions, shown = at_time(question.token_ids, question.kept, time)
+            ids = question.token_ids[positions]
+            prompts.append(expand(ids, ids, count))
+            index.append(torch.tensor(question.image_index, dtype=torch.long, device=ids.device)[shown])
+        mask = stack([torch.ones_like(prompt) for prompt in prompts], padding=0, left=True)
+        padded = stack(prompts, padding=0, left=True)
+        return self._embed(padded, tokens, in_sets(torch.cat(index), images, time)), mask
 
     def _end_ids(self, end_ids: Sequence[int]) -> list[int]:
         own = cast(GenerationConfig, self.llm.generation_config).eos_token_id
@@ -219,3 +286,17 @@ def _until(ids: Tensor, ends: list[int]) -> Tensor:
     """The ids before the first end token."""
     found = torch.isin(ids, torch.tensor(ends, device=ids.device)).nonzero()
     return ids[: int(found[0])] if len(found) else ids
+
+
+def mean_over(sets: FrameSets, tokens: Tensor) -> Tensor:
+    """Tokens [N, scale, D] of images -> of their sets of frames [n, scale, D]."""
+    if len(sets.sizes) == len(tokens):
+        return tokens
+    exact = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    sums = exact.new_zeros(len(sets.sizes), *tokens.shape[1:]).index_add_(0, sets.number, exact)
+    return (sums / sets.sizes.to(exact)[:, None, None]).to(tokens.dtype)
+
+
+def in_sets(index: Tensor, images: Images, time: int) -> Tensor:
+    """Numbers [K] of images -> of their sets of frames at a time scale."""
+    return images.over_time[time].number[index] if images.over_time else index

@@ -23,7 +23,7 @@ def check_packing(vlm: MatryoshkaVLM, packing: Packing) -> None:
     if packing == "loop":
         return
     weight: Tensor = vlm.llm.get_input_embeddings().weight  # type: ignore[assignment]
-    batch, nested = tiny_batch(weight, vlm.scales, packing)
+    batch, nested = tiny_batch(weight, vlm.projector.scales, packing)
     modes = {module: module.training for module in vlm.modules()}
     vlm.eval()
     packed, looped = (vlm.sums(each, nested).total / batch.supervised for each in (batch, replace(batch, rows=[])))

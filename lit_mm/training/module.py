@@ -19,11 +19,20 @@ from lit_mm.evaluation.metrics import AnswerAccuracy
 from lit_mm.model.attention import NAME
 from lit_mm.model.encoder import Encoder
 from lit_mm.model.llm import LLM, load_config, load_llm, load_tokenizer, packing_of
-from lit_mm.model.projector import MatryoshkaProjector, Sampling, checked_scales
+from lit_mm.model.projector import (
+    MatryoshkaProjector,
+    Pooling,
+    Sampling,
+    Scale,
+    all_levels,
+    checked_scales,
+    checked_time_scales,
+)
 from lit_mm.model.rows import Batch, Packing
 from lit_mm.model.vlm import Losses, MatryoshkaVLM
 from lit_mm.training.check import check_packing
 from lit_mm.training.parts import Parts, parameter_groups
+from lit_mm.training.resume import Place, seed_step, write_place
 from lit_mm.training.schedule import WarmupCosine
 
 
@@ -37,7 +46,9 @@ class LitMatryoshka(LightningModule):
         encoder: Callable[[], Encoder],
         llm: LLM,
         scales: list[int],
+        time_scales: list[int] | None = None,
         sampling: Sampling = "mean",
+        pooling: Pooling = "exact",
         attention: Packing | Literal["auto"] = "auto",
         scales_per_step: int | Literal["all"] = "all",
         keep_finest: bool = False,
@@ -52,16 +63,24 @@ class LitMatryoshka(LightningModule):
         Args:
             encoder: Image encoder: ConvNeXtEncoder (ConvLLaVA's) or TimmEncoder (a ViT, say).
             llm: The causal LM with its tokenizer and chat template.
-            scales: Visual tokens per image, finest first; each must divide the encoder's grid.
+            scales: Visual tokens per image, or per frame of a video, finest first; each must divide
+                the encoder's grid.
+            time_scales: For video: into how many sets of neighbouring frames a video is cut at most,
+                finest first; each must divide the one before. The model then trains on and answers
+                at every scale with every time scale, named 8x16 for 8 sets of frames with 16 tokens
+                each. null: frames are not pooled.
             sampling: How coarser tokens come from finer ones: mean (M3's), spatial or sequential.
+            pooling: exact refuses images whose grid a scale does not divide; adaptive gives any grid
+                that is large enough every scale, by cutting it into boxes of nearly equal size.
             attention: How all scales of a sample go through the LLM in one packed row. auto: branch,
                 one causal attention per branch, on any device; flex: FlexAttention (GPU); varlen:
                 variable-length flash attention (GPU, 16 bit); sequential: scale after scale, each
                 computed again in the backward pass, for the least memory; loop: once per scale on
                 padded samples. LLMs with attention windows, recurrent and unknown ones take loop,
                 whatever is chosen here.
-            scales_per_step: How many scales take part in a training step, drawn anew in each; their
-                weights keep the expected loss the mean over all scales. all: every one, as in M3.
+            scales_per_step: How many scales (with time scales: of their combinations) take part in a
+                training step, drawn anew in each; their weights keep the expected loss the mean over
+                all. all: every one, as in M3.
             keep_finest: Whether the finest scale takes part in every step when scales are drawn.
             parts: How fast each part learns.
             optimizer: Gets one or two parameter groups a part; the parts set the learning rates.
@@ -74,7 +93,8 @@ class LitMatryoshka(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.build_encoder, self.llm = encoder, llm
-        self.scales, self.sampling = checked_scales(scales), sampling
+        self.scales, self.sampling, self.pooling = checked_scales(scales), sampling, pooling
+        self.time_scales = checked_time_scales(time_scales) if time_scales else []
         self.attention, self.scales_per_step, self.keep_finest = attention, scales_per_step, keep_finest
         self.parts, self.build_optimizer, self.build_scheduler = parts, optimizer, scheduler
         self.max_new_tokens, self.init_gain = max_new_tokens, init_gain
@@ -82,8 +102,14 @@ class LitMatryoshka(LightningModule):
         self.packing = packing_of(load_config(llm, self.tokenizer), attention)
         self.end_id = Conversation(self.tokenizer).end_id
         self.accuracy = nn.ModuleDict(
-            {f"{split}_{scale}": AnswerAccuracy() for split in ("val", "test") for scale in scales}
+            {f"{split}_{level}": AnswerAccuracy() for split in ("val", "test") for level in self.levels}
         )
+        self.place = Place()
+
+    @property
+    def levels(self) -> list[Scale]:
+        """What the model answers at, finest first: its scales, at each of its time scales."""
+        return all_levels(self.scales, self.time_scales)
 
     @property
     def inputs(self) -> ModelInputs:
@@ -97,6 +123,8 @@ class LitMatryoshka(LightningModule):
             self.scales,
             cast(tuple[int, int, int], colour),
             self.sampling,
+            self.pooling,
+            self.time_scales,
             self.packing,
             self.scales_per_step,
             self.keep_finest,
@@ -110,17 +138,27 @@ class LitMatryoshka(LightningModule):
         if self.packing != "loop":
             llm.set_attn_implementation(NAME)
         width = cast(nn.Embedding, llm.get_input_embeddings()).embedding_dim
-        projector = MatryoshkaProjector(encoder.width, width, self.scales, self.sampling)
-        self.vlm = MatryoshkaVLM(encoder, projector, llm)
+        projector = MatryoshkaProjector(encoder.width, width, self.scales, self.sampling, self.pooling)
+        self.vlm = MatryoshkaVLM(encoder, projector, llm, self.time_scales)
         if self.init_gain is not None:
             self.vlm.start_from_nothing(self.init_gain)
 
     def on_fit_start(self) -> None:
         """Say how samples are packed, and make sure that this LLM computes the same that way."""
         rank_zero_info(f"attention: {self.packing} ({type(self.vlm.llm).__name__})")
+        self.vlm.always_encode = self.trainer.world_size > 1
         self.divisor: Tensor | None = None
         with self.trainer.precision_plugin.forward_context():
             check_packing(self.vlm, self.packing)
+
+    def on_train_epoch_start(self) -> None:
+        """A new place."""
+        self.place.epoch, self.place.batches = self.trainer.current_epoch, 0
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Random numbers and the logger's step follow from the place alone."""
+        seed_step(self.trainer.current_epoch, batch_idx, self.global_rank)
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean over scales of the next-token loss (M3, equation 1), over the targets of all ranks.
@@ -144,6 +182,22 @@ class LitMatryoshka(LightningModule):
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             torch._foreach_mul_(gradients, self.divisor / self.targets.clamp(min=1))
 
+    def optimizer_step(self, epoch: int, batch_idx: int, *arguments: Any, **named: Any) -> None:
+        """Step, and remember how far the weights have come."""
+        super().optimizer_step(epoch, batch_idx, *arguments, **named)
+        self.place = Place(epoch, batch_idx + 1, self.place.steps + 1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write the place that the weights have reached, wherever Lightning's loops are."""
+        if self._trainer is not None and "loops" in checkpoint:
+            checkpoint["place"] = vars(self.place)
+            write_place(checkpoint, self.place, int(self.trainer.num_training_batches))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from the checkpoint's place."""
+        if "place" in checkpoint:
+            self.place = Place(**checkpoint["place"])
+
     def _over_ranks(self, count: int) -> Tensor:
         """The sum of a number over all ranks."""
         number = torch.tensor(float(count), device=self.device)
@@ -160,36 +214,36 @@ class LitMatryoshka(LightningModule):
         self._judge("test", batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """One dict a question: question_id, prompt, and the answer at every scale."""
+        """One dict a question: question_id, prompt, and the answer at every level."""
         answers = self.answers(batch)
         return [
-            {"question_id": q.record, "prompt": q.text, "answers": {scale: answers[scale][i] for scale in self.scales}}
+            {"question_id": q.record, "prompt": q.text, "answers": {level: answers[level][i] for level in self.levels}}
             for i, q in enumerate(batch.questions)
         ]
 
-    def answers(self, batch: Batch) -> dict[int, list[str]]:
-        """scale -> the generated answer to each of the batch's questions; images are encoded once."""
+    def answers(self, batch: Batch) -> dict[Scale, list[str]]:
+        """level -> the generated answer to each of the batch's questions; images are encoded once."""
         nested = self.vlm.encode(batch.images)
-        return {scale: self._generate(batch, nested, scale) for scale in self.scales}
+        return {level: self._generate(batch, nested, level) for level in self.levels}
 
-    def _generate(self, batch: Batch, nested: list[Tensor], scale: int) -> list[str]:
-        ids = self.vlm.generate(nested, batch.questions, scale, self.max_new_tokens, [self.end_id])
+    def _generate(self, batch: Batch, nested: list[Tensor], level: Scale) -> list[str]:
+        ids = self.vlm.generate(batch.images, batch.questions, level, self.max_new_tokens, [self.end_id], nested)
         return [str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in ids]
 
     def _judge(self, split: Literal["val", "test"], batch: Batch) -> None:
         expected = [question.answer or "" for question in batch.questions]
-        for scale, answers in self.answers(batch).items():
-            metric = cast(AnswerAccuracy, self.accuracy[f"{split}_{scale}"])
+        for level, answers in self.answers(batch).items():
+            metric = cast(AnswerAccuracy, self.accuracy[f"{split}_{level}"])
             metric.update(answers, expected)
-            self.log(f"{split}/accuracy@{scale}", metric, on_step=False, on_epoch=True, batch_size=len(expected))
+            self.log(f"{split}/accuracy@{level}", metric, on_step=False, on_epoch=True, batch_size=len(expected))
 
     def _log_losses(self, split: Literal["train", "val"], losses: Losses, batch: Batch) -> None:
-        """`train/loss` and `train/loss@16`, … of the drawn scales; means of this rank's batch. Epoch
+        """`train/loss` and `train/loss@16`, … of the drawn levels; means of this rank's batch. Epoch
         means are weighted by the number of targets."""
-        per_scale = {scale.number: losses.per_scale[scale.number] for scale in batch.drawn}
-        values = {f"{split}/loss@{self.scales[number]}": loss for number, loss in per_scale.items()}
+        per_level = {level.number: losses.per_level[level.number] for level in batch.drawn}
+        values = {f"{split}/loss@{self.levels[number]}": loss for number, loss in per_level.items()}
         training, count = split == "train", batch.supervised
-        mean = torch.stack(list(per_scale.values())).mean()
+        mean = torch.stack(list(per_level.values())).mean()
         self.log(f"{split}/loss", mean, batch_size=count, sync_dist=not training)
         self.log_dict(values, prog_bar=training, batch_size=count, sync_dist=not training)
 
@@ -210,6 +264,5 @@ class LitMatryoshka(LightningModule):
             return self.trainer.max_steps
         if not self.trainer.max_epochs or self.trainer.max_epochs < 0:
             raise ValueError("set trainer.max_steps or trainer.max_epochs: the schedule needs the length of the run")
-        datamodule = cast(Any, self.trainer).datamodule
-        batches = len(datamodule.train_dataloader())
-        return self.trainer.max_epochs * math.ceil(batches / self.trainer.accumulate_grad_batches)
+        data, every = cast(Any, self.trainer).datamodule, self.trainer.accumulate_grad_batches
+        return sum(math.ceil(len(data.train_plans(epoch)) / every) for epoch in range(self.trainer.max_epochs))

@@ -38,7 +38,7 @@ def judged() -> TokenEfficiency:
 
 
 def test_json_and_picture(tmp_path, capsys):
-    judged().on_test_end(trainer(tmp_path), SimpleNamespace(scales=SCALES))
+    judged().on_test_end(trainer(tmp_path), SimpleNamespace(levels=SCALES))
     figures = json.loads((tmp_path / "accuracy_tokens.json").read_text())
     assert figures["majority_answer"] == 0.5
     assert figures["questions"] == 4

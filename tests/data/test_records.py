@@ -1,11 +1,11 @@
 """Formats in, and every kind of bad record: the error names file, record, field, found and expected."""
 
-import json
+import base64
 import pickle
 
 import pytest
 
-from lit_mm.data.records import BadRecords, RecordError, parse, read_items
+from lit_mm.data.records import BadRecords, Media, RecordError, id_of, parse
 from tests.conftest import conversation
 
 
@@ -15,13 +15,18 @@ def item(**changes):
 
 def test_llava_record():
     record = parse("f, record 0", item())
-    assert (record.id, record.images, record.where) == ("a", ("a.png",), "f, record 0")
+    assert (record.id, record.media, record.where) == ("a", (Media("image", "a.png"),), "f, record 0")
+    assert record.system is None
     assert [(turn.role, turn.text) for turn in record.turns] == [("user", "<image>\nWhat?"), ("assistant", "This.")]
+
+
+def names(record):
+    return [medium.name for medium in record.media]
 
 
 def test_several_images_and_text_only():
     pair = conversation(("<image> and <image>?", "Yes."))
-    assert parse("w", item(image=["a.png", "b.png"], conversations=pair)).images == ("a.png", "b.png")
+    assert names(parse("w", item(image=["a.png", "b.png"], conversations=pair))) == ["a.png", "b.png"]
     text = {"id": 7, "conversations": conversation(("Hi", "Ho"), ("And?", "So."))}
     assert list(parse("w", text).exchanges) == [("Hi", "Ho"), ("And?", "So.")]
 
@@ -79,47 +84,199 @@ def test_bad_records(bad, reason, detail):
     assert detail in str(caught.value)
 
 
-def test_list_and_lines_are_told_apart(tmp_path):
-    items = [item(), {"question_id": 1, "text": "What?"}]
-    (tmp_path / "list.json").write_text("\n " + json.dumps(items, indent=1))
-    (tmp_path / "lines.jsonl").write_text("\n\n".join(map(json.dumps, items)) + "\n")
-    assert [i for _, i in read_items(tmp_path / "list.json")] == items
-    assert [i for _, i in read_items(tmp_path / "lines.jsonl")] == items
-    assert read_items(tmp_path / "list.json")[1][0] == f"{tmp_path}/list.json, record 1 (id 1)"
-    assert read_items(tmp_path / "lines.jsonl")[1][0] == f"{tmp_path}/lines.jsonl, record 2 (id 1)"
+def test_images_and_videos_stand_in_the_order_of_their_markers():
+    text = conversation(("<video> then <image>?", "No."), ("<image> then <video> then <image>?", "Yes."))
+    media = {"images": ["a.png", "b.png", "c.png"], "video": ["a.mp4", "b.mp4"]}
+    record = parse("w", {"conversations": text} | media)
+    expected = [("video", "a.mp4"), ("image", "a.png"), ("image", "b.png"), ("video", "b.mp4"), ("image", "c.png")]
+    assert [(medium.kind, medium.name) for medium in record.media] == expected
+
+
+def test_a_question_gets_the_markers_that_it_has_not():
+    media = {"images": ["a.png", "b.png"], "video": "a.mp4"}
+    record = parse("w", {"text": "What?"} | media)
+    assert record.turns[0].text == "<image>\n<image>\n<video>\nWhat?"
+    record = parse("w", {"text": "Is <image> like <image>?"} | media)
+    assert record.turns[0].text == "<video>\nIs <image> like <image>?"
+    assert names(record) == ["a.mp4", "a.png", "b.png"]
+
+
+PIXELS = bytes(range(256))
+URI = "data:image/png;base64," + base64.b64encode(PIXELS).decode()
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("value", "expected"),
     [
-        (b'{"a": 1,\n "b": 2}', "line 1: expected a JSON list, or one JSON object a line, found '{\"a\": 1,'"),
-        (b"[1, 2", "not valid JSON"),
-        (b"", "holds no records"),
-        (b"[]", "holds no records"),
-        (b"\xff\xfe\x00", "not UTF-8 text"),
+        ("a/b.png", Media("image", "a/b.png")),
+        ({"path": "a.png", "bytes": None}, Media("image", "a.png")),
+        ({"path": "a.png", "bytes": PIXELS}, Media("image", "a.png", PIXELS)),
+        ({"path": None, "bytes": PIXELS}, Media("image", "image", PIXELS)),
+        ({"bytes": PIXELS}, Media("image", "image", PIXELS)),
+        (PIXELS, Media("image", "image", PIXELS)),
+        (URI, Media("image", "image", PIXELS)),
     ],
 )
-def test_files_that_are_no_list(tmp_path, content, message):
-    (tmp_path / "bad.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"bad\.json") as caught:
-        read_items(tmp_path / "bad.json")
-    assert message in str(caught.value)
+def test_where_an_image_may_stand(value, expected):
+    assert parse("w", item(image=value)).media == (expected,)
+    label = expected.name if expected.name != "image" else "images[0]"
+    assert parse("w", item(image=None, images=[value])).media == (Media("image", label, expected.data),)
 
 
-def test_lines_may_hold_every_other_separator(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"question_id": 1, "text": "a\u2028b\u0085c"}\n', encoding="utf-8")
-    assert [item["text"] for _, item in read_items(tmp_path / "a.jsonl")] == ["a\u2028b\u0085c"]
+def chat(*messages, **fields):
+    return {"messages": [{"role": role, "content": content} for role, content in messages]} | fields
 
 
-def test_missing_file():
-    with pytest.raises(FileNotFoundError, match=r"no instruction file nowhere\.json"):
-        read_items("nowhere.json")
+def test_chat_of_plain_texts():
+    messages = [("system", " Be brief. "), ("user", "<image>\nWhat?"), ("assistant", "This."), ("user", "Sure?")]
+    record = parse("f, record 0", chat(*messages, images=["a.png"], id=7))
+    assert (record.id, record.system, names(record)) == (7, "Be brief.", ["a.png"])
+    assert list(record.exchanges) == [("<image>\nWhat?", "This."), ("Sure?", None)]
 
 
-def test_an_object_on_one_line_is_one_record_and_refused_as_such(tmp_path):
-    (tmp_path / "bad.json").write_text('{"data": []}')
-    with pytest.raises(RecordError, match="unknown format"):
-        parse(*read_items(tmp_path / "bad.json")[0])
+def test_chat_of_typed_parts():
+    asked = [
+        {"type": "text", "text": " Is this: "},
+        {"type": "image"},
+        {"type": "text", "text": "in"},
+        {"type": "video", "video": "own.mp4"},
+        {"type": "image_url", "image_url": {"url": URI}},
+        {"type": "image", "text": None, "image": "own.png"},
+        {"type": "image", "index": 1},
+    ]
+    answer = [{"type": "text", "text": "Yes,"}, {"type": "text", "text": "it is."}]
+    system = [{"type": "text", "text": "Be brief."}]
+    item = chat(("system", system), ("user", asked), ("assistant", answer), images=["a.png", {"bytes": PIXELS}])
+    record = parse("f, record 0", item)
+    assert record.system == "Be brief."
+    assert [turn.text for turn in record.turns] == [
+        "Is this:\n<image>\nin\n<video>\n<image>\n<image>\n<image>",
+        "Yes,\nit is.",
+    ]
+    assert record.media == (
+        Media("image", "a.png"),
+        Media("video", "own.mp4"),
+        Media("image", "messages[1].content[4].image_url.url", PIXELS),
+        Media("image", "own.png"),
+        Media("image", "images[1]", PIXELS),
+    )
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "a.png"}},
+        {"type": "image_url", "image_url": "a.png"},
+        {"type": "image", "path": "a.png"},
+        {"type": "image", "url": "a.png"},
+        {"type": "image", "image": {"path": "a.png", "bytes": None}, "url": None},
+    ],
+)
+def test_where_a_part_names_its_file(part):
+    assert parse("w", chat(("user", [part]))).media == (Media("image", "a.png"),)
+
+
+def image(**fields):
+    return {"type": "image", **fields}
+
+
+def uri(header, content):
+    return {"type": "image_url", "image_url": {"url": f"{header},{content}"}}
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason", "detail"),
+    [
+        (chat(), "empty conversation", "messages: expected a list of messages, found []"),
+        ({"messages": "hi"}, "empty conversation", "found 'hi'"),
+        (chat(("system", "a")), "empty conversation", "expected a user message, found one of system alone"),
+        ({"messages": ["hi"]}, "malformed turn", "messages[0]: expected {'role', 'content'}, found 'hi'"),
+        ({"messages": [{"role": "user"}]}, "malformed turn", "messages[0]: expected {'role', 'content'}"),
+        (chat(("assistant", "a")), "first turn is not user's", "messages[0].role: expected user, found assistant"),
+        (chat(("system", "a"), ("assistant", "b")), "first turn is not user's", "messages[1].role: expected user"),
+        (chat(("user", "a"), ("user", "b")), "two user turns in a row", "messages[1].role: expected assistant"),
+        (chat(("user", "a"), ("system", "b")), "unknown role", "messages[1].role: expected user or assistant"),
+        (chat(("user", "a"), ("tool", "b")), "unknown role", "found 'tool'"),
+        (chat(("user", "a"), (["x"], "b")), "unknown role", "found ['x']"),
+        (chat(("user", "")), "empty text", "messages[0].content: expected text, found ''"),
+        (chat(("user", [])), "empty text", "messages[0].content: expected text, found []"),
+        (chat(("user", None)), "empty text", "found None"),
+        (chat(("user", [{"type": "text"}])), "empty text", "messages[0].content[0].text: expected text, found None"),
+        (chat(("user", ["a"])), "unknown part", "messages[0].content[0]: expected an object of type text, image, "),
+        (chat(("user", [{"type": "input_audio"}])), "unknown part", "found {'type': 'input_audio'}"),
+        (chat(("user", [{"type": ["image"]}])), "unknown part", "found {'type': ['image']}"),
+        (chat(("user", "<image>"), ("assistant", "<image>")), "image in an answer", "messages[1].content: <image> in"),
+        (chat(("user", "a"), ("assistant", [image()])), "image in an answer", "messages[1].content: <image> in"),
+        (chat(("user", "a"), ("assistant", [{"type": "video"}])), "video in an answer", "<video> in an assistant"),
+        (chat(("system", "<image>"), ("user", "a")), "image in a system message", "messages[0].content: <image>"),
+        (chat(("user", [image()])), "image count disagrees", "1 <image> in the text, 0 in the field image"),
+        (chat(("user", [image()]), images=["a", "b"]), "image count disagrees", "1 <image> in the text, 2 in"),
+        (chat(("user", [image(image="a")]), images=["a"]), "image count disagrees", "0 <image> in the text, 1 in"),
+        (chat(("user", "a"), videos=["a"]), "video count disagrees", "0 <video> in the text, 1 in the field video"),
+        (
+            chat(("user", [image(index=1)]), image="a"),
+            "image order disagrees",
+            "image number 0 of the text has index 1",
+        ),
+        (
+            chat(("user", [image(), {"type": "text", "text": "<image>"}]), images=["a", "b"]),
+            "image marker in a text part",
+            "messages[0].content[1].text: <image> in a text, expected a part of that type",
+        ),
+        (
+            chat(("user", [{"type": "text", "text": "a"}]), ("assistant", "b"), ("user", "<video>"), videos=["a"]),
+            "video marker in a text part",
+            "messages[2].content: <video> in a text",
+        ),
+        (
+            chat(("user", [{"type": "image_url", "image_url": {"url": "HTTPS://host/a.png"}}])),
+            "a URL",
+            "messages[0].content[0].image_url.url: expected a relative path or data, found HTTPS://host/a.png",
+        ),
+        (chat(("user", [image(url="http://host/a.png")])), "a URL", "content[0].url: expected a relative path or data"),
+        (chat(("user", [image(image=3)])), "malformed image path", "content[0].image: expected one relative path"),
+        (chat(("user", [image(image="a", url="b")])), "malformed image path", "expected one relative path or data"),
+        (chat(("user", [image(image=["a"])])), "malformed image path", "found {'type': 'image', 'image': ['a']}"),
+        (chat(("user", [uri("data:image/png;base64", "AAA")])), "malformed data URI", "of 25 characters"),
+        (chat(("user", [uri("data:image/png;base64", "A A A")])), "malformed data URI", "expected data:image/…;base64"),
+        (chat(("user", [uri("data:image/png;base64", "é")])), "malformed data URI", "url: expected data:image/"),
+        (chat(("user", [uri("data:image/png;base64", "")])), "malformed data URI", "url: expected data:image/"),
+        (chat(("user", [uri("data:image/png", "AAAA")])), "malformed data URI", "url: expected data:image/"),
+        (chat(("user", [uri("data:text/html;base64", "AAAA")])), "malformed data URI", "found 'data:text/html;base64"),
+        (item(image={"path": "a.png", "bytes": b""}), "malformed image path", "expected a relative path or a list"),
+        (item(image={"path": "a.png", "bytes": "b"}), "malformed image path", "expected a relative path or a list"),
+        (item(image={"path": None, "bytes": None}), "malformed image path", "expected a relative path or a list"),
+        (item(image=""), "malformed image path", "found ''"),
+        (item(images=["b.png"]), "two image fields", "expected either image or images, found both"),
+        (item(video=3), "malformed video path", "video: expected a relative path or a list, found 3"),
+        (item(video="a.mp4"), "video count disagrees", "0 <video> in the text, 1 in the field video"),
+    ],
+)
+def test_bad_chats_and_media(bad, reason, detail):
+    test_bad_records(bad, reason, detail)
+
+
+def test_a_field_that_is_null_is_absent():
+    empty = {"id": None, "conversations": None, "messages": None, "text": None, "images": None, "videos": []}
+    assert list(parse("w", empty | {"text": "What?"}).exchanges) == [("What?", None)]
+    assert list(parse("w", empty | chat(("user", "Why?"))).exchanges) == [("Why?", None)]
+    assert list(parse("w", empty | {"conversations": conversation(("a", "b"))}).exchanges) == [("a", "b")]
+    assert parse("w, record 0", empty | {"text": "What?"}).id == "w, record 0"
+    assert parse("w", empty | {"text": "What?", "question_id": 0}).id == 0
+    assert (id_of(empty), id_of([1]), id_of({"question_id": 3})) == (None, None, 3)
+
+
+def test_the_format_can_be_named():
+    both = item(image=None, conversations=conversation(("a", "b"))) | chat(("user", "c")) | {"text": "d"}
+    asked = {
+        format: next(parse("w", both, format).exchanges)[0] for format in ("conversations", "messages", "question")
+    }
+    assert asked == {"conversations": "a", "messages": "c", "question": "d"}
+    assert next(parse("w", both).exchanges)[0] == "a"
+    with pytest.raises(
+        RecordError, match=r"unknown format: expected an object with 'messages', found an object with \["
+    ):
+        parse("w", item(), "messages")
 
 
 def test_skipping_counts_and_reports():

@@ -4,7 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lit_mm.model.projector import MatryoshkaProjector, legal_scales, nest, nested_windows
+from lit_mm.model.projector import (
+    ClipScale,
+    MatryoshkaProjector,
+    all_levels,
+    checked_time_scales,
+    legal_scales,
+    nest,
+    nested_cuts,
+    nested_shapes,
+)
 
 M3 = [576, 144, 36, 9, 1]
 
@@ -52,27 +61,97 @@ def test_sequential_takes_the_first_cells():
 
 def test_legal_scales_are_those_whose_windows_tile_the_grid():
     assert list(legal_scales(24, 24)) == [576, 144, 64, 36, 16, 9, 4, 1]
-    assert legal_scales(12, 16) == {192: (1, 1), 48: (2, 2), 12: (4, 4), 1: (12, 16)}
+    assert legal_scales(12, 16) == {192: (12, 16), 48: (6, 8), 12: (3, 4), 1: (1, 1)}
     assert legal_scales(1, 1) == {1: (1, 1)}
     for height in range(1, 13):
         for width in range(1, 13):
             for scale, (rows, columns) in legal_scales(height, width).items():
                 assert height % rows == width % columns == 0
-                assert scale == (height // rows) * (width // columns)
+                assert scale == rows * columns
 
 
 @pytest.mark.parametrize("scale", [2, 100, 577])  # the authors' code rounds 2 to 1 and 100 to 144
 def test_a_scale_that_does_not_divide_is_refused_with_the_legal_ones(scale):
     with pytest.raises(ValueError, match=rf"\[{scale}\] do not divide a 24×24 grid, which allows \[576, 144, 64"):
-        nested_windows(24, 24, [scale])
+        nested_shapes(24, 24, (scale,))
 
 
 def test_scales_that_do_not_nest_are_refused():
     with pytest.raises(ValueError, match="scale 64 is not nested in scale 144"):
-        nested_windows(24, 24, [576, 144, 64])
+        nested_shapes(24, 24, (576, 144, 64))
 
 
 @pytest.mark.parametrize("scales", [[], [1, 4], [4, 4], [4, 0]])
 def test_scales_are_finest_first_and_distinct(scales):
     with pytest.raises(ValueError, match="finest first"):
         MatryoshkaProjector(1, 1, scales)
+
+
+GRIDS = [(24, 24), (24, 37), (37, 24), (25, 31), (64, 9), (30, 30)]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_adaptive_pooling_is_a_nested_partition_of_any_grid(grid):
+    """Every cell is in exactly one box of each set, and a box of a coarser set is a union of finer ones."""
+    shapes = nested_shapes(*grid, tuple(M3), pooling="adaptive")
+    finer = None
+    for scale, (rows, columns) in zip(M3, nested_cuts(*grid, shapes), strict=True):
+        owner = torch.full(grid, -1)
+        boxes = [(top, left) for top in range(len(rows) - 1) for left in range(len(columns) - 1)]
+        assert len(boxes) == scale
+        for number, (top, left) in enumerate(boxes):
+            box = owner[rows[top] : rows[top + 1], columns[left] : columns[left + 1]]
+            assert box.numel() > 0
+            assert (box == -1).all()
+            box[:] = number
+        assert (owner >= 0).all()
+        if finer is not None:
+            pairs = torch.stack([finer.flatten(), owner.flatten()]).unique(dim=1)
+            assert pairs.shape[1] == finer.max() + 1  # each finer box lies in one coarser box
+        finer = owner
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_adaptive_tokens_are_the_means_of_their_boxes(grid):
+    cells = torch.randn(2, *grid, 3, dtype=torch.float64)
+    shapes = nested_shapes(*grid, tuple(M3), pooling="adaptive")
+    for tokens, (rows, columns) in zip(nest(cells, M3, pooling="adaptive"), nested_cuts(*grid, shapes), strict=True):
+        slow = [
+            cells[:, rows[r] : rows[r + 1], columns[c] : columns[c + 1]].mean((1, 2))
+            for r in range(len(rows) - 1)
+            for c in range(len(columns) - 1)
+        ]
+        assert torch.allclose(tokens, torch.stack(slow, dim=1), rtol=1e-12, atol=1e-14)
+
+
+def test_adaptive_is_exact_where_windows_tile():
+    cells = torch.randn(1, 24, 24, 2, dtype=torch.float64)
+    for adaptive, exact in zip(nest(cells, M3, pooling="adaptive"), nest(cells, M3), strict=True):
+        assert torch.allclose(adaptive, exact, rtol=1e-12, atol=1e-14)
+
+
+def test_adaptive_boxes_follow_the_grids_aspect():
+    assert nested_shapes(18, 32, (576, 144, 36), pooling="adaptive") == [(18, 32), (9, 16), (4, 9)]
+
+
+@pytest.mark.parametrize(("grid", "scales"), [((4, 4), (17,)), ((5, 5), (7,)), ((23, 24), (576,))])
+def test_adaptive_refuses_what_does_not_fit(grid, scales):
+    with pytest.raises(ValueError, match="no nested sets of"):
+        nested_shapes(*grid, scales, pooling="adaptive")
+
+
+def test_adaptive_goes_with_means_alone():
+    with pytest.raises(ValueError, match="pooling adaptive goes with sampling mean, found spatial"):
+        nested_shapes(4, 4, (16,), "spatial", "adaptive")
+
+
+def test_levels_are_scales_at_time_scales():
+    assert all_levels([4, 1]) == [4, 1]
+    assert all_levels([4, 1], [8, 2]) == [ClipScale(8, 4), ClipScale(8, 1), ClipScale(2, 4), ClipScale(2, 1)]
+    assert f"{ClipScale(8, 4)}" == "8x4"
+
+
+@pytest.mark.parametrize(("times", "said"), [([8, 3], "3 is not nested in 8"), ([2, 4], "finest first")])
+def test_time_scales_nest(times, said):
+    with pytest.raises(ValueError, match=said):
+        checked_time_scales(times)

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, MambaConfig
 from lit_mm.model import attention, loss
 from lit_mm.model.attention import NAME
 from lit_mm.model.llm import PACKED, load_config, packing_of
-from lit_mm.model.rows import IGNORED, IMAGE, Batch, Drawn, all_scales, pack
+from lit_mm.model.rows import IGNORED, IMAGE, Batch, Drawn, every_level, pack
 from lit_mm.training.check import check_packing
 from tests.conftest import tiny_llm, tiny_vlm, tiny_vlm64
 from tests.model.test_vlm import SCALES, batch_of, picture, samples, slow_loss
@@ -21,7 +21,7 @@ SIZES = [(64, 64), (32, 128), (60, 50), (128, 32)]
 
 
 def packed(batch: Batch, packing="branch", drawn=None) -> Batch:
-    batch.drawn = drawn or all_scales(len(SCALES))
+    batch.drawn = drawn or every_level(len(SCALES))
     batch.rows = pack(batch.token_ids, batch.targets, batch.image_index, SCALES, batch.drawn, packing)
     return batch
 
@@ -61,7 +61,7 @@ def test_losses_and_gradients_equal_the_slow_way(source, packing, seed):
     vlm, mixed = plain_vlm64(source), random_samples(seed)
     losses = vlm(packed(batch_of(*mixed), packing))
     expected = torch.stack([slow_loss(vlm, mixed, scale) for scale in SCALES])
-    assert torch.allclose(losses.per_scale, expected, rtol=1e-10)
+    assert torch.allclose(losses.per_level, expected, rtol=1e-10)
     assert torch.allclose(losses.total, expected.mean(), rtol=1e-10)
     for fast, slow in zip(gradients(losses.total, vlm), gradients(expected.mean(), vlm), strict=True):
         assert torch.allclose(fast, slow, rtol=1e-10, atol=1e-12)
@@ -73,7 +73,7 @@ def test_float32_agrees_to_rounding(source, packing):
     vlm, mixed = tiny_vlm(source=source), random_samples(7)
     vlm.llm.set_attn_implementation(NAME)
     losses = vlm(packed(batch_of(*mixed), packing))
-    assert torch.allclose(losses.per_scale, vlm.loop(packed(batch_of(*mixed))).per_scale, rtol=1e-5)
+    assert torch.allclose(losses.per_level, vlm.loop(packed(batch_of(*mixed))).per_level, rtol=1e-5)
 
 
 def test_every_way_of_a_group_is_tried():
@@ -112,16 +112,16 @@ def vlm_losses(vlm, mixed):
 def test_layout_of_one_sample_by_hand():
     ids = [torch.tensor([5, 6, IMAGE, 7, 8]), torch.tensor([9, 10])]
     targets = [torch.tensor([IGNORED, 6, IGNORED, IGNORED, 8]), torch.tensor([IGNORED, 10])]
-    [row] = pack(ids, targets, torch.tensor([1]), [4, 1], all_scales(2))
+    [row] = pack(ids, targets, torch.tensor([1]), [4, 1], every_level(2))
     assert row.token_ids.tolist() == [5, 6, 0, 0, 0, 0, 7, 8, 0, 7, 8, 9, 10]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 2, 3, 4, 0, 1]
     assert row.visual_index.tolist() == [2, 3, 4, 5, 8]
     assert row.visual_source.tolist() == [5, 6, 7, 8, 9]  # image 1 of two with 4 + 1 tokens each
     assert row.target_index.tolist() == [0, 6, 9, 11]
     assert row.targets.tolist() == [6, 8, 8, 10]
-    assert row.target_scale.tolist() == [2, 0, 1, 2]  # a prefix and a text alone count at both
+    assert row.target_kind.tolist() == [4, 2, 3, 4]  # a prefix and a text alone count at both
     assert row.target_sample.tolist() == [0, 0, 0, 1]
-    assert row.weights == [0.5, 0.5, 1.0]
+    assert row.weights == [0.5, 0.5, 0.5, 0.5, 1.0]
 
 
 def test_sequential_lays_text_alone_out_once():
@@ -132,7 +132,7 @@ def test_sequential_lays_text_alone_out_once():
 def test_a_row_is_as_long_as_m3s_scales_without_repetitions():
     """766 visual tokens over five scales, P prefix and T text tokens: P + 766 + 5 T positions."""
     ids, prefix, text = [torch.tensor([1] * 35 + [IMAGE] + [2] * 64)], 35, 64
-    [row] = pack(ids, ids, torch.tensor([0]), [576, 144, 36, 9, 1], all_scales(5))
+    [row] = pack(ids, ids, torch.tensor([0]), [576, 144, 36, 9, 1], every_level(5))
     assert len(row.token_ids) == prefix + 766 + 5 * text
 
 
@@ -181,7 +181,7 @@ def test_flex_computes_the_same_losses():
     vlm, mixed = plain_vlm64(), random_samples(0)
     with torch.no_grad():
         fast, slow = vlm(packed(batch_of(*mixed), "flex")), vlm(packed(batch_of(*mixed)))
-    assert torch.allclose(fast.per_scale, slow.per_scale, rtol=1e-10)
+    assert torch.allclose(fast.per_level, slow.per_level, rtol=1e-10)
 
 
 CLASSES = {
@@ -233,7 +233,7 @@ def test_every_listed_llm_is_exact(kind, tokenizer):
     assert packing == "branch"
     mixed = random_samples(0)
     losses, expected = vlm(packed(batch_of(*mixed), packing)), torch.stack([slow_loss(vlm, mixed, s) for s in SCALES])
-    assert torch.allclose(losses.per_scale, expected, rtol=2e-5)
+    assert torch.allclose(losses.per_level, expected, rtol=2e-5)
     for fast, slow in zip(gradients(losses.total, vlm), gradients(expected.mean(), vlm), strict=True):
         assert torch.allclose(fast, slow, rtol=1e-2, atol=1e-4 * slow.abs().max().item() + 1e-6)
     check_packing(vlm, packing)
@@ -245,7 +245,7 @@ def test_windows_and_soft_caps_are_kept(source, tokenizer):
     mixed = random_samples(0)
     losses, expected = vlm(packed(batch_of(*mixed), packing)), torch.stack([slow_loss(vlm, mixed, s) for s in SCALES])
     assert packing == "loop"
-    assert torch.allclose(losses.per_scale, expected, rtol=2e-5)
+    assert torch.allclose(losses.per_level, expected, rtol=2e-5)
     check_packing(vlm, packing)
 
 
@@ -259,7 +259,7 @@ def test_positions_stretched_by_the_length_of_a_row_are_not_packed(kind):
 
 def test_recurrent_models_run_scale_after_scale():
     assert packing_of(MambaConfig(), "branch") == "loop"
-    assert pack([torch.tensor([1, 2])], [torch.tensor([1, 2])], torch.tensor([]), SCALES, all_scales(3), "loop") == []
+    assert pack([torch.tensor([1, 2])], [torch.tensor([1, 2])], torch.tensor([]), SCALES, every_level(3), "loop") == []
 
 
 def test_a_window_is_refused_where_it_would_be_lost():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lit_mm.data.batching import group_by_size
-from lit_mm.model.rows import IGNORED, IMAGE, Batch, Images, Question, all_scales, expand, stack
+from lit_mm.model.rows import IGNORED, IMAGE, Batch, Images, Question, every_level, expand, stack
 from tests.conftest import tiny_vlm, tiny_vlm64
 
 SCALES = [16, 4, 1]
@@ -13,11 +13,11 @@ SCALES = [16, 4, 1]
 def batch_of(*samples: tuple[list[int], list[int], list[torch.Tensor]]) -> Batch:
     images = [image for *_, own in samples for image in own]
     return Batch(
-        group_by_size(images),
+        group_by_size([image[None] for image in images]),
         [torch.tensor(ids) for ids, *_ in samples],
         [torch.tensor(targets) for _, targets, _ in samples],
         torch.arange(len(images)),
-        all_scales(len(SCALES)),
+        every_level(len(SCALES)),
     )
 
 
@@ -42,7 +42,7 @@ def slow_sequence(vlm, ids, images, scale) -> torch.Tensor:
     for token in ids:
         if token == IMAGE:
             alone = Images([next(images)[None]], torch.tensor([0]))
-            pieces.append(vlm.encode(alone)[vlm.scales.index(scale)][0])
+            pieces.append(vlm.encode(alone)[vlm.levels.index(scale)][0])
         else:
             pieces.append(vlm.llm.get_input_embeddings()(torch.tensor([token])))
     return torch.cat(pieces)
@@ -64,7 +64,7 @@ def test_losses_and_gradients_equal_the_slow_way(source):
     vlm = tiny_vlm64(source=source)
     losses = vlm(batch_of(*samples()))
     expected = torch.stack([slow_loss(vlm, samples(), scale) for scale in SCALES])
-    assert torch.allclose(losses.per_scale, expected, rtol=1e-12)
+    assert torch.allclose(losses.per_level, expected, rtol=1e-12)
     means = losses.total, expected.mean()
     gradients = [torch.autograd.grad(x, list(vlm.parameters()), allow_unused=True) for x in means]
     for fast, slow in zip(*gradients, strict=True):
@@ -82,14 +82,14 @@ def test_losses_and_gradients_equal_the_slow_way(source):
 )
 def test_logits_scaled_or_capped_behind_the_head(source, sizes):
     vlm = tiny_vlm(source=source, **sizes)
-    losses = vlm(batch_of(*samples())).per_scale
+    losses = vlm(batch_of(*samples())).per_level
     expected = torch.stack([slow_loss(vlm, samples(), scale) for scale in SCALES])
     assert torch.allclose(losses, expected, rtol=1e-5)
 
 
 def test_text_alone():
     vlm = tiny_vlm64()
-    losses = vlm(batch_of(samples()[2])).per_scale
+    losses = vlm(batch_of(samples()[2])).per_level
     assert torch.allclose(losses, slow_loss(vlm, samples()[2:], 1).expand(3), rtol=1e-12)
 
 
@@ -122,7 +122,9 @@ def test_generation_equals_a_greedy_loop_without_cache(scale):
     vlm = tiny_vlm64()
     vlm.llm.generation_config.eos_token_id = None
     images = [picture(64, 64), picture(32, 128)]
-    answers = vlm.generate(group_by_size(images), questions(), scale, max_new_tokens=6, end_ids=[347])
+    answers = vlm.generate(
+        group_by_size([image[None] for image in images]), questions(), scale, max_new_tokens=6, end_ids=[347]
+    )
     for question, answer in zip(questions(), answers, strict=True):
         sequence = slow_sequence(vlm, question.token_ids.tolist(), [images[i] for i in question.image_index], scale)
         expected = []
@@ -137,7 +139,7 @@ def test_generation_equals_a_greedy_loop_without_cache(scale):
 
 def test_generation_stops_at_an_end_token():
     vlm = tiny_vlm64()
-    images = group_by_size([picture(64, 64), picture(32, 128)])
+    images = group_by_size([picture(64, 64)[None], picture(32, 128)[None]])
     free = vlm.generate(images, questions(), 4, max_new_tokens=6, end_ids=[347])[0].tolist()
     assert (
         vlm.generate(images, questions(), 4, max_new_tokens=6, end_ids=[free[2]])[0].tolist()
@@ -146,7 +148,7 @@ def test_generation_stops_at_an_end_token():
 
 
 def test_unknown_scale_is_refused():
-    with pytest.raises(ValueError, match=r"scale 9 is not one of the model's \[16, 4, 1\]"):
+    with pytest.raises(ValueError, match=r"scale 9 is not one of the model's 16, 4, 1"):
         tiny_vlm().generate(Images([], torch.tensor([])), questions(), 9)
 
 
@@ -158,7 +160,7 @@ def test_image_of_an_illegal_grid_is_refused():
 def test_images_come_back_in_order_from_groups():
     vlm = tiny_vlm64()
     images = [picture(64, 64), picture(32, 128), picture(64, 64), picture(60, 60)]
-    together = vlm.encode(group_by_size(images))
+    together = vlm.encode(group_by_size([image[None] for image in images]))
     for number, image in enumerate(images):
         alone = vlm.encode(Images([image[None]], torch.tensor([0])))
         assert all(torch.allclose(a[number], b[0], rtol=1e-12) for a, b in zip(together, alone, strict=True))

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from torch.utils.data import DataLoader
 
-from lit_mm.model.rows import Batch, all_scales, pack
+from lit_mm.model.rows import Batch, every_level, pack
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.parts import Part, Parts
 from tests.conftest import tiny_encoder, tiny_llm
@@ -36,7 +36,7 @@ class Samples(lightning.LightningDataModule):
 
 def rows_of(samples) -> Batch:
     batch = batch_of(*samples)
-    batch.rows = pack(batch.token_ids, batch.targets, batch.image_index, SCALES, all_scales(3))
+    batch.rows = pack(batch.token_ids, batch.targets, batch.image_index, SCALES, every_level(3))
     return batch
 
 

@@ -1,0 +1,50 @@
+"""What was left out of the data, counted: a table at the end of every epoch, numbers in the logger."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+
+class SkippedRecords(Callback):
+    """Counts bad records by reason, over all ranks: those known before training and those that could not be loaded."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table and log `skipped/<reason>`, if anything was left out at all."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if not hasattr(data, "skipped"):
+            return
+        loading, seen = _over_ranks(trainer, data.skipped.counts, data.seen)
+        before = Counter[str]()
+        for mixture in data.sets.values():
+            for each in mixture.sets:
+                before.update(each.index.bad.counts)
+        for reason in {*before, *loading}:
+            pl_module.log(f"skipped/{reason}", float(before[reason] + loading[reason]), rank_zero_only=True)
+        if trainer.is_global_zero and (before or loading):
+            Console().print(table(trainer.current_epoch, before, loading, seen))
+
+
+def _over_ranks(trainer: Trainer, counts: Counter[str], seen: int) -> tuple[Counter[str], int]:
+    if trainer.world_size == 1:
+        return counts, seen
+    shares: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(shares, (counts, seen))
+    return sum((share for share, _ in shares), Counter()), sum(number for _, number in shares)
+
+
+def table(epoch: int, before: Counter[str], loading: Counter[str], seen: int) -> Table:
+    """The counts for the terminal."""
+    rows = Table(title=f"Records left out, to the end of epoch {epoch} ({seen:,} loaded)", title_justify="left")
+    rows.add_column("reason")
+    rows.add_column("before training", justify="right")
+    rows.add_column("while loading", justify="right")
+    for reason in sorted({*before, *loading}):
+        rows.add_row(reason, f"{before[reason]:,}", f"{loading[reason]:,}")
+    rows.add_row("all", f"{before.total():,}", f"{loading.total():,}", style="bold")
+    return rows

@@ -1,0 +1,774 @@
+"""Files of records -> their raw items, one at a time, with flat memory.
+
+    JSON list, JSON-lines --one scan--> where every record begins and ends --one read--> item
+    webdataset shards     --headers---> where every sample begins and ends --one read--> item, media as bytes
+    parquet, datasets     --the library datasets--> memory-mapped Arrow    ------------> item, media as bytes
+
+What a scan finds is kept in a cache folder as a table of int64, so that a file is scanned once. `records`
+makes validated records of the items.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+import re
+import tarfile
+from abc import ABC, abstractmethod
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from glob import glob
+from io import BytesIO
+from itertools import groupby, islice
+from pathlib import Path
+from typing import IO, Any, BinaryIO, Literal, NamedTuple
+from uuid import uuid4
+
+import numpy as np
+
+from lit_mm.data.records import MARKERS, SHOWN_BY, Kind, RecordError, id_of
+
+FileFormat = Literal["json", "jsonl", "parquet", "dataset", "tar"]
+
+CHUNK = 1 << 20
+"""Bytes that a scan reads at once."""
+OPEN_FILES = 16
+"""Shards that a process keeps open."""
+HUB_TIMEOUT = 10.0
+"""Seconds in which the hub must answer."""
+SUFFIXES: dict[Kind, tuple[str, ...]] = {
+    "image": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    "video": (".mp4", ".webm", ".mkv", ".mov", ".avi"),
+}
+"""What a member of a shard is, by its suffix; .json and .txt are text, others are left out."""
+
+
+class Source(ABC):
+    """The raw items of a set by number, each with its place for errors: `(where, item)`.
+
+    Sources go to worker processes, forked or spawned; each process opens the files for itself.
+
+    Args:
+        name: The file or files, as the user wrote them.
+        fingerprint: Changes when the content may have changed.
+    """
+
+    name: str
+    fingerprint: str
+
+    def __getitem__(self, number: int) -> tuple[str, Any]:
+        """Place and raw item of one record.
+
+        Raises:
+            IndexError: No such record.
+            RecordError: What stands there is no item: broken JSON, a sample without text.
+            ValueError: The file was changed after it had been opened.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(f"{self.name}: expected a record of 0 to {len(self) - 1}, found {number}")
+        return self._read(int(number))
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def _read(self, number: int) -> tuple[str, Any]: ...
+
+
+def open_source(path: str | Sequence[str], cache: Path, format: FileFormat | None = None) -> Source:
+    """The records of a file, of several, or of a data set.
+
+    Args:
+        path: A JSON list or a JSON-lines file; parquet files or webdataset shards (a file, a list, a
+            folder of them, a glob, or a range such as `train-{0000..0099}.tar`); a folder that the library
+            datasets saved; or a data set of the hub, `owner/name` or `owner/name:split`.
+        cache: Folder for what a first opening finds out; made when needed.
+        format: What the files hold; None looks at their first bytes.
+
+    Raises:
+        FileNotFoundError: No such file or folder.
+        ConnectionError: The hub does not answer.
+        ValueError: Not what a format asks for, or no records at all; the message names file and place.
+    """
+    paths, cache = [path] if isinstance(path, str) else list(path), Path(cache)
+    if format == "dataset" or (format is None and len(paths) == 1 and _is_dataset(paths[0])):
+        return _dataset(paths[0], cache)
+    files = [file for one in paths for file in _files_of(one, format)]
+    format = format or _format_of(files)
+    name = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    if format == "parquet":
+        return _parquet(name, files, cache)
+    if format != "tar" and len(files) > 1:
+        raise ValueError(f"{name}: expected one file of {format}, found {len(files)}")
+    scanned: dict[FileFormat, type[_Scanned]] = {"json": _JsonList, "jsonl": _JsonLines, "tar": _Shards}
+    return scanned[format](name, files, cache)
+
+
+def _is_dataset(path: str) -> bool:
+    saved = ("dataset_info.json", "state.json", "dataset_dict.json")
+    if Path(path).exists():
+        return any((Path(path) / name).is_file() for name in saved)
+    is_file_name = Path(path).suffix in (".json", ".jsonl", ".parquet", ".tar", ".arrow", ".gz", ".zst", ".csv")
+    return bool(_hub_name(path)) and not is_file_name and not Path(path).parent.is_dir()
+
+
+def _hub_name(path: str) -> re.Match | None:
+    return re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?", path)
+
+
+def _files_of(path: str, format: FileFormat | None) -> list[str]:
+    """Every file that a path stands for: ranges written out, globs and folders looked up."""
+    if Path(path).is_file():
+        return [path]
+    if Path(path).is_dir():
+        return _files_in(path, [f".{format}"] if format else [".parquet", ".tar"])
+    if choice := re.search(r"\{(\d+)\.\.(\d+)\}", path):
+        first, last = choice.groups()
+        numbers = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+        found = [file for number in numbers for file in _files_of(path.replace(choice[0], number, 1), format)]
+    else:
+        found = sorted(filter(os.path.isfile, glob(path)))  # noqa: PTH207 (Path.glob wants the root apart)
+    if not found:
+        raise FileNotFoundError(f"no instruction file {path}")
+    return found
+
+
+def _files_in(folder: str, suffixes: list[str]) -> list[str]:
+    found = sorted(str(file) for file in Path(folder).iterdir() if file.suffix in suffixes)
+    if len({Path(file).suffix for file in found}) == 1:
+        return found
+    names = sorted(file.name for file in Path(folder).iterdir())
+    expected = " or ".join(f"*{suffix}" for suffix in suffixes)
+    raise ValueError(f"{folder}: expected a folder of {expected}, or a saved dataset, found {names[:8] or 'nothing'}")
+
+
+def _format_of(files: list[str]) -> FileFormat:
+    formats = {_format_of_one(file): file for file in files}
+    if len(formats) > 1:
+        found = ", ".join(f"{file} is {format}" for format, file in formats.items())
+        raise ValueError(f"expected files of one format, found: {found}")
+    return next(iter(formats))
+
+
+def _format_of_one(path: str) -> FileFormat:
+    head = _head(path)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if head[257:262] == b"ustar":
+        return "tar"
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if text.startswith(b"[") or text[:1] in (b"{", b""):
+        return "json" if text.startswith(b"[") else "jsonl"
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text, nor parquet, nor tar: {error}") from None
+    raise ValueError(
+        f"{path}: expected a JSON list, or one JSON object a line, or parquet, or tar, found {head[:60]!r}"
+    )
+
+
+def _head(path: str) -> bytes:
+    """The first bytes of a file, which must not be compressed."""
+    with Path(path).open("rb") as file:
+        head = file.read(4096)
+    if not head:
+        raise ValueError(f"{path}: holds no records: the file is empty")
+    magics = {
+        b"\x1f\x8b": "gzip",
+        b"BZh": "bzip2",
+        b"\xfd7zXZ": "xz",
+        b"\x28\xb5\x2f\xfd": "zstd",
+        b"PK\x03\x04": "zip",
+    }
+    if packer := next((name for magic, name in magics.items() if head.startswith(magic)), None):
+        raise ValueError(f"{path}: compressed by {packer}, expected it unpacked: records are read in any order")
+    return head
+
+
+class _Stamp(NamedTuple):
+    """By what a changed file is known."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+class _Files:
+    """Reads ranges of bytes from files that must not change in the meantime.
+
+    A process opens them for itself: what is pickled or forked shares no handle.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths, self.stamps = list(paths), [_stamp(path) for path in paths]
+        self._handles: dict[int, BinaryIO] = {}
+        self._pid = os.getpid()
+
+    def read(self, number: int, start: int, end: int) -> bytes:
+        """Bytes start to end of one file."""
+        handle = self._handle(number)
+        handle.seek(start)
+        content = handle.read(end - start)
+        if len(content) != end - start:
+            raise self._changed(number)
+        return content
+
+    def check(self) -> None:
+        """Raise a ValueError if a file has changed since the beginning."""
+        for number, stamp in enumerate(self.stamps):
+            if _stamp(self.paths[number]) != stamp:
+                raise self._changed(number)
+
+    def _handle(self, number: int) -> BinaryIO:
+        if self._pid != os.getpid():
+            self._handles, self._pid = {}, os.getpid()
+        handle = self._handles.pop(number, None) or self._open(number)
+        self._handles[number] = handle  # the last one used stands last
+        if len(self._handles) > OPEN_FILES:
+            self._handles.pop(next(iter(self._handles))).close()
+        return handle
+
+    def _open(self, number: int) -> BinaryIO:
+        handle = Path(self.stamps[number].path).open("rb")  # noqa: SIM115 (stays open for the next read)
+        found = os.fstat(handle.fileno())
+        if False:
+            raise self._changed(number)
+        return handle
+
+    def _changed(self, number: int) -> ValueError:
+        return ValueError(f"{self.paths[number]}: changed since it was opened: expected {self.stamps[number]}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_handles": {}}
+
+
+def _stamp(path: str) -> _Stamp:
+    found = Path(path).stat()
+    return _Stamp(str(Path(path).resolve()), found.st_size, found.st_mtime_ns)
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+class _Scanned(Source):
+    """Records found by one scan over the files; `table` [N, columns] says where each one is.
+
+    Args:
+        name: The files, as the user wrote them.
+        paths: The files.
+        cache: Folder that keeps the table.
+    """
+
+    columns: int
+
+    def __init__(self, name: str, paths: list[str], cache: Path) -> None:
+        for path in paths:
+            _head(path)
+        self.name, self.cache, self.files = name, cache, _Files(paths)
+        self.fingerprint = _digest(type(self).__name__, self.files.stamps)
+        self._length = len(self.table)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """int64, memory-mapped from the cache; scans if nothing is there."""
+        file = self.cache / f"{self.fingerprint}.npy"
+        table = _load_table(file, self.columns)
+        if table is None:
+            with _new_file(file) as partial:
+                if not _write_table(partial, self._scan(), self.columns):
+                    raise ValueError(f"{self.name}: holds no records")
+                self.files.check()
+            table = np.load(file, mmap_mode="r", allow_pickle=False)
+        return table
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "table"}
+
+    @abstractmethod
+    def _scan(self) -> Iterator[np.ndarray]: ...
+
+
+def _load_table(file: Path, columns: int) -> np.ndarray | None:
+    """A table of an earlier scan; None if there is none, or none that can be used."""
+    try:
+        table = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+    return table if table.dtype == np.int64 and table.shape[1:] == (columns,) and len(table) else None
+
+
+def _write_table(file: IO[bytes], chunks: Iterator[np.ndarray], columns: int) -> int:
+    """An .npy of all chunks [·, columns], written as they come; the number of rows."""
+    rows = 0
+    _write_header(file, rows, columns)
+    for chunk in chunks:
+        file.write(chunk.tobytes())
+        rows += len(chunk)
+    file.seek(0)
+    _write_header(file, rows, columns)  # numpy leaves room for a first axis that grows
+    return rows
+
+
+def _write_header(file: IO[bytes], rows: int, columns: int) -> None:
+    kind = np.lib.format.dtype_to_descr(np.dtype(np.int64))
+    header = {"descr": kind, "fortran_order": False, "shape": (rows, columns)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _in_chunks(spans: Iterator[tuple[int, ...]]) -> Iterator[np.ndarray]:
+    while chunk := list(islice(spans, 1 << 12)):
+        yield np.array(chunk, np.int64)
+
+
+@contextmanager
+def _new_file(file: Path) -> Iterator[IO[bytes]]:
+    """Writes a file that nobody sees before it is complete, whoever else writes it at the same time."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{uuid4().hex}.tmp")
+    try:
+        with partial.open("xb") as opened:
+            yield opened
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class _JsonList(_Scanned):
+    """A JSON list; table [N, 2]: first byte of an element and the one after its last."""
+
+    columns = 2
+
+    def _scan(self) -> Iterator[np.ndarray]:
+        return _in_chunks(_elements(self.files.paths[0]))
+
+    def _read(self, number: int) -> tuple[str, Any]:
+        where = f"{self.name}, record {number}"
+        return _placed(where, _parsed(where, self.files.read(0, *self.table[number].tolist())))
+
+
+class _JsonLines(_Scanned):
+    """One JSON object a line; table [N, 3]: first byte of a line, the one after its last, number of the line."""
+
+    columns = 3
+
+    def __init__(self, name: str, paths: list[str], cache: Path) -> None:
+        super().__init__(name, paths, cache)
+        self._check_lines()
+
+    def _scan(self) -> Iterator[np.ndarray]:
+        return _lines(self.files.paths[0])
+
+    def _read(self, number: int) -> tuple[str, Any]:
+        start, end, line = self.table[number].tolist()
+        item = _parsed(f"{self.name}, line {line + 1}", self.files.read(0, start, end))
+        return _placed(f"{self.name}, record {number}", item)
+
+    def _check_lines(self) -> None:
+        """One bad line among good ones is a bad record; if the second is bad too, the file is something else."""
+        errors = []
+        for number in range(min(2, len(self))):
+            try:
+                self._read(number)
+            except RecordError as error:
+                errors.append(error)
+        if len(errors) == min(2, len(self)):
+            raise ValueError(f"{errors[0]}; expected a JSON list, or one JSON object a line")
+
+
+class _Shards(_Scanned):
+    """Webdataset shards; table [N, 3]: number of the shard, first byte of a sample and the one after its last."""
+
+    columns = 3
+
+    def _scan(self) -> Iterator[np.ndarray]:
+        return _in_chunks((number, *span) for number, path in enumerate(self.files.paths) for span in _samples(path))
+
+    def _read(self, number: int) -> tuple[str, Any]:
+        shard, start, end = self.table[number].tolist()
+        first = bisect_left(self.table[:, 0], shard)
+        where = f"{self.files.paths[shard]}, record {number - first}"
+        return _placed(where, _sample(where, self.files.read(shard, start, end)))
+
+
+def _placed(where: str, item: Any) -> tuple[str, Any]:
+    name = id_of(item)
+    return where if name is None else f"{where} (id {name})", item
+
+
+def _parsed(where: str, content: bytes) -> Any:
+    text = _utf8(where, content)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(where, "not valid JSON", f"expected an object, found {text[:60]!r} ({error})") from None
+
+
+def _utf8(where: str, content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        detail = f"expected UTF-8, found byte {error.object[error.start]:#x} at {error.start}: {error.reason}"
+        raise RecordError(where, "not UTF-8 text", detail) from None
+
+
+def _lines(path: str) -> Iterator[np.ndarray]:
+    """Tables [n, 3] of the lines that hold something: only line ends are sought."""
+    with Path(path).open("rb") as file:
+        rest, line = b"", 0
+        start = len(codecs.BOM_UTF8) * (file.read(3) == codecs.BOM_UTF8)
+        file.seek(start)
+        while chunk := file.read(max(CHUNK, len(rest))):  # doubled for a line that has no end yet
+            block = rest + chunk
+            ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
+            yield _filled_lines(block, ends) + np.array([start, start, line])
+            whole = int(ends[-1]) + 1 if len(ends) else 0
+            rest, start, line = block[whole:], start + whole, line + len(ends)
+        if rest:
+            yield _filled_lines(rest, np.array([len(rest)])) + np.array([start, start, line])
+
+
+def _filled_lines(block: bytes, ends: np.ndarray) -> np.ndarray:
+    starts = np.concatenate([[0], ends[:-1] + 1])[: len(ends)].astype(np.int64)
+    table = np.stack([starts, ends, np.arange(len(ends))], axis=1)
+    white = np.flatnonzero(np.frombuffer(block, np.uint8)[starts] <= ord(" "))
+    return np.delete(table, [line for line in white if not block[starts[line] : ends[line]].strip()], axis=0)
+
+
+def _elements(path: str) -> Iterator[tuple[int, int]]:
+    """Byte ranges of the elements of a JSON list, each of them checked."""
+    with Path(path).open("rb") as file:
+        text = _JsonText(path, file)
+        text.expect("[")
+        if text.peek() == "]":
+            text.expect("]")
+        else:
+            yield text.value()
+            while text.expect(",", "]") == ",":
+                yield text.value()
+        text.expect("")
+
+
+class _JsonText:
+    """JSON in a window that slides over a file.
+
+    The window is read as latin-1, where a character is a byte: what JSON is made of is ASCII, which UTF-8
+    leaves as it is. That the bytes are UTF-8 is checked beside it.
+    """
+
+    SLACK = 16  # a word, a number's end or an escape that the window cuts is shorter
+
+    def __init__(self, path: str, file: BinaryIO) -> None:
+        self.path, self.file = path, file
+        self.start = len(codecs.BOM_UTF8) * (file.read(3) == codecs.BOM_UTF8)
+        self.text, self.at, self.ended, self.elements = "", 0, False, 0
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        self._decoder = json.JSONDecoder()
+        file.seek(self.start)
+
+    def peek(self) -> str:
+        """The next character that is not white space; empty at the end of the file."""
+        while True:
+            self.at = _WHITE.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if self.at < len(self.text) or self.ended:
+                return self.text[self.at : self.at + 1]
+            self._slide()
+
+    def expect(self, *characters: str) -> str:
+        """Step over one of some characters; "" is the end of the file."""
+        found = self.peek()
+        if found not in characters:
+            expected = " or ".join(repr(character) if character else "the end" for character in characters)
+            raise self._error(
+                f"expected {expected}, found {found!r}" if found else f"expected {expected}, it ends", self.at
+            )
+        self.at += len(found)
+        return found
+
+    def value(self) -> tuple[int, int]:
+        """Step over one value: its first byte in the file, and the one after its last."""
+        self.peek()
+        while True:
+            try:
+                end = self._decoder.raw_decode(self.text, self.at)[1]
+                if self.ended or end + self.SLACK < len(self.text):
+                    break
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos + self.SLACK >= len(self.text)
+                if self.ended or not cut:
+                    raise self._error(error.msg, error.pos) from None
+            except (ValueError, RecursionError) as error:
+                raise self._error(str(error), self.at) from None
+            self._slide()
+        span = self.start + self.at, self.start + end
+        self.at, self.elements = end, self.elements + 1
+        return span
+
+    def _slide(self) -> None:
+        """Leave out what was stepped over and read on; a value that is not complete doubles the window."""
+        rest = self.text[self.at :]
+        chunk = self.file.read(max(CHUNK, len(rest)))
+        try:
+            self._utf8.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            byte = self.file.tell() - len(error.object) + error.start
+            raise ValueError(f"{self.path}: not UTF-8 text: {error.reason}: byte {byte}") from None
+        self.start, self.at = self.start + self.at, 0
+        self.text, self.ended = rest + chunk.decode("latin-1"), not chunk
+
+    def _error(self, message: str, at: int) -> ValueError:
+        byte = self.start + at
+        place = f"line {_line_at(self.path, byte)}, byte {byte}, after {self.elements} whole records"
+        return ValueError(f"{self.path}: not valid JSON: {message}: {place}")
+
+
+_WHITE = re.compile(r"[ \t\n\r]*")
+
+
+def _line_at(path: str, byte: int) -> int:
+    line = 1
+    with Path(path).open("rb") as file:
+        while chunk := file.read(min(CHUNK, byte - file.tell())):
+            line += chunk.count(b"\n")
+    return line
+
+
+class _Member(NamedTuple):
+    """A file in a shard, with the sample it belongs to and its bytes in the shard, headers included."""
+
+    sample: str
+    name: str
+    start: int
+    end: int
+
+
+def _samples(path: str) -> Iterator[tuple[int, int]]:
+    """Byte ranges of the samples of a shard: neighbours that share a name up to its first dot."""
+    seen: set[str] = set()
+    for sample, group in groupby(_members(path), key=lambda member: member.sample):
+        members = list(group)
+        names = [member.name for member in members]
+        if sample in seen or len(set(names)) < len(names):
+            raise ValueError(
+                f"{path}: sample {sample}: expected its members once and side by side, found {names} again"
+            )
+        seen.add(sample)
+        yield members[0].start, members[-1].end
+
+
+def _members(path: str) -> Iterator[_Member]:
+    """The members that belong to samples, from the headers alone."""
+    with Path(path).open("rb") as file:
+        try:
+            archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
+        except tarfile.TarError as error:
+            raise ValueError(f"{path}: expected a tar archive, found none at byte 0: {error}") from None
+        while member := _next_member(path, archive):
+            if not member.isdir() and (sample := _SAMPLE.match(member.name)):
+                yield _Member(sample[1], member.name, member.offset, archive.offset)
+        _check_end(path, file, archive.offset)
+
+
+_SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.[^/]+$")
+
+
+def _next_member(path: str, archive: tarfile.TarFile) -> tarfile.TarInfo | None:
+    before = archive.offset
+    try:
+        member = archive.next()
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: truncated or damaged before byte {before}: {error}") from None
+    archive.members = []  # type: ignore[attr-defined]  # else every header stays in memory
+    if member and (member.issparse() or not (member.isdir() or member.isreg())):
+        raise ValueError(f"{path}: member {member.name}: expected a file, found a link, a device or a sparse file")
+    return member
+
+
+def _check_end(path: str, file: BinaryIO, end: int) -> None:
+    """After the last member stand zeros, two blocks at least: a cut archive has none, a joined one goes on."""
+    file.seek(end)
+    zeros = 0
+    while chunk := file.read(CHUNK):
+        if chunk.strip(b"\0"):
+            raise ValueError(f"{path}: expected the end of the archive at byte {end}, found a damaged header or more")
+        zeros += len(chunk)
+    if zeros < 2 * tarfile.BLOCKSIZE:
+        raise ValueError(f"{path}: truncated: it ends at byte {end + zeros} without the blocks that end an archive")
+
+
+def _sample(where: str, content: bytes) -> Any:
+    """The item of one sample, its images and videos as `{"bytes", "path"}` in the fields images and videos.
+
+    A .json is the item itself. A .txt is the answer to "Describe the image."; it counts where there is no
+    .json, or one that holds no conversation. The media are in the order in which the .json names them, if
+    it does, and in the shard's order otherwise.
+    """
+    sample, members = _unpacked(content)
+    media = {kind: [name for name in members if name.lower().endswith(SUFFIXES[kind])] for kind in MARKERS}
+    item = _told(f"{where} ({sample})", members, media)
+    if not isinstance(item, dict):
+        return item
+    for kind, names in media.items():
+        if names:
+            listed = [*_listed(item.pop(kind, None)), *_listed(item.pop(f"{kind}s", None))]
+            item[f"{kind}s"] = [{"bytes": members[name], "path": name} for name in _as_listed(listed, names)]
+    return item if id_of(item) is not None else item | {"id": sample}
+
+
+def _told(where: str, members: dict[str, bytes], media: dict[Kind, list[str]]) -> Any:
+    """What the .json of a sample holds, or the conversation that its .txt makes."""
+    told, caption = ([name for name in members if name.lower().endswith(suffix)] for suffix in (".json", ".txt"))
+    if not told + caption or len(told) > 1 or len(caption) > 1:
+        raise RecordError(where, "no text", f"expected one .json or .txt in a sample, found {list(members)}")
+    item = _parsed(f"{where}, {told[0]}", members[told[0]]) if told else {}
+    if not caption or not isinstance(item, dict) or any(item.get(field) for field in SHOWN_BY.values()):
+        return item
+    return item | _captioned(f"{where}, {caption[0]}", members[caption[0]], media)
+
+
+def _captioned(where: str, text: bytes, media: dict[Kind, list[str]]) -> dict[str, Any]:
+    markers = [f"{MARKERS[kind]}\n" for kind, names in media.items() for _ in names]
+    kind = "image" if media["image"] or not media["video"] else "video"
+    question = {"from": "human", "value": f"{''.join(markers)}Describe the {kind}."}
+    return {"conversations": [question, {"from": "gpt", "value": _utf8(where, text)}]}
+
+
+def _unpacked(content: bytes) -> tuple[str, dict[str, bytes]]:
+    """Name of a sample and its members, name -> content."""
+    members, sample = {}, ""
+    with tarfile.open(fileobj=BytesIO(content), mode="r:") as archive:
+        for member in archive:
+            if member.isreg() and (match := _SAMPLE.match(member.name)):
+                sample = match[1]
+                members[member.name] = archive.extractfile(member).read()  # type: ignore[union-attr]
+    return sample, members
+
+
+def _as_listed(listed: list[Any], names: list[str]) -> list[str]:
+    """`names` in the order in which the text lists them; as they are if it lists others, or none."""
+    by_file = {Path(name).name: name for name in names}
+    files = [Path(file).name for file in listed if isinstance(file, str)]
+    return [by_file[file] for file in files] if files and set(files) <= set(by_file) else names
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+class _Table(Source):
+    """Rows of a dataset. They are read as Arrow has them: images stay the bytes of their files."""
+
+    def __init__(self, name: str, dataset: Any, fingerprint: str) -> None:
+        self.name, self.fingerprint, self.rows = name, fingerprint, dataset.with_format("arrow")
+        _check_columns(name, dataset.column_names)
+        if not len(self):
+            raise ValueError(f"{name}: holds no records")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _read(self, number: int) -> tuple[str, Any]:
+        return _placed(f"{self.name}, record {number}", self.rows[number].to_pylist()[0])
+
+
+def _check_columns(name: str, found: list[str]) -> None:
+    if not set(SHOWN_BY.values()) & set(found):
+        expected = " or ".join(SHOWN_BY.values())
+        raise ValueError(f"{name}: expected a column {expected}, found the columns {', '.join(found) or 'none'}")
+
+
+def _parquet(name: str, paths: list[str], cache: Path) -> Source:
+    """Converted to Arrow once, in the cache, and memory-mapped from there."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    shapes = [_shape_of(path) for path in paths]
+    for path, (found, _) in zip(paths, shapes, strict=True):
+        _check_columns(path, found)
+        if found != (first := shapes[0][0]):
+            expected = f"the columns of {paths[0]}, {', '.join(first)}"
+            raise ValueError(f"{path}: expected {expected}, found {', '.join(found)}")
+    filled = [path for path, (_, rows) in zip(paths, shapes, strict=True) if rows]
+    if not filled:
+        raise ValueError(f"{name}: holds no records")
+    fingerprint = _digest("parquet", _Files(paths).stamps)
+    try:
+        dataset = load_dataset("parquet", data_files=filled, split="train", cache_dir=str(cache / fingerprint))
+    except DatasetGenerationError as error:
+        raise ValueError(f"{name}: not readable as parquet: {error.__cause__ or error}") from error
+    return _Table(name, dataset, fingerprint)
+
+
+def _shape_of(path: str) -> tuple[list[str], int]:
+    """Column names and number of rows of a parquet file, from its footer."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_metadata
+
+    try:
+        footer = read_metadata(path)
+        return footer.schema.to_arrow_schema().names, footer.num_rows
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path}: expected a parquet file, found a damaged one or another: {error}") from None
+
+
+def _dataset(path: str, cache: Path) -> Source:
+    if Path(path).is_dir():
+        return _saved_dataset(path)
+    if name := _hub_name(path):
+        return _hub_dataset(path, name[1], name[2] or "train", cache)
+    raise FileNotFoundError(f"no folder {path}, and the name of a dataset is owner/name or owner/name:split")
+
+
+def _saved_dataset(path: str) -> Source:
+    from datasets import load_from_disk
+    from pyarrow import ArrowException
+
+    if (splits := Path(path) / "dataset_dict.json").is_file():
+        found = json.loads(splits.read_text())["splits"]
+        raise ValueError(f"{path}: holds the splits {', '.join(found)}, expected one: {Path(path) / found[0]}")
+    stamps = [_stamp(str(file)) for file in sorted(Path(path).rglob("*")) if file.is_file()]
+    try:
+        dataset = load_from_disk(path)
+    except (ArrowException, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: expected a dataset as save_to_disk writes it: {error}") from error
+    return _Table(path, dataset, _digest("dataset", stamps))
+
+
+def _hub_dataset(path: str, name: str, split: str, cache: Path) -> Source:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    _ask_hub(path, name)
+    try:
+        dataset = load_dataset(name, split=split, cache_dir=str(cache))
+    except ConnectionError as error:
+        raise ConnectionError(f"{path}: no such file or folder, and not in the cache {cache}: {error}") from error
+    except (DatasetsError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: the hub's dataset {name} cannot be read: {error}") from error
+    return _Table(path, dataset, _digest("hub", dataset._fingerprint))
+
+
+def _ask_hub(path: str, name: str) -> None:
+    """Raise at once what load_dataset would find out after half a minute of retries."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
+
+    try:
+        HfApi().dataset_info(name, timeout=HUB_TIMEOUT)
+    except OfflineModeIsEnabled:
+        return  # what was downloaded before can still be used
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file or folder, and the hub shows no dataset {name}") from error
+    except Exception as error:  # the hub's HTTP library has changed before, and its errors with it
+        hint = "HF_HUB_OFFLINE=1 takes a dataset that the cache holds"
+        raise ConnectionError(
+            f"{path}: no such file or folder, and the hub does not answer for {name}: {error} ({hint})"
+        ) from error

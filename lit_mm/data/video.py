@@ -1,0 +1,484 @@
+"""Video files -> the frames that are shown of them, upright and in RGB.
+
+Which frames these are is decided from timestamps, without decoding: those in the file's index where it
+suffices, otherwise those of its packets. Decoding then goes forward from key frame to key frame. FFmpeg,
+through PyAV, reads from a Python file object and can open nothing else.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from io import SEEK_END, BytesIO
+from itertools import chain, dropwhile, pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn, cast
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.sidedata.sidedata import Type as SideData
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from PIL import Image
+from PIL.Image import Transpose
+
+from lit_mm.data.records import RecordError
+
+CONTAINERS = "mov,mp4,matroska,webm,avi,flv,mpegts,mpeg"
+"""FFmpeg's names of the formats that are read: none of them is a playlist."""
+MARKED = ("mp4", "matroska", "avi", "flv")
+"""Those of them that mark the frames from which decoding can start."""
+SKIPPING = ("h264", "hevc", "mpeg4")
+"""Decoders that can be told anew for each packet whether to leave it out."""
+SLACK = 0.1
+"""Seconds by which a file may end before the duration in its header, which containers round."""
+MP4_BOXES = (b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"mfra", b"sidx", b"free", b"skip", b"wide", b"uuid")
+MATROSKA_ELEMENTS = (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67")
+TURNS = {
+    (False, False, False): None,
+    (False, True, False): Transpose.FLIP_LEFT_RIGHT,
+    (False, False, True): Transpose.FLIP_TOP_BOTTOM,
+    (False, True, True): Transpose.ROTATE_180,
+    (True, False, False): Transpose.TRANSPOSE,
+    (True, True, False): Transpose.ROTATE_270,
+    (True, False, True): Transpose.ROTATE_90,
+    (True, True, True): Transpose.TRANSVERSE,
+}
+"""Sides swapped, then flipped left to right, then top to bottom -> Pillow's word for it."""
+SIDEWAYS = {turn for (swapped, _, _), turn in TURNS.items() if swapped}
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """Which frames of a video are shown.
+
+    Args:
+        choose: `uniform` shows the frames at the middles of max_frames equal spans of the duration;
+            `fps` one frame every 1/fps seconds, the first after half of that, or as `uniform` where
+            these are more than max_frames; `keyframes` the key frames, thinned evenly to max_frames.
+            No frame is shown twice.
+        max_frames: Most frames of one video; a video that has no more is shown whole by `uniform`.
+        fps: Frames per second of the video's time; only the choice `fps` looks at it.
+        timestamps: Whether each frame's time is written before it, in the prompt.
+        max_pixels: A video with larger frames is refused before it is decoded.
+    """
+
+    choose: Literal["uniform", "fps", "keyframes"] = "uniform"
+    max_frames: int = 8
+    fps: float = 1.0
+    timestamps: bool = False
+    max_pixels: int = 89_478_485
+
+    def __post_init__(self) -> None:
+        if self.max_frames < 1:
+            raise ValueError(f"video.max_frames: expected a positive number of frames, found {self.max_frames}")
+        if not 0 < self.fps < float("inf"):
+            raise ValueError(f"video.fps: expected a positive number of frames per second, found {self.fps}")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What is shown of a video.
+
+    Args:
+        width: Of every frame in pixels, upright and with square pixels.
+        height: As width.
+        times: When each shown frame appears, in seconds after the video's first frame; rising.
+    """
+
+    width: int
+    height: int
+    times: tuple[float, ...]
+
+
+class Video:
+    """One video of a record.
+
+    Args:
+        where: File and record, for errors.
+        name: The video's name, for errors.
+        source: Its file, or the file's bytes.
+        options: Which frames are shown.
+    """
+
+    def __init__(self, where: str, name: str, source: Path | bytes, options: VideoOptions) -> None:
+        self.where, self.name, self.source, self.options = where, name, source, options
+
+    def clip(self) -> Clip:
+        """Size and times of the frames that `frames` gives; only the first frame is decoded.
+
+        Raises:
+            RecordError: Not a video, no video stream, no frames, a truncated video, or too many pixels.
+        """
+        with self._open() as stream:
+            timeline = self._timeline(stream)
+            width, height = _square(stream)
+            if self._turn(stream) in SIDEWAYS:
+                width, height = height, width
+        return Clip(width, height, timeline.seconds(timeline.shown(self.options)))
+
+    def read(self) -> tuple[Clip, list[Image.Image]]:
+        """What the header tells, and the frames.
+
+        Raises:
+            RecordError: As `frames`.
+        """
+        return self.clip(), self.frames()
+
+    def frames(self) -> list[Image.Image]:
+        """The frames at the clip's times, RGB images of the clip's size.
+
+        Raises:
+            RecordError: As `clip`, or a frame cannot be decoded.
+        """
+        with self._open() as stream:
+            timeline = self._timeline(stream)
+            numbers = timeline.shown(self.options)
+            wanted = [timeline.starts[number] for number in numbers]
+            images = self._sought(stream, timeline, wanted) if timeline.exact else None
+        return images or self._counted(set(numbers), len(timeline.starts))
+
+    def _fail(self, reason: str, detail: str) -> NoReturn:
+        raise RecordError(self.where, reason, f"video {self.name}: {detail}") from None
+
+    @contextmanager
+    def _open(self) -> Iterator[VideoStream]:
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(self._file())
+                self._check_size(file)
+                container = stack.enter_context(self._container(file))
+            except RecordError:
+                raise
+            except av.error.EOFError:
+                self._fail("no frames", "it ends before the first one")
+            except (av.FFmpegError, OSError, ValueError) as error:
+                found = getattr(error, "strerror", None) or error
+                self._fail("not a video", f"expected one of {CONTAINERS}, found: {found}")
+            yield self._stream(container)
+
+    def _file(self) -> BinaryIO:
+        return self.source.open("rb") if isinstance(self.source, Path) else BytesIO(self.source)
+
+    def _check_size(self, file: BinaryIO) -> None:
+        expected, size = promised_size(file), file.seek(0, SEEK_END)
+        file.seek(0)
+        if size < expected:
+            self._fail("truncated video", f"has {size} bytes, expected {expected}")
+
+    def _container(self, file: Any) -> InputContainer:
+        return av.open(
+            file,
+            "r",
+            options={"max_pixels": str(self.options.max_pixels)},
+            container_options={"format_whitelist": CONTAINERS, "protocol_whitelist": ""},
+            metadata_errors="replace",
+            io_open=_refuse,
+        )
+
+    def _stream(self, container: InputContainer) -> VideoStream:
+        moving = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+        if not moving:
+            found = ", ".join(stream.type for stream in container.streams) or "none"
+            self._fail("no video stream", f"found streams: {found}; expected video")
+        if moving[0].codec_context is None:
+            self._fail("not a video", "its video stream has a codec that FFmpeg cannot decode")
+        self._limit(moving[0])
+        moving[0].codec_context.thread_count = 1  # the loader's workers are the threads
+        return moving[0]
+
+    def _limit(self, stream: VideoStream) -> None:
+        width, height = _square(stream)
+        if not stream.width or not stream.height:
+            self._fail("no frames", f"its frames have {stream.width}×{stream.height} pixels")
+        if max(width * height, stream.width * stream.height) > self.options.max_pixels:
+            self._fail("too many pixels", f"{width}×{height} a frame, allowed are {self.options.max_pixels} pixels")
+        # frames may be larger than the header says
+        stream.codec_context.options = {"max_pixels": str(self.options.max_pixels)}
+
+    def _timeline(self, stream: VideoStream) -> Timeline:
+        timeline = None if self.options.choose == "keyframes" else _evenly_indexed(stream)
+        if timeline is None:
+            with self._open() as other:
+                timeline = self._demuxed(other)
+        if not timeline.starts:
+            self._fail("no frames", "its video stream is empty")
+        return timeline
+
+    def _demuxed(self, stream: VideoStream) -> Timeline:
+        packets, end = [], 0.0
+        try:
+            for packet in _container_of(stream).demux():
+                entry = _Entry.of(packet)
+                if entry is None:
+                    continue
+                end = max(end, float((entry.start + entry.duration) * packet.time_base))
+                if packet.stream_index == stream.index:
+                    packets.append(entry)
+        except (av.FFmpegError, OSError) as error:
+            self._fail("truncated video", f"after {len(packets)} frames: {error}")
+        self._check_end(stream, end)
+        return _timeline_of(packets, stream)
+
+    def _check_end(self, stream: VideoStream, end: float) -> None:
+        expected = (_container_of(stream).duration or 0) / av.time_base
+        if end < expected - SLACK:
+            self._fail("truncated video", f"ends after {end:.2f} s, by its header expected {expected:.2f} s")
+
+    def _turn(self, stream: VideoStream) -> Transpose | None:
+        # it stands in the header, but only decoded frames show it
+        try:
+            first = next(_decoded(stream), None)
+        except (av.FFmpegError, OSError) as error:
+            self._fail("truncated video", f"its first frame cannot be decoded: {error}")
+        if first is None:
+            self._fail("truncated video", "none of its frames can be decoded")
+        return _turn_of(first)
+
+    def _sought(self, stream: VideoStream, timeline: Timeline, wanted: list[int]) -> list[Image.Image] | None:
+        """None if a frame is not where its packet's timestamp says."""
+        reader = _Reader(stream, timeline.keys, wanted, "NONKEY" if self.options.choose == "keyframes" else "NONREF")
+        images = []
+        try:
+            for start in wanted:
+                frame = reader.frame(start)
+                if frame is None:
+                    return None
+                images.append(_image(stream, frame))
+        except (av.FFmpegError, OSError):
+            return None
+        return images
+
+    def _counted(self, numbers: set[int], total: int) -> list[Image.Image]:
+        """The slow way, for files whose timestamps or key frames mislead: by the frames' numbers."""
+        images, count = [], 0
+        with self._open() as stream:
+            try:
+                for frame in _decoded(stream):
+                    if count in numbers:
+                        images.append(_image(stream, frame))
+                    count += 1
+            except (av.FFmpegError, OSError) as error:
+                self._fail("truncated video", f"frame {count} of {total} cannot be decoded: {error}")
+        if count != total:
+            self._fail("truncated video", f"{count} frames can be decoded, expected {total}")
+        return images
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When each frame of a video is on display, in ticks.
+
+    Args:
+        starts: When each frame appears, rising.
+        end: When the last one goes.
+        keys: When the key frames appear, rising; with those that are decoded but not shown.
+        tick: Seconds.
+        exact: Whether decoded frames bear these times, and every key frame starts anew.
+    """
+
+    starts: Sequence[int]
+    end: int
+    keys: Sequence[int]
+    tick: Fraction
+    exact: bool
+
+    def shown(self, options: VideoOptions) -> list[int]:
+        """The numbers of the frames that the options choose, rising, at least one."""
+        if options.choose == "keyframes":
+            keys = sorted(set(self.keys) & set(self.starts)) or self.starts[:1]
+            return [bisect_left(self.starts, key) for key in _thinned(keys, options.max_frames)]
+        if options.choose == "fps":
+            numbers = self._at_middles(1 / (Fraction(str(options.fps)) * self.tick))
+            if 0 < len(numbers) <= options.max_frames:
+                return numbers
+            count = options.max_frames if numbers else 1
+        elif len(self.starts) <= options.max_frames:
+            return list(range(len(self.starts)))
+        else:
+            count = options.max_frames
+        return self._at_middles(Fraction(self.end - self.starts[0], count))
+
+    def seconds(self, numbers: Iterable[int]) -> tuple[float, ...]:
+        """When these frames appear, in seconds after the first of all."""
+        return tuple(float((self.starts[number] - self.starts[0]) * self.tick) for number in numbers)
+
+    def _at_middles(self, span: Fraction) -> list[int]:
+        """The frames on display at 1/2, 3/2, 5/2 … of the span, each once."""
+        length, halves = span.as_integer_ratio()[0], 2 * span.denominator  # exact: middles often meet a start
+        numbers = []
+        for number, (start, end) in enumerate(pairwise(chain(self.starts, [self.end]))):
+            before = -((length - halves * (start - self.starts[0])) // (2 * length))  # middles before the frame
+            if (2 * before + 1) * length < halves * (end - self.starts[0]):
+                numbers.append(number)
+        return numbers
+
+
+def promised_size(file: BinaryIO) -> int:
+    """How many bytes an MP4, Matroska or AVI file has by its outermost elements; 0 if they do not tell."""
+    end = file.seek(0)
+    while size := _element_size(file.read(16)):
+        end = file.seek(end + size)
+    return end
+
+
+def _element_size(head: bytes) -> int:
+    """0 for one that is unknown or has no end."""
+    if head[4:8] in MP4_BOXES:
+        size = int.from_bytes(head[:4])
+        return int.from_bytes(head[8:16]) if size == 1 else size
+    if head[:4] == b"RIFF" and head[8:11] == b"AVI":
+        size = int.from_bytes(head[4:8], "little")
+        return size + 8 if size else 0
+    if head[:4] in MATROSKA_ELEMENTS and head[4:5] > b"\0":
+        width = 9 - head[4].bit_length()  # bytes of the size, of which one bit each is not its own
+        size = int.from_bytes(head[4 : 4 + width]) - (1 << 7 * width)
+        return 4 + width + size if size + 1 < 1 << 7 * width else 0
+    return 0
+
+
+class _Entry(NamedTuple):
+    """What a timeline needs of a packet."""
+
+    start: int
+    duration: int
+    key: bool
+    shown: bool
+
+    @classmethod
+    def of(cls, packet: Packet) -> _Entry | None:
+        """None for a packet without a time, as the last one is."""
+        # AVI knows no time but that of decoding
+        start = packet.dts if packet.stream.container.format.name == "avi" else packet.pts
+        if start is None:
+            return None
+        # VP8 sends frames that are only referred to, in packets of their own: one bit says so
+        hidden = getattr(packet.stream.codec_context, "name", "") == "vp8" and not memoryview(packet)[0] & 0x10
+        return cls(start, packet.duration or 0, packet.is_keyframe, not (packet.is_discard or hidden))
+
+
+def _evenly_indexed(stream: VideoStream) -> Timeline | None:
+    """MP4's index lists every frame; where they are evenly spaced it tells when each is shown."""
+    entries = list(stream.index_entries) if "mp4" in stream.container.format.name else []
+    if len(entries) != stream.frames or len(entries) < 2 or stream.start_time is None:
+        return None
+    decoded = np.array([entry.timestamp for entry in entries])
+    keys = np.array([entry.is_keyframe for entry in entries])
+    step = int(decoded[1] - decoded[0])
+    if step < 1 or (np.diff(decoded) != step).any() or not keys[0] or any(entry.is_discard for entry in entries):
+        return None
+    end = stream.start_time + step * len(entries)
+    starts = range(stream.start_time, end, step)
+    return Timeline(starts, end, (decoded[keys] - decoded[0] + stream.start_time).tolist(), _tick(stream), True)
+
+
+def _timeline_of(packets: list[_Entry], stream: VideoStream) -> Timeline:
+    """Of packets in the order of decoding; what precedes the first key frame cannot be decoded."""
+    packets = list(dropwhile(lambda packet: not packet.key, packets))
+    shown = sorted(packet for packet in packets if packet.shown and packet.start >= packets[0].start)
+    if not shown:
+        return Timeline((), 0, (), _tick(stream), False)
+    starts = [packet.start for packet in shown]
+    typical = round((starts[-1] - starts[0]) / max(1, len(starts) - 1))
+    end = starts[-1] + max(1, shown[-1].duration or typical)
+    return Timeline(
+        starts, end, sorted(packet.start for packet in packets if packet.key), _tick(stream), _exact(stream)
+    )
+
+
+def _exact(stream: VideoStream) -> bool:
+    name = stream.container.format.name
+    return any(marked in name for marked in MARKED) and not (name == "avi" and stream.codec_context.has_b_frames)
+
+
+def _thinned(items: Sequence[int], count: int) -> Sequence[int]:
+    if len(items) <= count:
+        return items
+    return [items[(2 * number + 1) * len(items) // (2 * count)] for number in range(count)]
+
+
+class _Reader:
+    """Decodes forward to the wanted frames; seeks where a key frame lies between.
+
+    Args:
+        stream: At its beginning.
+        keys: When the key frames are shown.
+        wanted: When the wanted frames are shown.
+        skip: Which of the other frames need no decoding.
+    """
+
+    def __init__(self, stream: VideoStream, keys: Sequence[int], wanted: list[int], skip: str) -> None:
+        self.stream, self.keys, self.wanted, self.skip = stream, keys, set(wanted), skip
+        self.position: float = keys[0]
+        self.decoded = _decoded(stream, self.wanted, skip)
+
+    def frame(self, start: int) -> VideoFrame | None:
+        """The frame shown from `start` on, later than the one before."""
+        nearest = bisect_right(self.keys, start)
+        # in an open group of pictures the first frames shown need the key frame before
+        for key in reversed(self.keys[max(0, nearest - 2) : nearest]):
+            if key > self.position or self.position > start:
+                _container_of(self.stream).seek(key, stream=self.stream)
+                self.decoded = _decoded(self.stream, self.wanted, self.skip)
+            frame = self._forward(start)
+            if frame is not None:
+                return frame
+        return None
+
+    def _forward(self, start: int) -> VideoFrame | None:
+        for frame in self.decoded:
+            self.position = float("inf") if frame.pts is None else frame.pts
+            if self.position >= start:
+                return frame if self.position == start else None
+        self.position = float("inf")
+        return None
+
+
+def _decoded(stream: VideoStream, wanted: set[int] | None = None, skip: str = "DEFAULT") -> Iterator[VideoFrame]:
+    """The frames from the next key frame on; of those not wanted, FFmpeg's discard level `skip` may be left out."""
+    skip = skip if stream.codec_context.name in SKIPPING else "DEFAULT"
+    for packet in dropwhile(lambda packet: not packet.is_keyframe, _container_of(stream).demux(stream)):
+        stream.codec_context.skip_frame = "DEFAULT" if wanted is None or packet.pts in wanted else skip  # type: ignore
+        yield from packet.decode()
+
+
+def _container_of(stream: VideoStream) -> InputContainer:
+    return cast(InputContainer, stream.container)
+
+
+def _tick(stream: VideoStream) -> Fraction:
+    return stream.time_base or Fraction(1, av.time_base)
+
+
+def _square(stream: VideoStream) -> tuple[int, int]:
+    """Width and height with square pixels, before any turn."""
+    return max(1, round(stream.width * (stream.sample_aspect_ratio or 1))), stream.height
+
+
+def _image(stream: VideoStream, frame: VideoFrame) -> Image.Image:
+    rgb = frame.reformat(*_square(stream), format="rgb24", interpolation="BICUBIC", threads=1)
+    plane = rgb.planes[0]
+    size, pixels = (rgb.width, rgb.height), memoryview(plane)
+    image = Image.frombuffer("RGB", size, pixels, "raw", "RGB", plane.line_size, 1)  # type: ignore[arg-type]
+    turn = _turn_of(frame)
+    return image if turn is None else image.transpose(turn)
+
+
+def _turn_of(frame: VideoFrame) -> Transpose | None:
+    """How the decoded frame becomes upright: its display matrix, to the nearest quarter."""
+    matrix = cast(Any, frame.side_data).get(SideData.DISPLAYMATRIX)
+    if matrix is None:
+        return None
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    swapped = abs(b) + abs(c) > abs(a) + abs(d)
+    return TURNS[swapped, (c if swapped else a) < 0, (b if swapped else d) < 0]
+
+
+def _refuse(url: str, *_: Any) -> NoReturn:
+    raise PermissionError(f"it wants to open {url!r}, expected one file")

@@ -1,0 +1,372 @@
+"""Videos of every kind against decoding the whole file, and every kind of bad file."""
+
+import io
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from lit_mm.data import video
+from lit_mm.data.records import RecordError
+from lit_mm.data.video import Clip, Video, VideoOptions, promised_size
+from tests.conftest import ROOT
+
+REAL = ROOT.parent / "shared/data/videos"
+TIMES = {
+    "constant": [40 * number for number in range(60)],
+    "variable": np.cumsum(np.random.default_rng(0).integers(10, 200, 60)).tolist(),
+    "late": [5000 + 40 * number for number in range(60)],
+    "early": [40 * number - 200 for number in range(60)],
+    "three": [0, 40, 80],
+    "single": [0],
+}
+OPEN_GOP = {"bf": "2", "x264-params": "open-gop=1:keyint=12:scenecut=0"}
+KINDS = {
+    "mp4": ("mp4", "libx264", OPEN_GOP),
+    "mp4-refresh": ("mp4", "libx264", {"x264-params": "intra-refresh=1:keyint=12:bframes=0"}),
+    "hevc": ("mp4", "libx265", {"x265-params": "keyint=12:open-gop=1:bframes=3:log-level=none"}),
+    "mov": ("mov", "mpeg4", {"bf": "2"}),
+    "mkv": ("matroska", "libx264", OPEN_GOP),
+    "webm": ("webm", "libvpx", {}),
+    "webm9": ("webm", "libvpx-vp9", {"cpu-used": "8", "deadline": "realtime"}),
+    "avi": ("avi", "mpeg4", {}),
+    "avi-b": ("avi", "libx264", {"bf": "2"}),
+    "flv": ("flv", "libx264", {"bf": "2"}),
+    "ts": ("mpegts", "libx264", {"bf": "2"}),
+}
+CHOICES = [
+    VideoOptions(),
+    VideoOptions(max_frames=3),
+    VideoOptions(max_frames=100),
+    VideoOptions("fps", 50, fps=3),
+    VideoOptions("keyframes", 50),
+]
+
+
+def picture(number: int, width: int = 64, height: int = 48) -> np.ndarray:
+    colours = np.random.default_rng(number).integers(0, 255, (2, 3))
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[:16, :16] = colours[0]
+    left = number * 3 % (width - 16)
+    pixels[20:36, left : left + 16] = colours[1]
+    return pixels
+
+
+def render(path: Path, kind: str = "mp4", times=TIMES["constant"], muxer=None, prepare=lambda stream: None, **size):
+    """A video with one picture at each time, in milliseconds."""
+    container_format, codec, options = KINDS[kind]
+    with av.open(str(path), "w", format=container_format, options=muxer or {}) as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height = size.get("width", 64), size.get("height", 48)
+        stream.codec_context.time_base = Fraction(1, 1000)
+        stream.codec_context.gop_size = 12
+        prepare(stream)
+        container.start_encoding()
+        for number, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(picture(number, **size))
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def opened(source, options: VideoOptions = CHOICES[0]) -> Video:
+    return Video("set.json, record 0 (id a)", "a.mp4", source, options)
+
+
+def whole(path: Path) -> list[tuple[float, np.ndarray]]:
+    """Time and pixels of every frame: the slow and obvious way."""
+    with path.open("rb") as file, av.open(file) as container:
+        return [(frame.time, np.asarray(frame.to_image())) for frame in container.decode(video=0)]
+
+
+def on_display(times: list[float], wanted: list[float]) -> list[int]:
+    """The distinct frames shown at the wanted times, in seconds after the first frame."""
+    numbers = [sum(time - times[0] <= at + 1e-9 for time in times) - 1 for at in wanted]
+    return sorted(set(numbers))
+
+
+def expected(path: Path, options: VideoOptions) -> list[int]:
+    """The frames that the options mean, from a full reading of the file."""
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size and not packet.is_discard]
+    # AVI knows no other times, and those of decoding are in the same order as the frames
+    by_decoding = path.suffix == ".avi"
+    times = sorted(float((p.dts if by_decoding else p.pts) * p.time_base) for p in packets)
+    last = max(packets, key=lambda packet: packet.dts if by_decoding else packet.pts)
+    mean = (times[-1] - times[0]) / max(1, len(times) - 1)
+    length = times[-1] - times[0] + (float(last.duration * last.time_base) or mean)
+    if options.choose == "keyframes":
+        return sorted(
+            times.index(float((p.dts if by_decoding else p.pts) * p.time_base)) for p in packets if p.is_keyframe
+        )
+    if options.choose == "fps":
+        wanted = [(k + 0.5) / options.fps for k in range(int(length * options.fps + 0.5))]
+        return on_display(times, wanted or [length / 2])
+    if len(times) <= options.max_frames:
+        return list(range(len(times)))
+    return on_display(times, [(k + 0.5) * length / options.max_frames for k in range(options.max_frames)])
+
+
+def check(path: Path, options: VideoOptions) -> None:
+    frames, clip, images = whole(path), opened(path, options).clip(), opened(path, options).frames()
+    numbers = expected(path, options)
+    assert len(images) == len(clip.times) == len(numbers)
+    for number, image in zip(numbers, images, strict=True):
+        assert image.size == (clip.width, clip.height)
+        assert np.array_equal(np.asarray(image), frames[number][1])
+    assert all(before < after for before, after in zip(clip.times, clip.times[1:], strict=False))
+    if path.suffix != ".avi":
+        assert clip.times == pytest.approx([frames[number][0] - frames[0][0] for number in numbers], abs=2e-3)
+
+
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize("kind", ["mp4", "mp4-refresh", "mov", "mkv", "avi", "avi-b", "flv", "ts"])
+def test_frames_are_those_of_the_whole_file(tmp_path, kind, times):
+    if (kind, times) == ("ts", "three"):
+        pytest.skip("FFmpeg finds no stream in so short a file")
+    path = render(tmp_path / f"a.{kind.split('-')[0]}", kind, TIMES[times])
+    for options in CHOICES:
+        check(path, options)
+
+
+@pytest.mark.parametrize("kind", ["hevc", "webm9"])
+def test_other_codecs(tmp_path, kind):
+    for options in CHOICES:
+        check(render(tmp_path / "a.video", kind), options)
+
+
+def test_hidden_frames_of_vp8_are_not_counted(tmp_path):
+    render(tmp_path / "shown.webm", "webm")
+    path = tmp_path / "a.webm"
+    with av.open(str(tmp_path / "shown.webm")) as shown, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(shown.streams.video[0])
+        for number, packet in enumerate(shown.demux(video=0)):
+            if packet.size:
+                content = bytearray(bytes(packet))
+                content[0] &= 0xFF if number % 12 != 5 else 0xEF  # the bit show_frame
+                hidden = av.Packet(bytes(content))
+                hidden.pts, hidden.dts, hidden.is_keyframe = packet.pts, packet.dts, packet.is_keyframe
+                hidden.stream, hidden.time_base = stream, packet.time_base
+                container.mux(hidden)
+    frames = [pixels for _, pixels in whole(path)]
+    assert len(frames) == 55
+    images = opened(path, VideoOptions(max_frames=100)).frames()
+    assert all(np.array_equal(a, b) for a, b in zip(images, frames, strict=True))
+
+
+@pytest.mark.parametrize("muxer", [{"movflags": "frag_keyframe+empty_moov"}, {"movflags": "faststart"}])
+def test_fragments_and_index_in_front(tmp_path, muxer):
+    path = render(tmp_path / "a.mp4", muxer=muxer)
+    for options in CHOICES:
+        check(path, options)
+
+
+def test_without_a_duration(tmp_path):
+    path = render(tmp_path / "a.mkv", "mkv", muxer={"live": "1"})
+    with av.open(str(path)) as container:
+        assert container.duration is None
+    for options in CHOICES:
+        check(path, options)
+
+
+def test_odd_sides(tmp_path):
+    path = tmp_path / "a.webm"
+    render(path, "webm9", width=63, height=47)
+    assert opened(path).clip() == Clip(63, 47, opened(path).clip().times)
+    assert {image.size for image in opened(path).frames()} == {(63, 47)}
+
+
+def test_bytes_are_as_good_as_a_file(tmp_path):
+    path = render(tmp_path / "a.mp4")
+    assert opened(path.read_bytes()).clip() == opened(path).clip()
+    assert opened(path.read_bytes()).frames() == opened(path).frames()
+
+
+def test_fps_with_too_many_frames_is_uniform(tmp_path):
+    path = render(tmp_path / "a.mp4")
+    assert opened(path, VideoOptions("fps", 7, fps=10)).clip() == opened(path, VideoOptions("uniform", 7)).clip()
+    assert len(opened(path, VideoOptions("fps", 24, fps=10)).clip().times) == 24
+
+
+def test_keyframes_are_thinned_evenly(tmp_path):
+    path = render(tmp_path / "a.mp4")
+    times = opened(path, VideoOptions("keyframes", 100)).clip().times
+    assert times == pytest.approx([0, 0.48, 0.96, 1.44, 1.92], abs=0.09)  # an open group's first frames lead
+    assert opened(path, VideoOptions("keyframes", 1)).clip().times == (times[2],)
+    assert len(opened(path, VideoOptions("keyframes", 3)).frames()) == 3
+
+
+def test_few_frames_of_a_long_video_decode_few(tmp_path, monkeypatch):
+    path, decoded = render(tmp_path / "a.mp4", times=[40 * number for number in range(1200)]), []
+    original = video._decoded
+
+    def counted(*args):
+        for frame in original(*args):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(video, "_decoded", counted)
+    assert len(opened(path, VideoOptions(max_frames=4)).frames()) == 4
+    assert len(decoded) <= 4 * 24
+    decoded.clear()
+    opened(path).clip()
+    assert len(decoded) == 1
+
+
+def test_an_even_index_saves_reading_the_packets(tmp_path, monkeypatch):
+    path = render(tmp_path / "a.mp4")
+    monkeypatch.setattr(Video, "_demuxed", None)
+    opened(path).frames()
+    with pytest.raises(TypeError):
+        opened(render(tmp_path / "b.mp4", times=TIMES["variable"])).frames()
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("kind", ["mp4", "mkv"])
+def test_display_matrix(tmp_path, degrees, flip, kind):
+    path = render(tmp_path / "a", kind, prepare=lambda stream: stream.set_display_rotation(degrees, hflip=flip))
+    plain = np.rot90(whole(path)[0][1], degrees // 90)
+    image = opened(path, VideoOptions(max_frames=100)).frames()[0]
+    assert np.array_equal(np.asarray(image), plain[:, ::-1] if flip else plain)
+    clip = opened(path).clip()
+    assert (clip.width, clip.height) == image.size == ((48, 64) if degrees % 180 else (64, 48))
+
+
+@pytest.mark.parametrize(("aspect", "degrees", "size"), [((4, 3), 0, (85, 48)), ((8, 9), 90, (48, 57))])
+def test_pixels_become_square(tmp_path, aspect, degrees, size):
+    def prepare(stream):
+        stream.codec_context.sample_aspect_ratio = Fraction(*aspect)
+        stream.set_display_rotation(degrees)
+
+    path = render(tmp_path / "a.mp4", prepare=prepare)
+    clip = opened(path).clip()
+    assert (clip.width, clip.height) == size
+    assert {image.size for image in opened(path).frames()} == {size}
+    upright = Image.fromarray(np.rot90(whole(path)[0][1], degrees // 90)).resize(size, Image.Resampling.BICUBIC)
+    found = opened(path, VideoOptions(max_frames=100)).frames()[0]
+    assert np.abs(np.asarray(found, float) - np.asarray(upright, float)).mean() < 2
+
+
+def fault(source, options: VideoOptions = CHOICES[0]) -> RecordError:
+    """The same from clip and from frames."""
+    with pytest.raises(RecordError) as first:
+        opened(source, options).clip()
+    with pytest.raises(RecordError) as second:
+        opened(source, options).frames()
+    assert str(first.value) == str(second.value)
+    assert first.value.where == "set.json, record 0 (id a)"
+    assert first.value.detail.startswith("video a.mp4: ")
+    return first.value
+
+
+def as_image(image_format: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 48), "red").save(file, image_format)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"0" * 5000, b"<html>" * 999, as_image("PNG"), as_image("JPEG"), as_image("WEBP")]
+)
+def test_not_a_video(content):
+    assert fault(content).reason == "not a video"
+
+
+def test_missing_file(tmp_path):
+    assert "No such file" in fault(tmp_path / "none.mp4").detail
+    assert "directory" in fault(tmp_path).detail
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_audio_alone(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=48_000)
+        stream.layout = "mono"
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 48_000, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert fault(path).reason == "no video stream"
+    assert "audio; expected video" in fault(path).detail
+
+
+def test_no_frames(tmp_path):
+    assert fault(render(tmp_path / "a.mkv", "mkv", times=[])).reason == "no frames"
+
+
+@pytest.mark.parametrize("limit", [64 * 48 - 1, 64 * 48 * 4 // 3])
+def test_too_many_pixels(tmp_path, limit):
+    def prepare(stream):
+        stream.codec_context.sample_aspect_ratio = Fraction(3, 2)
+
+    error = fault(render(tmp_path / "a.mp4", prepare=prepare), VideoOptions(max_pixels=limit))
+    assert error.reason == "too many pixels"
+    assert str(limit) in error.detail
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "webm9", "avi"])
+@pytest.mark.parametrize("times", ["constant", "variable"])
+def test_truncated(tmp_path, kind, times):
+    path = render(tmp_path / "a", kind, TIMES[times], {"movflags": "faststart"} if kind == "mp4" else {})
+    content = path.read_bytes()
+    assert promised_size(io.BytesIO(content)) == len(content)
+    for part in (0.05, 0.3, 0.5, 0.9, 0.99):
+        assert fault(content[: int(len(content) * part)]).reason == "truncated video"
+    assert fault(content[:-1]).reason == "truncated video"
+
+
+@pytest.mark.parametrize("part", [0.3, 0.5, 0.9])
+def test_truncated_by_the_duration_in_the_header(tmp_path, part):
+    content = render(tmp_path / "a.flv", "flv").read_bytes()
+    assert fault(content[: int(len(content) * part)]).reason == "truncated video"
+
+
+@pytest.mark.parametrize("times", ["constant", "variable"])
+def test_truncated_where_the_size_is_not_told(tmp_path, times):
+    """The index promises frames; those that cannot be read are not replaced by others."""
+    content = bytearray(render(tmp_path / "a.mp4", "mp4", TIMES[times], {"movflags": "faststart"}).read_bytes())
+    box = content.index(b"mdat") - 4
+    content[box : box + 4] = bytes(4)  # up to the end of the file
+    with pytest.raises(RecordError, match="truncated video"):
+        opened(bytes(content[: len(content) * 3 // 4])).frames()
+
+
+def test_damage_is_not_hidden(tmp_path):
+    content = bytearray(render(tmp_path / "a.mp4", muxer={"movflags": "faststart"}).read_bytes())
+    content[content.index(b"mdat") + 4 + 2000 :] = bytes(len(content) - content.index(b"mdat") - 4 - 2000)
+    with pytest.raises(RecordError, match="truncated video"):
+        opened(bytes(content)).frames()
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_no_other_file_is_opened(tmp_path, monkeypatch, scheme, guarded):
+    """Not even were playlists read."""
+    other, segment = render(tmp_path / "other.mp4"), render(tmp_path / "other.ts", "ts")
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{scheme}{segment}\n#EXT-X-ENDLIST\n"
+    script = f"ffconcat version 1.0\nfile '{scheme}{other}'\n"
+    if not guarded:
+        monkeypatch.setattr(video, "CONTAINERS", f"{video.CONTAINERS},hls,concat")
+    for name, content in (("a.m3u8", playlist), ("a.ffconcat", script)):
+        (tmp_path / name).write_text(content)
+        assert fault(tmp_path / name).reason in ("not a video", "no video stream", "no frames", "truncated video")
+
+
+@pytest.mark.parametrize(("field", "value"), [("max_frames", 0), ("fps", 0.0), ("fps", float("nan"))])
+def test_options_are_checked(field, value):
+    with pytest.raises(ValueError, match=field):
+        VideoOptions(**{field: value})
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real clips in {REAL}")
+@pytest.mark.parametrize("options", CHOICES, ids=lambda options: f"{options.choose}-{options.max_frames}")
+def test_real_clips(options):
+    for item in json.loads((REAL / "videos.json").read_text()):
+        check(REAL / item["video"], options)
