@@ -10,7 +10,10 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-REASONS: dict[int, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SIGTERMException}
+REASONS: dict[int, BaseException] = {
+    signal.SIGINT: KeyboardInterrupt(),
+    signal.SIGTERM: SIGTERMException(128 + signal.SIGTERM),  # the exit status that shells give it
+}
 
 
 class StopBetweenBatches(Callback):

@@ -1,0 +1,197 @@
+"""Exact resume: real processes are ended at random steps in every way, and go on. The batches and, to
+the last bit, the weights and the optimizer's state must be those of a run that nothing disturbed."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, TOKENIZER, conversation, draw
+from tests.training.killing import command_line
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["lit_mm.cli", "tests.training.killing"])
+
+CONFIG = {
+    "seed_everything": 3,
+    "model": {
+        "scales": [16, 4, 1],
+        "encoder": {
+            "class_path": "lit_mm.ConvNeXtEncoder",
+            "init_args": {
+                "backbone": "convnext_atto",
+                "overrides": {
+                    "patch_size": 1,
+                    "depths": [1, 1, 1, 1],
+                    "dims": [8, 8, 12, 16],
+                    "kernel_sizes": 3,
+                    "ls_init_value": 1.0,
+                    "drop_path_rate": 0.3,
+                },
+                "extra_stages": [{"depth": 1, "width": 24, "layer_scale": 1.0}],
+            },
+        },
+        "llm": {
+            "source": "LlamaConfig",
+            "sizes": {
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "intermediate_size": 48,
+                "initializer_range": 0.2,
+                "attention_dropout": 0.1,
+            },
+            "tokenizer": TOKENIZER,
+            "template": "plain",
+        },
+        "scales_per_step": 2,
+        "max_new_tokens": 3,
+    },
+    "trainer": {"accelerator": "cpu", "log_every_n_steps": 1, "enable_progress_bar": False, "logger": False},
+    "checkpoint": {"every_n_train_steps": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict:
+    """A mixture: images in LLaVA's format, text as chat messages, a shard of a webdataset."""
+    root = tmp_path_factory.mktemp("sets")
+    items, lines = [], []
+    for number, colour in enumerate(["red", "green", "blue", "teal"] * 4):
+        draw(root / f"{number}.png", (64, 64) if number % 2 else (128, 32), colour)
+        turns = conversation(("<image>\nwhat color is the shape?", colour))
+        items.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+        messages = [{"role": "user", "content": f"is there a {colour} shape?" * (number % 3 + 1)}]
+        lines.append(json.dumps({"messages": [*messages, {"role": "assistant", "content": "yes"}]}))
+    (root / "train.json").write_text(json.dumps(items))
+    (root / "val.json").write_text(json.dumps(items[:4]))
+    (root / "text.jsonl").write_text("\n".join(lines[:9]))
+    with tarfile.open(root / "shard.tar", "w") as shard:
+        for number, item in enumerate(items[:5]):
+            for suffix, content in (
+                ("json", json.dumps(item).encode()),
+                ("png", (root / f"{number}.png").read_bytes()),
+            ):
+                member = tarfile.TarInfo(f"{number:03d}.{suffix}")
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+    mixture = [
+        {"path": str(root / "train.json")},
+        {"path": str(root / "text.jsonl"), "epochs": 0.7},
+        {"path": str(root / "shard.tar"), "epochs": 2},
+    ]
+    options = {
+        "image": {"mode": "keep", "size": None},
+        "image_root": str(root),
+        "batch_size": 4,
+        "val": f"{root}/val.json",
+    }
+    return {"train": mixture, "tokens_per_batch": 200, **options}
+
+
+class Runs:
+    """Runs of one configuration, in folders of their own."""
+
+    def __init__(self, folder: Path, data: dict, workers: int, ranks: int, **trainer) -> None:
+        self.folder, self.ranks = folder, ranks
+        settings = {"class_path": "lit_mm.ImageInstructions", "init_args": {**data, "num_workers": workers}}
+        limits = {"max_epochs": 3, "devices": ranks, "strategy": "ddp" if ranks > 1 else "auto", **trainer}
+        self.config = CONFIG | {"data": settings, "trainer": CONFIG["trainer"] | limits}
+
+    def run(self, name: str, *options: str, **ending) -> tuple[int, str]:
+        """Exit status and what was printed."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        recorder = {"class_path": "tests.training.killing.Recorder", "init_args": {"folder": str(folder), **ending}}
+        stop = {"class_path": "lit_mm.callbacks.stopping.StopBetweenBatches"}
+        trainer = self.config["trainer"] | {"default_root_dir": str(folder), "callbacks": [stop, recorder]}
+        checkpoint = self.config["checkpoint"] | {"dirpath": str(folder / "version_0/checkpoints")}
+        (folder / "config.yaml").write_text(
+            yaml.safe_dump(self.config | {"trainer": trainer, "checkpoint": checkpoint})
+        )
+        arguments, log = ["fit", "--config", str(folder / "config.yaml"), *options], folder / "log.txt"
+        if self.ranks == 1:
+            process = SERVER.Process(target=command_line, args=(arguments, str(log)))
+            process.start()
+            process.join(300)
+            return process.exitcode, log.read_text()
+        # every rank is started by this very command
+        alone = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "lit_mm", *arguments]
+        ended = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=300, check=False)
+        return ended.returncode, ended.stdout + ended.stderr
+
+    def batches(self, name: str) -> dict:
+        """(epoch, batch, rank) -> what was in it; a batch that was trained twice was the same twice."""
+        found: dict = {}
+        for rank in range(self.ranks):
+            for line in (self.folder / name / f"batches{rank}.jsonl").read_text().splitlines():
+                row = json.loads(line)
+                key = row["epoch"], row["batch"], rank
+                value = row["digest"], row["drawn"], row["step"]
+                assert found.setdefault(key, value) == value, f"batch {key} came again as another one"
+        return found
+
+    def weights(self, name: str) -> str:
+        return (self.folder / name / "weights.txt").read_text()
+
+    def length(self) -> int:
+        """Batches of the undisturbed run on each rank."""
+        return len(self.batches("whole")) // self.ranks
+
+    def check(self, name: str, **ending) -> None:
+        """End a run, go on, compare."""
+        status, printed = self.run(name, **ending)
+        assert status != 0, f"{ending}: {printed}"
+        status, printed = self.run(name, "--ckpt_path", "last")
+        assert status == 0, f"{ending}: {printed}"
+        assert self.batches(name) == self.batches("whole"), ending
+        assert self.weights(name) == self.weights("whole"), ending
+
+
+def undisturbed(folder: Path, data: dict, workers: int, ranks: int, **trainer) -> Runs:
+    runs = Runs(folder, data, workers, ranks, **trainer)
+    status, printed = runs.run("whole")
+    assert status == 0, printed
+    return runs
+
+
+WAYS = [
+    {"way": "SIGTERM"},
+    {"way": "SIGINT"},
+    {"way": "SIGKILL"},
+    {"way": "exception", "where": "train_batch_start"},
+    {"way": "exception", "where": "before_zero_grad"},
+    {"way": "exception", "where": "train_batch_end"},
+    {"way": "exception", "where": "validation_batch_start"},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "accumulate"), [(0, 1), (2, 2)])
+def test_one_rank(tmp_path, data, workers, accumulate):
+    runs = undisturbed(tmp_path, data, workers, 1, accumulate_grad_batches=accumulate, limit_val_batches=1)
+    steps = random.Random(workers)
+    for number, ending in enumerate(WAYS if workers == 0 else WAYS[:3] + WAYS[5:6]):
+        first = 2 * accumulate + 1  # after the first checkpoint
+        runs.check(f"ended{number}", after=steps.randint(first, runs.length() - 1), **ending)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_ranks(tmp_path, data, workers):
+    runs = undisturbed(tmp_path, data, workers, 2, limit_val_batches=0)
+    steps = random.Random(workers)
+    for number, ending in enumerate(WAYS[:1] if workers else [WAYS[0], WAYS[2]]):
+        rank = {"SIGTERM": 1, "SIGKILL": 0}[ending["way"]]
+        runs.check(f"ended{number}", after=steps.randint(3, runs.length() - 1), rank=rank, **ending)
