@@ -9,6 +9,7 @@ Batches        plan -> samples -> Batch, packed
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
@@ -20,6 +21,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_mm.data.records import RecordError
 from lit_mm.model.rows import Batch, Drawn, FrameSets, Images, Packing, Question, every_level, pack
+
+GRACE = 20
+"""Seconds that a loader's process outlives SIGTERM."""
+NO_LIMIT = np.iinfo(np.int64).max
 
 
 @dataclass
@@ -155,8 +160,7 @@ class Budget:
 
     def room(self) -> np.ndarray:
         """[3] how many records, tokens and pixels an empty batch takes."""
-        most = np.iinfo(np.int64).max
-        return np.array([most if limit is None else limit for limit in (self.records, self.tokens, self.pixels)])
+        return np.array([NO_LIMIT if limit is None else limit for limit in (self.records, self.tokens, self.pixels)])
 
 
 def epoch_order(counts: Sequence[int], shares: Sequence[float], seed: int, epoch: int) -> np.ndarray:
@@ -223,19 +227,22 @@ def fill(order: np.ndarray, sizes: Sizes, budget: Budget, ranks: int, choice: Ch
 def _taken(sizes: np.ndarray, room: np.ndarray, choice: Choice) -> list[int]:
     """Which of the waiting records [m, 3] go into a batch with room [3], the first one in any case."""
     if choice == "next":
-        fits: Any = (sizes.cumsum(0) <= room).all(1)
-        return list(range(max(1, len(fits) if fits.all() else int(fits.argmin()))))
-    wanted = -abs(sizes[:, 1] - sizes[0, 1]) if choice == "alike" else (sizes / room).max(1)
-    taken, room = [0], room - sizes[0]
-    fits = (sizes <= room).all(1)
-    fits[0] = False
-    while fits.any():
-        best = int(np.where(fits, wanted, -np.inf).argmax())
+        over: Any = (sizes.cumsum(0) > room).any(1)
+        return list(range(max(1, int(over.argmax()) if over.any() else len(over))))
+    wanted = -abs(sizes[:, 1] - sizes[0, 1]).astype(float) if choice == "alike" else (sizes / room).max(1)
+    # column by column: this loop decides how soon an epoch of a million records can begin
+    limited = [(column, limit) for column, limit in zip(sizes.T, room.tolist(), strict=True) if limit < NO_LIMIT]
+    left, taken = [limit for _, limit in limited], [0]
+    wanted[0] = -np.inf
+    while True:
+        for number, (column, _) in enumerate(limited):
+            left[number] -= int(column[taken[-1]])
+            wanted[column > left[number]] = -np.inf
+        best = int(wanted.argmax())
+        if wanted[best] == -np.inf:
+            return taken
         taken.append(best)
-        room = room - sizes[best]
-        fits &= (sizes <= room).all(1)
-        fits[best] = False
-    return taken
+        wanted[best] = -np.inf
 
 
 def shared_out(batches: list[np.ndarray], ranks: int) -> list[np.ndarray]:
@@ -314,6 +321,13 @@ class BatchPlans(Sampler[BatchPlan]):
 class ResumableLoader(DataLoader):
     """A loader whose place is (epoch, batches trained): Lightning restores it before the first batch."""
 
+    def close(self) -> None:
+        """End the processes, which otherwise live as long as anything remembers the loader."""
+        iterator = cast(Any, self)._iterator
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()
+        self._iterator = None
+
     def state_dict(self) -> dict[str, Any]:
         """Where the epoch began; `LitMatryoshka.on_save_checkpoint` writes the place that training reached,
         as workers have fetched more than that."""
@@ -328,6 +342,15 @@ class ResumableLoader(DataLoader):
     def _plans(self) -> BatchPlans:
         assert isinstance(self.sampler, BatchPlans)
         return self.sampler
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """In a loader's process: a signal to the whole group must not end it under a running step.
+
+    The trainer ends it when it stops; if that never comes, it goes by itself, as SIGTERM asked.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 class Batches(Dataset):

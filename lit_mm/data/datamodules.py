@@ -15,6 +15,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -37,6 +38,7 @@ from lit_mm.data.batching import (
     ScaleDraw,
     Sizes,
     epoch_order,
+    leave_signals_to_the_trainer,
 )
 from lit_mm.data.conversation import Conversation, Encoded
 from lit_mm.data.images import ImageOptions
@@ -340,6 +342,8 @@ class ImageInstructions(LightningDataModule):
 
     video: VideoOptions | None = None
     frame: ImageOptions | None = None
+    caption_epochs = 0
+    """How many epochs train on the file of captions first, for the sets of this package that have one."""
 
     def __init__(
         self,
@@ -405,6 +409,7 @@ class ImageInstructions(LightningDataModule):
         self.num_workers, self.seed = num_workers, seed
         self.cache = Path(cache).expanduser() if cache else cache_folder()
         self.sets: dict[str, Mixture] = {}
+        self.loaders: dict[str, ResumableLoader] = {}
         self.skipped, self.seen = BadRecords("skip"), 0
 
     def setup(self, stage: str) -> None:
@@ -415,6 +420,8 @@ class ImageInstructions(LightningDataModule):
             ValueError: The stage needs a file that the config does not name, or a file is malformed.
             RecordError: A bad record, if on_bad_record is `error`.
         """
+        if stage == "fit" and self.caption_epochs:
+            self.sets["captions"] = self._read("captions", "train")
         needed: dict[str, list[Split]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}
         for split in needed.get(str(getattr(stage, "value", stage)), ["predict"]):
             if self.files[split]:
@@ -468,7 +475,7 @@ class ImageInstructions(LightningDataModule):
 
     def train_set(self, epoch: int) -> str:
         """Which of the sets an epoch trains on."""
-        return "train"
+        return "captions" if epoch < self.caption_epochs else "train"
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of shuffled conversations.
@@ -478,17 +485,14 @@ class ImageInstructions(LightningDataModule):
         """
         trainer, plans = cast(Any, self.trainer), self.train_plans(self._epoch())
         name = self.train_set(plans.epoch)
-        whole = all(share == int(share) for share in self.sets[name].shares)
-        if trainer and not (self.budget.fixed and whole) and trainer.max_epochs != 1:
-            self._reloads("data.tokens_per_batch, pixels_per_batch and shares of a set")
+        whole = self.budget.fixed and all(share == int(share) for share in self.sets[name].shares)
+        differ = self.caption_epochs or not whole
+        if trainer and differ and trainer.max_epochs != 1 and trainer.reload_dataloaders_every_n_epochs != 1:
+            raise ValueError("epochs differ in length: set trainer.reload_dataloaders_every_n_epochs to 1")
         return self._loader(name, plans, training=True)
 
     def _epoch(self) -> int:
         return self.trainer.current_epoch if self.trainer else 0
-
-    def _reloads(self, what: str) -> None:
-        if cast(Any, self.trainer).reload_dataloaders_every_n_epochs != 1:
-            raise ValueError(f"{what}: epochs differ in length, set trainer.reload_dataloaders_every_n_epochs to 1")
 
     def train_plans(self, epoch: int) -> BatchPlans:
         """This rank's training batches of an epoch."""
@@ -528,19 +532,24 @@ class ImageInstructions(LightningDataModule):
             tokens = costs.tokens(records, draw(epoch, step), self.inputs.scales)
             return np.stack([np.ones_like(tokens), tokens, costs.pixels[records]], axis=1)
 
-        return lambda epoch: lambda step, records: sizes(epoch, step, records)
+        return lambda epoch: partial(sizes, epoch)
 
     def _loader(self, name: str, plans: BatchPlans, training: bool) -> ResumableLoader:
         inputs = self.inputs
         draw = inputs.draw(training, self.seed)
-        return ResumableLoader(
+        place = "train" if training else name
+        if place in self.loaders:
+            self.loaders[place].close()
+        self.loaders[place] = ResumableLoader(
             Batches(self.sets[name], draw, inputs.scales, inputs.time_scales, inputs.packing, training),
             sampler=plans,
             batch_size=None,  # the sampler hands out whole batches
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             generator=torch.Generator(),  # it draws a number: the run's own must not depend on that
+            worker_init_fn=leave_signals_to_the_trainer,
         )
+        return self.loaders[place]
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Count what the loader had to leave out."""
@@ -549,6 +558,11 @@ class ImageInstructions(LightningDataModule):
             self.skipped.count(reason, message)
             rank_zero_warn(f"skipped: {message}")
         return batch
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the loaders' processes."""
+        for loader in self.loaders.values():
+            loader.close()
 
     def teardown(self, stage: str) -> None:
         """Report what was skipped while loading."""

@@ -13,7 +13,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from lit_mm.data.batching import ResumableLoader
 from lit_mm.data.datamodules import ImageInstructions, ModelInputs
 from lit_mm.data.images import ImageOptions
 
@@ -84,26 +83,6 @@ class EasyVQA(ImageInstructions):
             file, text = self.root / f"{split}.json", json.dumps(items, indent=1)
             if not file.is_file() or file.read_text() != text:  # another run may be reading it
                 file.write_text(text)
-
-    def setup(self, stage: str) -> None:
-        """Read and check the records, those of the captions too if the run begins with them."""
-        super().setup(stage)
-        if stage == "fit" and self.caption_epochs:
-            self.sets["captions"] = self._read("captions", "train")
-
-    def train_set(self, epoch: int) -> str:
-        """Captions in the first epochs, conversations after them."""
-        return "captions" if epoch < self.caption_epochs else "train"
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Batches of an epoch.
-
-        Raises:
-            ValueError: The trainer would never come back for the conversations.
-        """
-        if self.caption_epochs and self.trainer is not None:
-            self._reloads("data.caption_epochs")
-        return super().train_dataloader()
 
 
 def package_data() -> Path:

@@ -80,10 +80,10 @@ class MediaFolder:
     def _load(self, record: Record, medium: Media) -> tuple[Tensor, list[str]]:
         if medium.kind == "image":
             return self._image(record, medium).pixels(self.colour), [""]
-        clip, frames = self._video(record, medium).read()
+        times, frames = self._video(record, medium).read()
         colour = self.colour if self.frame.mode == "pad" else None
         pixels = [to_pixels(frame, self.frame.target(*frame.size), colour) for frame in frames]
-        return torch.stack(pixels), self._labels(clip.times)
+        return torch.stack(pixels), self._labels(times)
 
     def _labels(self, times: Sequence[float]) -> list[str]:
         stamped = self.video is not None and self.video.timestamps

@@ -236,7 +236,7 @@ class _Files:
     def _open(self, number: int) -> BinaryIO:
         handle = Path(self.stamps[number].path).open("rb")  # noqa: SIM115 (stays open for the next read)
         found = os.fstat(handle.fileno())
-        if False:
+        if (found.st_size, found.st_mtime_ns) != self.stamps[number][1:]:
             raise self._changed(number)
         return handle
 
@@ -569,7 +569,7 @@ def _members(path: str) -> Iterator[_Member]:
     with Path(path).open("rb") as file:
         try:
             archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
-        except tarfile.TarError as error:
+        except _TAR_ERRORS as error:
             raise ValueError(f"{path}: expected a tar archive, found none at byte 0: {error}") from None
         while member := _next_member(path, archive):
             if not member.isdir() and (sample := _SAMPLE.match(member.name)):
@@ -577,6 +577,7 @@ def _members(path: str) -> Iterator[_Member]:
         _check_end(path, file, archive.offset)
 
 
+_TAR_ERRORS = (tarfile.TarError, OSError, OverflowError)  # the last two: a size that leads nowhere
 _SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.[^/]+$")
 
 
@@ -584,7 +585,7 @@ def _next_member(path: str, archive: tarfile.TarFile) -> tarfile.TarInfo | None:
     before = archive.offset
     try:
         member = archive.next()
-    except tarfile.TarError as error:
+    except _TAR_ERRORS as error:
         raise ValueError(f"{path}: truncated or damaged before byte {before}: {error}") from None
     archive.members = []  # type: ignore[attr-defined]  # else every header stays in memory
     if member and (member.issparse() or not (member.isdir() or member.isreg())):
@@ -701,7 +702,7 @@ def _parquet(name: str, paths: list[str], cache: Path) -> Source:
         raise ValueError(f"{name}: holds no records")
     fingerprint = _digest("parquet", _Files(paths).stamps)
     try:
-        dataset = load_dataset("parquet", data_files=filled, split="train", cache_dir=str(cache / fingerprint))
+        dataset = load_dataset("parquet", data_files=filled, split="train", cache_dir=str(cache))
     except DatasetGenerationError as error:
         raise ValueError(f"{name}: not readable as parquet: {error.__cause__ or error}") from error
     return _Table(name, dataset, fingerprint)

@@ -123,26 +123,27 @@ class Video:
                 width, height = height, width
         return Clip(width, height, timeline.seconds(timeline.shown(self.options)))
 
-    def read(self) -> tuple[Clip, list[Image.Image]]:
-        """What the header tells, and the frames.
-
-        Raises:
-            RecordError: As `frames`.
-        """
-        return self.clip(), self.frames()
-
     def frames(self) -> list[Image.Image]:
         """The frames at the clip's times, RGB images of the clip's size.
 
         Raises:
             RecordError: As `clip`, or a frame cannot be decoded.
         """
+        return self.read()[1]
+
+    def read(self) -> tuple[tuple[float, ...], list[Image.Image]]:
+        """The clip's times and its frames.
+
+        Raises:
+            RecordError: As `frames`.
+        """
         with self._open() as stream:
             timeline = self._timeline(stream)
             numbers = timeline.shown(self.options)
             wanted = [timeline.starts[number] for number in numbers]
             images = self._sought(stream, timeline, wanted) if timeline.exact else None
-        return images or self._counted(set(numbers), len(timeline.starts))
+        images = images or self._counted(set(numbers), len(timeline.starts))
+        return timeline.seconds(numbers), images
 
     def _fail(self, reason: str, detail: str) -> NoReturn:
         raise RecordError(self.where, reason, f"video {self.name}: {detail}") from None
@@ -176,7 +177,7 @@ class Video:
         return av.open(
             file,
             "r",
-            options={"max_pixels": str(self.options.max_pixels)},
+            options=self._decoder_options,
             container_options={"format_whitelist": CONTAINERS, "protocol_whitelist": ""},
             metadata_errors="replace",
             io_open=_refuse,
@@ -194,13 +195,17 @@ class Video:
         return moving[0]
 
     def _limit(self, stream: VideoStream) -> None:
-        width, height = _square(stream)
+        limit, (width, height) = self.options.max_pixels, _square(stream)
         if not stream.width or not stream.height:
-            self._fail("no frames", f"its frames have {stream.width}×{stream.height} pixels")
-        if max(width * height, stream.width * stream.height) > self.options.max_pixels:
-            self._fail("too many pixels", f"{width}×{height} a frame, allowed are {self.options.max_pixels} pixels")
-        # frames may be larger than the header says
-        stream.codec_context.options = {"max_pixels": str(self.options.max_pixels)}
+            self._fail("no frames", f"expected frames of some size up to {limit} pixels, found none or far larger ones")
+        if max(width * height, stream.width * stream.height) > limit:
+            self._fail("too many pixels", f"{width}×{height} a frame, allowed are {limit} pixels")
+        stream.codec_context.options = self._decoder_options
+
+    @property
+    def _decoder_options(self) -> dict[str, str]:
+        # frames may be larger than the header says; the decoder counts pixels that pad them, too
+        return {"max_pixels": str(2 * self.options.max_pixels + 2**16)}
 
     def _timeline(self, stream: VideoStream) -> Timeline:
         timeline = None if self.options.choose == "keyframes" else _evenly_indexed(stream)
@@ -243,14 +248,13 @@ class Video:
 
     def _sought(self, stream: VideoStream, timeline: Timeline, wanted: list[int]) -> list[Image.Image] | None:
         """None if a frame is not where its packet's timestamp says."""
-        reader = _Reader(stream, timeline.keys, wanted, "NONKEY" if self.options.choose == "keyframes" else "NONREF")
-        images = []
+        reader, size, images = _Reader(stream, timeline.keys, wanted), _square(stream), []
         try:
             for start in wanted:
                 frame = reader.frame(start)
                 if frame is None:
                     return None
-                images.append(_image(stream, frame))
+                images.append(_image(frame, size))
         except (av.FFmpegError, OSError):
             return None
         return images
@@ -259,10 +263,11 @@ class Video:
         """The slow way, for files whose timestamps or key frames mislead: by the frames' numbers."""
         images, count = [], 0
         with self._open() as stream:
+            size = _square(stream)
             try:
                 for frame in _decoded(stream):
                     if count in numbers:
-                        images.append(_image(stream, frame))
+                        images.append(_image(frame, size))
                     count += 1
             except (av.FFmpegError, OSError) as error:
                 self._fail("truncated video", f"frame {count} of {total} cannot be decoded: {error}")
@@ -410,13 +415,12 @@ class _Reader:
         stream: At its beginning.
         keys: When the key frames are shown.
         wanted: When the wanted frames are shown.
-        skip: Which of the other frames need no decoding.
     """
 
-    def __init__(self, stream: VideoStream, keys: Sequence[int], wanted: list[int], skip: str) -> None:
-        self.stream, self.keys, self.wanted, self.skip = stream, keys, set(wanted), skip
+    def __init__(self, stream: VideoStream, keys: Sequence[int], wanted: list[int]) -> None:
+        self.stream, self.keys, self.wanted = stream, keys, set(wanted)
         self.position: float = keys[0]
-        self.decoded = _decoded(stream, self.wanted, skip)
+        self.decoded = _decoded(stream, self.wanted)
 
     def frame(self, start: int) -> VideoFrame | None:
         """The frame shown from `start` on, later than the one before."""
@@ -425,7 +429,7 @@ class _Reader:
         for key in reversed(self.keys[max(0, nearest - 2) : nearest]):
             if key > self.position or self.position > start:
                 _container_of(self.stream).seek(key, stream=self.stream)
-                self.decoded = _decoded(self.stream, self.wanted, self.skip)
+                self.decoded = _decoded(self.stream, self.wanted)
             frame = self._forward(start)
             if frame is not None:
                 return frame
@@ -440,11 +444,11 @@ class _Reader:
         return None
 
 
-def _decoded(stream: VideoStream, wanted: set[int] | None = None, skip: str = "DEFAULT") -> Iterator[VideoFrame]:
-    """The frames from the next key frame on; of those not wanted, FFmpeg's discard level `skip` may be left out."""
-    skip = skip if stream.codec_context.name in SKIPPING else "DEFAULT"
+def _decoded(stream: VideoStream, wanted: set[int] | None = None) -> Iterator[VideoFrame]:
+    """The frames from the next key frame on, without those that are neither wanted nor referred to."""
+    skip: Literal["NONREF", "DEFAULT"] = "NONREF" if stream.codec_context.name in SKIPPING else "DEFAULT"
     for packet in dropwhile(lambda packet: not packet.is_keyframe, _container_of(stream).demux(stream)):
-        stream.codec_context.skip_frame = "DEFAULT" if wanted is None or packet.pts in wanted else skip  # type: ignore
+        stream.codec_context.skip_frame = "DEFAULT" if wanted is None or packet.pts in wanted else skip
         yield from packet.decode()
 
 
@@ -457,14 +461,13 @@ def _tick(stream: VideoStream) -> Fraction:
 
 
 def _square(stream: VideoStream) -> tuple[int, int]:
-    """Width and height with square pixels, before any turn."""
+    """Width and height with square pixels, before any turn; decoding may change them on the way."""
     return max(1, round(stream.width * (stream.sample_aspect_ratio or 1))), stream.height
 
 
-def _image(stream: VideoStream, frame: VideoFrame) -> Image.Image:
-    rgb = frame.reformat(*_square(stream), format="rgb24", interpolation="BICUBIC", threads=1)
-    plane = rgb.planes[0]
-    size, pixels = (rgb.width, rgb.height), memoryview(plane)
+def _image(frame: VideoFrame, size: tuple[int, int]) -> Image.Image:
+    plane = frame.reformat(*size, format="rgb24", interpolation="BICUBIC", threads=1).planes[0]
+    pixels = memoryview(plane)
     image = Image.frombuffer("RGB", size, pixels, "raw", "RGB", plane.line_size, 1)  # type: ignore[arg-type]
     turn = _turn_of(frame)
     return image if turn is None else image.transpose(turn)

@@ -238,7 +238,7 @@ def uri(header, content):
         (chat(("user", [image(image="a", url="b")])), "malformed image path", "expected one relative path or data"),
         (chat(("user", [image(image=["a"])])), "malformed image path", "found {'type': 'image', 'image': ['a']}"),
         (chat(("user", [uri("data:image/png;base64", "AAA")])), "malformed data URI", "of 25 characters"),
-        (chat(("user", [uri("data:image/png;base64", "A A A")])), "malformed data URI", "expected data:image/…;base64"),
+        (chat(("user", [uri("data:image/png;base64", "AA AA")])), "malformed data URI", "expected data:image/…;base64"),
         (chat(("user", [uri("data:image/png;base64", "é")])), "malformed data URI", "url: expected data:image/"),
         (chat(("user", [uri("data:image/png;base64", "")])), "malformed data URI", "url: expected data:image/"),
         (chat(("user", [uri("data:image/png", "AAAA")])), "malformed data URI", "url: expected data:image/"),

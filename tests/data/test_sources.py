@@ -163,6 +163,12 @@ def test_bad_lines_are_bad_records(tmp_path):
     assert "a.jsonl, line 4: not UTF-8 text: expected UTF-8, found byte 0xff at 10" in bad.examples["not UTF-8 text"]
 
 
+def test_a_bad_last_line_without_an_end(tmp_path):
+    source = open_source(write(tmp_path / "a.jsonl", '{"text": "a"}\n\n\n{"te'), tmp_path / "cache")
+    with pytest.raises(RecordError, match=r"a\.jsonl, line 4: not valid JSON"):
+        source[1]
+
+
 def test_a_bad_first_line_among_good_ones_is_a_bad_record(tmp_path):
     source = open_source(write(tmp_path / "a.jsonl", '{"text": \n{"text": "b"}\n'), tmp_path / "cache")
     with pytest.raises(RecordError, match="line 1: not valid JSON"):
@@ -236,6 +242,18 @@ def test_a_changed_file_is_scanned_anew(tmp_path):
     assert items_of(after) == [{"text": "longer"}]
     with pytest.raises(ValueError, match=r"a\.json: changed since it was opened"):
         pickle.loads(pickle.dumps(before))[1]
+
+
+def test_a_changed_file_of_the_same_size_is_known_by_its_time(tmp_path):
+    path = write(tmp_path / "a.json", '[{"text": "a"}, {"text": "b"}]')
+    before = open_source(path, tmp_path / "cache")
+    write(tmp_path / "a.json", '[{"text": "c"}, {"text": "d"}]')
+    os.utime(path, (1, 1))
+    with pytest.raises(ValueError, match=r"a\.json: changed since it was opened"):
+        before[0]
+    after = open_source(path, tmp_path / "cache")
+    assert after[0][1] == {"text": "c"}
+    assert after.fingerprint != before.fingerprint
 
 
 def test_a_file_cut_while_it_is_read(tmp_path):
@@ -341,6 +359,15 @@ def test_missing_files(tmp_path):
     (tmp_path / "a0.tar").write_bytes(shard({"a.txt": b"a"}))
     with pytest.raises(FileNotFoundError, match=r"no instruction file .*/a1\.tar"):
         open_source(f"{tmp_path}/a{{0..1}}.tar", tmp_path / "cache")
+
+
+def test_a_missing_file_in_a_folder_is_not_sought_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(FileNotFoundError, match="no instruction file data/train"):
+        open_source("data/train", tmp_path / "cache")
+    with pytest.raises(FileNotFoundError, match="no folder train, and the name of a dataset is owner/name"):
+        open_source("train", tmp_path / "cache", "dataset")
 
 
 def test_folders_without_anything_usable(tmp_path):
@@ -513,7 +540,7 @@ def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
     source = open_source("owner/name", tmp_path / "cache")
     assert items_of(source) == with_images(ROWS)
     assert source[1][0] == "owner/name, record 1 (id 1)"
-    open_source("owner/name:val[:10]".removesuffix("[:10]"), tmp_path / "cache")
+    open_source("owner/name:val", tmp_path / "cache")
     assert [call[1]["split"] for call in asked[1::2]] == ["train", "val"]
     assert [call[0] for call in asked[1::2]] == [("owner/name",)] * 2
     assert asked[0::2] == ["owner/name"] * 2
@@ -658,6 +685,19 @@ def test_links_and_devices_are_refused(tmp_path, kind):
         open_source(str(tmp_path / "a.tar"), tmp_path / "cache")
 
 
+def test_a_sparse_member_is_refused(tmp_path):
+    """Some bytes that would unpack to a terabyte."""
+    sparse = tarfile.TarInfo("0.jpg")
+    sparse.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "0.jpg"}
+    sparse.pax_headers["GNU.sparse.realsize"] = str(1 << 40)
+    data = b"1\n0\n512\n".ljust(512, b"\0") + b"x" * 512
+    write(tmp_path / "a.tar", shard({sparse: data, "0.txt": b"a"}, format=tarfile.PAX_FORMAT))
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        assert archive.getmember("0.jpg").size == 1 << 40
+    with pytest.raises(ValueError, match=r"a\.tar: member 0\.jpg: expected a file, found a link, a device or a sparse"):
+        open_source(str(tmp_path / "a.tar"), tmp_path / "cache")
+
+
 def test_a_shard_cut_anywhere_is_refused(tmp_path):
     whole = shard(merged([pair("0"), pair("1")]))
     end = len(whole.rstrip(b"\0"))
@@ -674,6 +714,11 @@ def test_damaged_and_joined_shards_are_refused(tmp_path):
     damaged = whole[:1024] + b"x" * 512 + whole[1536:]
     with pytest.raises(ValueError, match=r"a\.tar: expected the end of the archive at byte 1024, found a damaged"):
         open_source(write(tmp_path / "a.tar", damaged), tmp_path / "cache")
+    endless = tarfile.TarInfo("2.txt")
+    endless.size = -4096
+    header = endless.tobuf(tarfile.GNU_FORMAT)
+    with pytest.raises(ValueError, match=r"d\.tar: truncated or damaged"):
+        open_source(write(tmp_path / "d.tar", header + whole), tmp_path / "cache")
     with pytest.raises(ValueError, match=r"b\.tar: expected the end of the archive at byte 4096, found"):
         open_source(write(tmp_path / "b.tar", whole + whole), tmp_path / "cache")
     with pytest.raises(ValueError, match=r"c\.tar: holds no records"):
@@ -696,6 +741,16 @@ def test_members_of_a_sample_stand_side_by_side(tmp_path):
     twice = {tarfile.TarInfo("0.txt"): b"a", tarfile.TarInfo("0.txt"): b"b"}
     with pytest.raises(ValueError, match=r"b\.tar: sample 0: expected its members once"):
         open_source(write(tmp_path / "b.tar", shard(twice)), tmp_path / "cache")
+
+
+def test_memory_stays_flat_over_a_shard(tmp_path):
+    path = write(tmp_path / "a.tar", shard({f"{number}.txt": b"a" for number in range(10_000)}))
+    tracemalloc.start()
+    source = open_source(path, tmp_path / "cache")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [source[number][1]["id"] for number in (0, 9_999)] == ["0", "9999"]
+    assert peak < 4_000_000  # the headers of all members together take 8 MB
 
 
 def test_more_shards_than_a_process_keeps_open(tmp_path):

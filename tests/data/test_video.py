@@ -106,7 +106,9 @@ def expected(path: Path, options: VideoOptions) -> list[int]:
         )
     if options.choose == "fps":
         wanted = [(k + 0.5) / options.fps for k in range(int(length * options.fps + 0.5))]
-        return on_display(times, wanted or [length / 2])
+        numbers = on_display(times, wanted or [length / 2])
+        if len(numbers) <= options.max_frames:
+            return numbers
     if len(times) <= options.max_frames:
         return list(range(len(times)))
     return on_display(times, [(k + 0.5) * length / options.max_frames for k in range(options.max_frames)])
@@ -177,6 +179,7 @@ def test_without_a_duration(tmp_path):
 def test_odd_sides(tmp_path):
     path = tmp_path / "a.webm"
     render(path, "webm9", width=63, height=47)
+    assert len(opened(path, VideoOptions(max_pixels=63 * 47)).frames()) == 8
     assert opened(path).clip() == Clip(63, 47, opened(path).clip().times)
     assert {image.size for image in opened(path).frames()} == {(63, 47)}
 
@@ -309,6 +312,15 @@ def test_too_many_pixels(tmp_path, limit):
     error = fault(render(tmp_path / "a.mp4", prepare=prepare), VideoOptions(max_pixels=limit))
     assert error.reason == "too many pixels"
     assert str(limit) in error.detail
+
+
+def test_frames_larger_than_the_header_says(tmp_path):
+    """A stream may change its size on the way."""
+    small = render(tmp_path / "a.ts", "ts", width=64, height=64).read_bytes()
+    large = render(tmp_path / "b.ts", "ts", TIMES["late"], width=512, height=512).read_bytes()
+    assert {image.size for image in opened(small + large).frames()} == {(64, 64)}
+    with pytest.raises(RecordError, match="cannot be decoded"):
+        opened(small + large, VideoOptions(max_pixels=64 * 64)).frames()
 
 
 @pytest.mark.parametrize("kind", ["mp4", "mkv", "webm9", "avi"])

@@ -1,0 +1,298 @@
+"""Several sets of every format in one DataModule: what comes out, what is kept, what is refused."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from datasets import Dataset as HFDataset
+from PIL import Image
+
+from lit_mm.data.datamodules import ImageInstructions, ModelInputs, Reader, Subset, VideoInstructions, shares_of
+from lit_mm.data.images import ImageOptions
+from lit_mm.data.records import RecordError
+from lit_mm.data.video import VideoOptions
+from lit_mm.model.rows import IMAGE
+from tests.conftest import conversation, draw
+from tests.data.test_video import render
+
+
+def png(colour: str) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (64, 64), colour).save(out, "PNG")
+    return out.getvalue()
+
+
+def messages(question: str, answer: str, *media: str) -> list[dict]:
+    parts = [{"type": kind} for kind in media]
+    return [
+        {"role": "user", "content": [*parts, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """Five files: LLaVA's format, videos, text as chat, parquet with image bytes, a webdataset shard."""
+    for number in range(6):
+        draw(tmp_path / f"images/{number}.png", (64, 64) if number % 2 else (128, 32), "red")
+    images = [
+        {"id": n, "image": f"images/{n}.png", "conversations": conversation((f"<image>\nimage {n}?", "yes"))}
+        for n in range(6)
+    ]
+    (tmp_path / "images.json").write_text(json.dumps(images))
+    for number, times in enumerate(([0, 500, 900], [250 * n for n in range(20)])):
+        render(tmp_path / f"{number}.mp4", times=times, width=64, height=64)
+    videos = [{"video": f"{n}.mp4", "conversations": conversation((f"<video>\nvideo {n}?", "yes"))} for n in range(2)]
+    (tmp_path / "videos.json").write_text(json.dumps(videos))
+    chat = [
+        {"messages": [{"role": "user", "content": f"text {n}?"}, {"role": "assistant", "content": "yes"}]}
+        for n in range(4)
+    ]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, chat)))
+    columns = {"messages": [messages(f"table {n}?", "yes", "image") for n in range(3)]}
+    columns["images"] = [[{"bytes": png("blue"), "path": None}] for _ in range(3)]
+    HFDataset.from_dict(columns).to_parquet(tmp_path / "table.parquet")
+    with tarfile.open(tmp_path / "shard-000.tar", "w") as shard:
+        for name, content in (
+            ("a.json", json.dumps({"conversations": conversation(("<image>\nshard 0?", "yes"))}).encode()),
+            ("a.png", png("green")),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+    return tmp_path
+
+
+ALL = ["images.json", "videos.json", "text.jsonl", "table.parquet", "shard-000.tar"]
+
+
+@pytest.fixture
+def make(sets, tokenizer):
+    def build(names=ALL, cls=VideoInstructions, times=(), pooling="exact", **options):
+        inputs = ModelInputs(tokenizer, 16, [16, 4, 1], (122, 116, 104), pooling=pooling, time_scales=times)
+        subsets = [name if isinstance(name, Subset) else Subset(name) for name in names]
+        for subset in subsets:
+            subset.path = str(sets / subset.path)
+        settings = {"image": ImageOptions("keep", None), "image_root": str(sets), "batch_size": 4}
+        if cls is VideoInstructions:
+            settings["video"] = VideoOptions(max_frames=4)
+        return cls(inputs, train=subsets, **settings | options)
+
+    return build
+
+
+def questions(data, epoch=0) -> list[str]:
+    """What the records of an epoch ask."""
+    data.setup("fit")
+    plans = data.train_plans(epoch)
+    loader = data._loader("train", plans, training=True)
+    decode = data.inputs.tokenizer.decode
+    found = []
+    for batch in loader:
+        assert len(batch.image_index) == sum(int((ids == IMAGE).sum()) for ids in batch.token_ids)
+        found += [decode([t for t in ids.tolist() if t != IMAGE]).split("?")[0].strip() for ids in batch.token_ids]
+    return sorted(found)
+
+
+EXPECTED = sorted(
+    [
+        f"{kind} {number}"
+        for kind, count in zip(("image", "video", "text", "table", "shard"), (6, 2, 4, 3, 1), strict=True)
+        for number in range(count)
+    ]
+)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_videos_and_text_of_every_format_in_one_run(make, workers):
+    assert questions(make(num_workers=workers)) == EXPECTED
+
+
+def test_a_video_becomes_frames_of_its_own_number(make):
+    data = make(["videos.json"])
+    data.setup("fit")
+    [batch] = list(data.train_dataloader())
+    assert sorted(int((ids == IMAGE).sum()) for ids in batch.token_ids) == [3, 4]
+    assert len(batch.images.order) == 7
+    assert batch.images.over_time == []
+
+
+def test_time_scales_come_with_the_batch(make):
+    data = make(times=[2, 1])
+    data.setup("fit")
+    for batch in data.train_dataloader():
+        assert len(batch.kept) == len(batch.token_ids)
+        assert [len(sets.number) for sets in batch.images.over_time] == [len(batch.images.order)] * 2
+    kinds = {int(kept.min()) for batch in data.train_dataloader() for kept in batch.kept}
+    assert kinds == {-1, 1}  # of four frames two begin no set; images and text stand at every time scale
+
+
+def test_times_of_frames_are_written_on_request(make):
+    data = make(["videos.json"], video=VideoOptions(max_frames=4, timestamps=True))
+    data.setup("fit")
+    [batch] = list(data.train_dataloader())
+    texts = [data.inputs.tokenizer.decode([t for t in ids.tolist() if t != IMAGE]) for ids in batch.token_ids]
+    assert any("0.0s: 0.5s: 0.9s:" in text for text in texts)
+
+
+def test_sets_are_gone_through_as_often_as_their_epochs_say(make):
+    names = [Subset("images.json", epochs=2), Subset("text.jsonl", epochs=0.5)]
+    first, second = (questions(make([Subset(s.path, epochs=s.epochs) for s in names]), epoch) for epoch in (0, 1))
+    images = sorted([f"image {n}" for n in range(6)] * 2)
+    assert [q for q in first if q.startswith("image")] == [q for q in second if q.startswith("image")] == images
+    assert sorted(q for q in first + second if q.startswith("text")) == [f"text {n}" for n in range(4)]
+
+
+def test_weights_are_shares_of_the_records():
+    subsets = [Subset("a", weight=3), Subset("b", weight=1)]
+    assert [share * count for share, count in zip(shares_of(subsets, [10, 30]), [10, 30], strict=True)] == [30, 10]
+    with pytest.raises(ValueError, match="give all sets a weight or none"):
+        shares_of([Subset("a", weight=3), Subset("b")], [1, 1])
+    with pytest.raises(ValueError, match="must be positive, found \\[0, 1"):
+        shares_of([Subset("a", epochs=0), Subset("b")], [1, 1])
+
+
+def test_batches_keep_to_their_budgets(make):
+    data = make(batch_size=None, tokens_per_batch=400, pixels_per_batch=6 * 64 * 64)
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert sum(len(batch.token_ids) for batch in batches) == 16
+    for batch in batches:
+        assert len(batch.rows[0].token_ids) <= 400
+        assert sum(group.shape[0] * group.shape[2] * group.shape[3] for group in batch.images.groups) <= 6 * 64 * 64
+    assert max(len(batch.token_ids) for batch in batches) > 1
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        (
+            {"tokens_per_batch": 60},
+            r"more tokens than a batch holds: \d+ tokens in a training batch, data.tokens_per_b",
+        ),
+        ({"pixels_per_batch": 64 * 64}, r"more pixels than a batch holds: (12288|16384) pixels in a training batch"),
+    ],
+)
+def test_a_record_that_fits_no_batch_is_a_bad_record(make, budget, said):
+    with pytest.raises(RecordError, match=said):
+        make(["videos.json"], **budget).setup("fit")
+
+
+def test_something_must_end_a_batch(make):
+    with pytest.raises(ValueError, match="set one of batch_size, tokens_per_batch, pixels_per_batch"):
+        make(batch_size=None)
+
+
+def test_adaptive_pooling_takes_images_of_any_shape(make, sets):
+    draw(sets / "images/0.png", (80, 112), "red")
+    with pytest.raises(RecordError, match="do not divide a 7×5 grid"):
+        make(["images.json"]).setup("fit")
+    make(["images.json"], pooling="adaptive").setup("fit")
+
+
+def test_image_instructions_refuse_videos(make):
+    with pytest.raises(RecordError, match=r"unexpected video: video 0\.mp4: expected images"):
+        make(["videos.json"], cls=ImageInstructions).setup("fit")
+
+
+class Looked(Exception):
+    pass
+
+
+def test_a_second_start_looks_at_no_record(make, sets, monkeypatch):
+    make().setup("fit")
+
+    def look(*_):
+        raise Looked
+
+    monkeypatch.setattr(Reader, "cost", look)
+    assert questions(make()) == EXPECTED
+    for changed in ({"max_length": 999}, {"image": ImageOptions("squash", 64)}, {"times": [2, 1]}):
+        with pytest.raises(Looked):
+            make(**changed).setup("fit")
+    (sets / "text.jsonl").write_text((sets / "text.jsonl").read_text() + "\n")
+    with pytest.raises(Looked):
+        make().setup("fit")
+
+
+def test_what_was_left_out_is_told_at_every_start(make, sets):
+    items = json.loads((sets / "images.json").read_text())
+    items[2]["image"] = "images/gone.png"
+    (sets / "images.json").write_text(json.dumps(items))
+    for _ in range(2):
+        data = make(["images.json"], on_bad_record="skip")
+        with pytest.warns(UserWarning, match=r"skipped 1 of 6 records\n  1 × missing image, first: .*record 2"):
+            data.setup("fit")
+        assert len(data.sets["train"]) == 5
+
+
+def test_tables_do_not_depend_on_the_number_of_processes(make):
+    tables = []
+    for workers in (0, 2):
+        data = make(num_workers=workers, max_length=1000 + workers)
+        data.setup("fit")
+        tables.append([np.array(each.index.table) for each in data.sets["train"].sets])
+    assert all(np.array_equal(a, b) for a, b in zip(*tables, strict=True))
+
+
+BAD = {
+    "truncated video": lambda root: (root / "0.mp4").write_bytes((root / "0.mp4").read_bytes()[:-200]),
+    "not a video": lambda root: (root / "0.mp4").write_bytes(b""),
+    "missing video": lambda root: (root / "0.mp4").unlink(),
+    "path leaves the video root": lambda root: ((root / "0.mp4").unlink(), (root / "0.mp4").symlink_to("/etc/passwd")),
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_bad_videos_are_named_or_counted(make, sets, reason):
+    BAD[reason](sets)
+    with pytest.raises(RecordError, match=rf"videos\.json, record 0: {reason}: video 0\.mp4: "):
+        make(["videos.json"]).setup("fit")
+    data = make(["videos.json"], on_bad_record="skip")
+    with pytest.warns(UserWarning, match=f"skipped 1 of 2 records\n  1 × {reason}"):
+        data.setup("fit")
+
+
+HOSTILE = [
+    "/etc/passwd",
+    "../secret.png",
+    "images/../../secret.png",
+    "http://host/a.png",
+    "file:///etc/passwd",
+    "link.png",
+]
+
+
+@pytest.mark.parametrize("path", HOSTILE)
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_hostile_paths_in_every_format(make, sets, path, kind):
+    (sets.parent / "secret.png").write_bytes(png("red"))
+    (sets / "link.png").symlink_to(sets.parent / "secret.png")
+    chat = {"messages": messages("what?", "yes", kind), f"{kind}s": [path]}
+    llava = {kind: path, "conversations": conversation((f"<{kind}> what?", "yes"))}
+    for item in (chat, llava):
+        (sets / "bad.jsonl").write_text(json.dumps(item))
+        with pytest.raises(RecordError, match=f"path leaves the {kind} root|a URL"):
+            make(["bad.jsonl"]).setup("fit")
+
+
+def test_a_record_of_a_hundred_thousand_tokens_is_refused(make, sets):
+    item = {"conversations": conversation(("what?", "yes " * 100_000))}
+    (sets / "long.jsonl").write_text(json.dumps(item))
+    with pytest.raises(RecordError, match=r"long\.jsonl.*: too long: \d{6} tokens"):
+        make(["long.jsonl"]).setup("fit")
+
+
+def test_a_truncated_shard_is_named(make, sets):
+    file = sets / "shard-000.tar"
+    file.write_bytes(file.read_bytes()[:700])
+    with pytest.raises(ValueError, match=r"shard-000\.tar"):
+        make(["shard-000.tar"]).setup("fit")
+
+
+def test_a_table_without_the_columns_is_named(make, sets):
+    HFDataset.from_dict({"prompt": ["a"], "picture": ["b"]}).to_parquet(sets / "other.parquet")
+    with pytest.raises(ValueError, match=r"other\.parquet: expected a column .*, found the columns prompt, picture"):
+        make(["other.parquet"]).setup("fit")
