@@ -1,29 +1,44 @@
-"""Train the quickstart's tokenizer: byte-level BPE on the questions and answers of easy-VQA.
+"""Train a demo's tokenizer: byte-level BPE on the questions and answers that it trains on.
 
-    python experiments/make_tokenizer.py experiments/quickstart_tokenizer
+    python experiments/make_tokenizer.py easy_vqa experiments/quickstart_tokenizer
+    python experiments/make_tokenizer.py clips experiments/video_quickstart_tokenizer
 
 A vocabulary of 512 instead of a pretrained model's 49,152 makes the head of so small a model a
-hundred times cheaper. Only the images that train, not those held out for validation, are read.
+hundred times cheaper. Only what trains, not what is held out for validation, is read.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lit_mm.data.easy_vqa import captions, read_questions, records
+from lit_mm.data import clips, easy_vqa
 
 END = "<|end|>"
 
 
-def train(vocabulary: int = 512, held_out: int = 200) -> PreTrainedTokenizerFast:
-    """Byte-level BPE on the training records' turns."""
-    questions = read_questions("train")
+def easy_vqa_records(held_out: int = 200) -> list[dict[str, Any]]:
+    """Conversations and captions of the images that train."""
+    questions = easy_vqa.read_questions("train")
     kept = dict(list(questions.items())[: len(questions) - held_out])
-    items = records("train", kept) + captions("train", kept)
-    turns = [turn["value"] for item in items for turn in item["conversations"]]
+    return easy_vqa.records("train", kept) + easy_vqa.captions("train", kept)
+
+
+def clip_records() -> list[dict[str, Any]]:
+    """Conversations about clips and their captions."""
+    return clips.records("train", 6000) + clips.captions("train", 6000)
+
+
+RECORDS: dict[str, Callable[[], list[dict[str, Any]]]] = {"easy_vqa": easy_vqa_records, "clips": clip_records}
+
+
+def train(source: str = "easy_vqa", vocabulary: int = 512) -> PreTrainedTokenizerFast:
+    """Byte-level BPE on the training records' turns."""
+    turns = [turn["value"] for item in RECORDS[source]() for turn in item["conversations"]]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -38,4 +53,4 @@ def train(vocabulary: int = 512, held_out: int = 200) -> PreTrainedTokenizerFast
 
 
 if __name__ == "__main__":
-    train().save_pretrained(sys.argv[1])
+    train(sys.argv[1]).save_pretrained(sys.argv[2])
