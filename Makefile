@@ -21,9 +21,10 @@ demo: install ## Train on easy-VQA on two CPU cores and judge at 16, 4 and 1 vis
 	$(RUN) -m lit_mm fit --config experiments/quickstart.yaml
 	$(RUN) -m lit_mm test --config experiments/quickstart.yaml --ckpt_path last
 
-bench: install ## Time the nested training step and the encoder against their rivals (about 15 min)
+bench: install ## Time the nested training step, the encoder and data loading against their rivals (about 20 min)
 	$(RUN) experiments/benchmarks/nested_step.py
 	$(RUN) experiments/benchmarks/encoder.py
+	$(RUN) experiments/benchmarks/data_loading.py
 
 test: install ## All tests
 	$(RUN) -m pytest

@@ -19,6 +19,7 @@ _HOMES = {
     "ImageInstructions": "data.datamodules",
     "ImageOptions": "data.images",
     "Subset": "data.datamodules",
+    "VideoShapes": "data.clips",
     "VideoInstructions": "data.datamodules",
     "VideoOptions": "data.video",
     "LitMatryoshka": "training.module",

@@ -20,7 +20,7 @@ from lit_mm.callbacks.progress import Progress
 from lit_mm.callbacks.skipped import SkippedRecords
 from lit_mm.callbacks.stopping import StopBetweenBatches
 from lit_mm.callbacks.token_efficiency import TokenEfficiency
-from lit_mm.data import easy_vqa  # noqa: F401 (known to --data by its short name)
+from lit_mm.data import clips, easy_vqa  # noqa: F401 (known to --data by their short names)
 from lit_mm.training.module import LitMatryoshka
 
 PROGRAM = "python -m lit_mm"

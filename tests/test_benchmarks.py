@@ -7,14 +7,40 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_mm.model.rows import Drawn, all_scales
+from lit_mm.model.rows import Drawn, every_level
 from tests.conftest import ROOT
+
+
+def benchmark(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments/benchmarks"))
+    return importlib.import_module(name)
 
 
 @pytest.fixture
 def nested_step(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "experiments/benchmarks"))
-    return importlib.import_module("nested_step")
+    return benchmark("nested_step", monkeypatch)
+
+
+@pytest.mark.slow
+def test_data_loading_writes_its_figures(tmp_path, monkeypatch):
+    file = tmp_path / "out.json"
+    words = ["--size", "768", "--count", "3", "--frames", "2", "--repetitions", "1", "--padding-records", "3000"]
+    monkeypatch.setattr("sys.argv", ["data_loading", *words, "--records", "600", "--json", str(file)])
+    benchmark("data_loading", monkeypatch).main()
+    made = json.loads(file.read_text())
+    assert all(made[name] > 0 for name in ("loader_ratio", "loader_ratio_pillow", "video_ratio", "images_per_s"))
+    assert 0 <= made["padding"] < 0.02 < made["padding_length_grouped"] < 1
+    assert made["second_start"]["memory_mib"] < 200
+
+
+def test_both_bare_ways_of_video_find_the_frames_of_this_package(tmp_path, monkeypatch):
+    """A rival that shows other frames would be no rival."""
+    bench = benchmark("data_loading", monkeypatch)
+    [file] = bench.render_videos(tmp_path, 1).iterdir()
+    video = bench.Video("", file.name, file, bench.VideoOptions(max_frames=3))
+    times = video.clip().times
+    for found in (bench.whole_file(times, file), bench.seeking(times, file)):
+        assert [list(image.getdata()) for image in found] == [list(image.getdata()) for image in video.frames()]
 
 
 @pytest.mark.parametrize("scales", [[576], [576, 144, 36, 9, 1]])
@@ -22,7 +48,7 @@ def test_operations_are_those_torch_counts(nested_step, scales):
     """Of the linear layers; torch counts attention without its causal half."""
     size = nested_step.SIZES["tiny"]
     vlm = nested_step.build(size, "cpu", torch.float32)
-    drawn = all_scales(5) if len(scales) > 1 else [Drawn(0, 1.0)]
+    drawn = every_level(5) if len(scales) > 1 else [Drawn(0, 1.0)]
     batch = nested_step.batch_of(35, [20, 7], "branch", drawn, "cpu")
     nested = [torch.randn(2, scale, size.width) for scale in nested_step.SCALES]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -53,7 +79,7 @@ def test_nested_step_writes_its_figures(nested_step, tmp_path, capsys):
 def test_authors_loss_is_the_mean_over_scales(nested_step):
     """Faithful: their way and ours differ in cost, not in value (one sample; they average per scale)."""
     vlm = nested_step.build(nested_step.SIZES["tiny"], "cpu", torch.float32)
-    batch = nested_step.batch_of(3, [6], "branch", all_scales(5), "cpu")
+    batch = nested_step.batch_of(3, [6], "branch", every_level(5), "cpu")
     nested = [torch.randn(1, scale, 64) for scale in nested_step.SCALES]
     theirs = nested_step.authors_loss(vlm, batch, nested)
     assert torch.allclose(theirs, vlm.sums(batch, nested).total / batch.supervised, rtol=1e-5)

@@ -308,6 +308,7 @@ def grouped_by_length(lengths: np.ndarray, size: int, window: int = 50) -> list[
 
 START = """
 import json, resource, sys, time
+from itertools import islice
 from lit_mm.data.datamodules import ImageInstructions
 sys.path.insert(0, sys.argv[1])
 from data_loading import inputs_of
@@ -319,8 +320,8 @@ opened = time.perf_counter() - start
 batches = iter(data.train_dataloader())
 next(batches)
 first = time.perf_counter() - start
-for _ in range(100):
-    next(batches)
+for _ in islice(batches, 100):
+    pass
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({"opened_s": opened, "first_batch_s": first, "memory_mib": (after - before) / 1024}))
 """

@@ -118,7 +118,7 @@ def batch_of(prefix: int, texts: Sequence[int], packing: str, drawn: list[Drawn]
     for own in ids:
         own[prefix] = IMAGE
     targets = [torch.where(torch.arange(len(own)) > prefix, own, IGNORED) for own in ids]
-    images = group_by_size([torch.randint(0, 255, (3, 1536, 1536), dtype=torch.uint8) for _ in texts])
+    images = group_by_size([torch.randint(0, 255, (1, 3, 1536, 1536), dtype=torch.uint8) for _ in texts])
     index = torch.arange(len(texts))
     rows = pack(ids, targets, index, SCALES, drawn, packing)  # type: ignore[arg-type]
     return apply_to_collection(Batch(images, ids, targets, index, drawn, rows), Tensor, Tensor.to, device)

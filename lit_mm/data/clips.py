@@ -19,11 +19,15 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from lit_mm.data.datamodules import ModelInputs, VideoInstructions
+from lit_mm.data.images import ImageOptions
+from lit_mm.data.video import VideoOptions
 
 SIZE, FRAMES, FPS = 32, 8, 4
 COLOURS = {
@@ -71,6 +75,62 @@ class Clip:
     figures: tuple[Figure, ...]
     questions: tuple[tuple[str, str], ...]
     captions: tuple[tuple[str, str], ...]
+
+
+class VideoShapes(VideoInstructions):
+    """Rendered clips as LLaVA records: all questions of a clip in one conversation.
+
+    A run can begin with some epochs of captions, which say something of every frame: it teaches to
+    look at each before the questions ask for what changes between them.
+    """
+
+    def __init__(
+        self,
+        inputs: ModelInputs,
+        root: str = "data/clips",
+        video: VideoOptions = VideoOptions(),  # noqa: B008 (frozen)
+        train_clips: int = 6000,
+        val_clips: int = 200,
+        test_clips: int = 600,
+        caption_epochs: int = 0,
+        batch_size: int = 16,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        """Where the clips are written and how they are fed.
+
+        Args:
+            inputs: What the data must know of the model; on the command line it comes from there.
+            root: Folder for the clips and for captions.json, train.json, val.json and test.json.
+            video: Which frames are shown; a clip has eight.
+            train_clips: Clips to train on.
+            val_clips: Clips for validation.
+            test_clips: Clips for the last look.
+            caption_epochs: Epochs of captions before the questions. Needs
+                trainer.reload_dataloaders_every_n_epochs: 1.
+            batch_size: Conversations per batch and device in training.
+            eval_batch_size: Conversations per batch and device elsewhere; null: as batch_size.
+            num_workers: Processes that load batches; 0 loads in the main process.
+        """
+        super().__init__(
+            inputs,
+            video,
+            train=f"{root}/train.json",
+            val=f"{root}/val.json",
+            test=f"{root}/test.json",
+            image_root=root,
+            image=ImageOptions("keep", None),
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+        )
+        self.files["captions"] = f"{root}/captions.json"
+        self.root, self.caption_epochs = Path(root), caption_epochs
+        self.clips = {"train": train_clips, "val": val_clips, "test": test_clips}
+
+    def prepare_data(self) -> None:
+        """Write the clips and the records that are not there yet."""
+        write_clips(self.root, **self.clips)
 
 
 def write_clips(root: Path, train: int, val: int, test: int, seed: int = 0) -> None:
@@ -147,7 +207,7 @@ def make_clip(split: str, number: int, seed: int = 0) -> Clip:
     captions = [
         (f"where is the {shape} in each frame?", " ".join(map(cell, places))),
         (f"which colour has the {shape} in each frame?", " ".join(colours[now] for now in ORDER)),
-        ("is the dot there in each frame?", " ".join("yes" if now else "no" for now in seen)),
+        ("how often did the dot appear up to each frame?", " ".join(map(str, accumulate(map(int, begins(seen)))))),
     ]
     return Clip((*figures, dot), tuple(rng.sample(questions, 4)), tuple(rng.sample(captions, 3)))
 
@@ -177,7 +237,12 @@ def patterns(count: int) -> list[tuple[bool, ...]]:
 
 def appearances(seen: tuple[bool, ...]) -> int:
     """How many times a shape begins to be seen."""
-    return sum(now and not before for before, now in zip((False, *seen), seen, strict=False))
+    return sum(begins(seen))
+
+
+def begins(seen: tuple[bool, ...]) -> list[bool]:
+    """In which frames a shape begins to be seen."""
+    return [now and not before for before, now in zip((False, *seen), seen, strict=False)]
 
 
 def shown(places: Sequence[Place], seen: Sequence[bool]) -> tuple[Place | None, ...]:

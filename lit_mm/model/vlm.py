@@ -133,7 +133,8 @@ class MatryoshkaVLM(nn.Module):
         total, losses = weighted_loss(self.llm, hidden, torch.cat([rows.targets for rows in batch.rows]), weights)
         kinds = torch.cat([rows.target_kind for rows in batch.rows])
         belongs = torch.from_numpy(levels_of_kinds(len(self.projector.scales), len(self.time_scales))).to(losses)
-        return Losses(total, losses.new_zeros(len(belongs)).index_add_(0, kinds, losses) @ belongs)
+        sums = losses.new_zeros(len(belongs)).index_add_(0, kinds, losses)
+        return Losses(total, (sums[:, None] * belongs).sum(0))
 
     def _weights(self, rows: Rows, hidden: Tensor) -> Tensor:
         """[S] what each target's loss counts."""

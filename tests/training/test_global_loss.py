@@ -25,10 +25,11 @@ class Samples(lightning.LightningDataModule):
         self.shares = shares
 
     def train_dataloader(self) -> DataLoader:
-        # DDP wants images everywhere; padded pixels, all zero, have huge gradients in an untrained network
-        mixed = [sample for sample in random_samples(11, 12, [(64, 64), (32, 128)]) if sample[2]]
+        # padded pixels, all zero, have huge gradients in an untrained network
+        samples = random_samples(11, 12, [(64, 64), (32, 128)])
+        samples = [sample for sample in samples if sample[2]][:6] + [sample for sample in samples if not sample[2]]
         return DataLoader(
-            [[mixed[i] for i in numbers] for numbers in self.shares[self.trainer.global_rank]],
+            [[samples[i] for i in numbers] for numbers in self.shares[self.trainer.global_rank]],
             batch_size=None,
             collate_fn=rows_of,
         )
@@ -94,3 +95,12 @@ def test_two_ranks_give_the_gradient_of_one(tmp_path, accumulate):
     whole = weights_after_a_step([[[0, 1, 2, 3, 4, 5]]], tmp_path)
     shares = {1: [[[0, 1, 2, 3]], [[4, 5]]], 2: [[[0], [1, 2]], [[3, 4], [5]]]}[accumulate]
     assert_equal(weights_after_a_step(shares, tmp_path, accumulate, "ddp_spawn"), whole)
+
+
+@pytest.mark.slow
+def test_ranks_without_an_image_wait_for_nobody(tmp_path):
+    """Text alone on one rank, then on both, images on the other: DDP counts on every parameter's gradient."""
+    whole = weights_after_a_step([[[0, 1, 6]]], tmp_path)
+    assert_equal(weights_after_a_step([[[0, 1]], [[6]]], tmp_path, strategy="ddp_spawn"), whole)
+    text = weights_after_a_step([[[6, 7]]], tmp_path)
+    assert_equal(weights_after_a_step([[[6]], [[7]]], tmp_path, strategy="ddp_spawn"), text)

@@ -22,21 +22,22 @@ def module(**options) -> LitMatryoshka:
     return LitMatryoshka(tiny_encoder, tiny_llm(), [16, 4, 1], parts=parts, max_new_tokens=3, **options)
 
 
-def fit(root, folder, ckpt_path=None, **options) -> tuple[LitMatryoshka, lightning.Trainer]:
+def fit(root, folder, ckpt_path=None, data=None, **options) -> tuple[LitMatryoshka, lightning.Trainer]:
     lightning.seed_everything(7, verbose=False)
     lit = module()
-    data = ImageInstructions(
+    module_of_data = ImageInstructions(
         lit.inputs,
         train=f"{root}/train.json",
         val=f"{root}/val.json",
         image_root=str(root),
         image=ImageOptions("keep", None),
         batch_size=4,
+        **(data or {}),
     )
     defaults = {"max_steps": 4, "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1}
     logger = CSVLogger(folder)
     trainer = lightning.Trainer(**{**defaults, **options}, logger=logger, enable_model_summary=False)
-    trainer.fit(lit, data, ckpt_path=ckpt_path, weights_only=False)
+    trainer.fit(lit, module_of_data, ckpt_path=ckpt_path, weights_only=False)
     return lit, trainer
 
 
