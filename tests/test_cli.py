@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from lit_mm.__main__ import HELP, main
-from tests.conftest import ROOT, TOKENIZER
+from tests.conftest import ROOT, TOKENIZER, conversation
+from tests.data.test_video import render
 
 CONFIG = f"""
 seed_everything: 3
@@ -203,6 +204,43 @@ def test_a_run_and_what_follows_share_a_folder(experiment, instruction_set):
     result = lit_mm("fit", *experiment, "--trainer.enable_progress_bar", "false")
     assert result.returncode == 0, result.stderr
     assert (runs / "version_1/checkpoints/last.ckpt").is_file()
+
+
+@pytest.mark.slow
+def test_images_videos_and_text_in_one_run(experiment, instruction_set):
+    """A mixture with nested sets of frames, budgets and two workers: fit, test, predict."""
+    turns = conversation(("<video>\nwhat moves?", "a shape"))
+    render(instruction_set / "a.mp4", times=[250 * number for number in range(20)], width=64, height=64)
+    for name in ("video", "val_video"):
+        (instruction_set / f"{name}.json").write_text(json.dumps([{"video": "a.mp4", "conversations": turns}] * 3))
+    overlay = {
+        "model": {"time_scales": [4, 2], "scales_per_step": 2},
+        "data": {
+            "class_path": "lit_mm.VideoInstructions",
+            "init_args": {
+                "train": [{"path": str(instruction_set / name)} for name in ("train.json", "video.json")],
+                "val": str(instruction_set / "val_video.json"),
+                "test": str(instruction_set / "val_video.json"),
+                "video": {"max_frames": 6, "timestamps": True},
+                "image": {"mode": "squash", "size": 64},
+                "tokens_per_batch": 400,
+                "num_workers": 2,
+            },
+        },
+    }
+    (instruction_set / "video.yaml").write_text(yaml.safe_dump(overlay))
+    both = [*experiment, "--config", str(instruction_set / "video.yaml")]
+    result = lit_mm("fit", *both, "--trainer.max_steps", "6")
+    assert result.returncode == 0, result.stderr
+    result = lit_mm("test", *both, "--ckpt_path", "last")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((instruction_set / "runs/version_0/accuracy_tokens.json").read_text())
+    assert [row["visual_tokens"] for row in figures["scales"]] == [64, 16, 4, 32, 8, 2]
+    ask = instruction_set / "ask.jsonl"
+    ask.write_text(json.dumps({"question_id": 5, "video": "a.mp4", "text": "what moves?"}))
+    result = lit_mm("predict", *both, "--ckpt_path", "last", "--data.predict", str(ask))
+    assert result.returncode == 0, result.stderr
+    assert (instruction_set / "runs/version_0/answers@2x4.jsonl").is_file()
 
 
 @pytest.mark.slow

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+COLOURS = ["#1f5fa8", "#c8641e", "#3a8f4d", "#8a4fa3", "#a33f4f"]
+"""Of the lines, one a time scale."""
+
+
 class TokenEfficiency(Callback):
     """At the end of a test, write accuracy at every scale beside the majority answer's share.
 
@@ -80,15 +84,19 @@ def draw(result: dict[str, Any]) -> Figure:
     import matplotlib
     from matplotlib.figure import Figure
 
-    tokens = [row["visual_tokens"] for row in result["scales"]]
-    accuracy = [100 * row["accuracy"] for row in result["scales"]]
+    tokens = sorted({row["visual_tokens"] for row in result["scales"]})
     majority = 100 * result["majority_answer"]
     with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
         axes = figure.add_subplot()
-    axes.plot(tokens, accuracy, "o-", color="#1f5fa8", linewidth=2, markersize=7, clip_on=False, zorder=3)
-    for x, y in zip(tokens, accuracy, strict=True):
-        axes.annotate(f"{y:.1f}", (x, y), xytext=(0, -16), textcoords="offset points", ha="center", color="#1f5fa8")
+    for (frames, line), colour in zip(_lines(result).items(), COLOURS * len(tokens), strict=False):
+        label = None if frames is None else f"{frames} sets of frames" if frames > 1 else "1 set of frames"
+        axes.plot(*zip(*line, strict=True), "o-", color=colour, linewidth=2, markersize=7, label=label, zorder=3)
+        for point in line:
+            place = {"xytext": (0, -16), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(f"{point[1]:.1f}", point, color=colour, **place)
+    if None not in _lines(result):
+        axes.legend(frameon=False, loc="lower right")
     axes.axhline(majority, color="#888888", linestyle="--", linewidth=1.2)
     axes.annotate(
         f"majority answer {majority:.1f}",
@@ -102,10 +110,18 @@ def draw(result: dict[str, Any]) -> Figure:
     axes.minorticks_off()
     axes.set_ylim(0, 102)
     axes.grid(axis="y", color="#e5e5e5")
-    axes.set_xlabel("visual tokens per image")
+    axes.set_xlabel("visual tokens per image" if None in _lines(result) else "visual tokens per video, at most")
     axes.set_ylabel("accuracy (%)")
     axes.set_title(f"One model, any token budget ({result['questions']:,} questions)", loc="left", fontsize=12)
     return figure
+
+
+def _lines(result: dict[str, Any]) -> dict[int | None, list[tuple[int, float]]]:
+    """(tokens, accuracy in %) of each time scale; of None without any."""
+    lines: dict[int | None, list[tuple[int, float]]] = {}
+    for row in result["scales"]:
+        lines.setdefault(row.get("frames"), []).append((row["visual_tokens"], 100 * row["accuracy"]))
+    return lines
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -114,6 +130,8 @@ def table(result: dict[str, Any]) -> Table:
     rows.add_column("visual tokens", justify="right")
     rows.add_column("accuracy (%)", justify="right")
     for row in result["scales"]:
-        rows.add_row(str(row["visual_tokens"]), f"{100 * row['accuracy']:.2f}")
+        tokens, frames = row["visual_tokens"], row.get("frames")
+        name = f"{frames} x {tokens // frames} = {tokens}" if frames else str(tokens)
+        rows.add_row(name, f"{100 * row['accuracy']:.2f}")
     rows.add_row("majority answer", f"{100 * result['majority_answer']:.2f}", style="dim")
     return rows

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from lit_mm.callbacks.token_efficiency import TokenEfficiency, draw, table
+from lit_mm.model.projector import ClipScale
 
 SCALES = [16, 4, 1]
 
@@ -55,7 +56,21 @@ def test_json_and_picture(tmp_path, capsys):
 def test_picture_and_table_show_every_scale(tmp_path):
     result = judged().result(trainer(tmp_path), SCALES)
     [axes] = draw(result).axes
-    assert axes.lines[0].get_xdata().tolist() == SCALES
+    assert list(axes.lines[0].get_xdata()) == SCALES
     assert np.allclose(axes.lines[0].get_ydata(), [90, 70, 50])
     assert axes.lines[1].get_ydata()[0] == 50
     assert table(result).row_count == 4
+
+
+def test_a_line_for_every_time_scale(tmp_path):
+    levels = [ClipScale(frames, tokens) for frames in (8, 2) for tokens in (4, 1)]
+    run = trainer(tmp_path)
+    accuracies = zip(levels, (0.9, 0.8, 0.6, 0.5), strict=True)
+    run.callback_metrics = {f"test/accuracy@{level}": torch.tensor(accuracy) for level, accuracy in accuracies}
+    result = judged().result(run, levels)
+    assert [row["visual_tokens"] for row in result["scales"]] == [32, 8, 8, 2]
+    [axes] = draw(result).axes
+    assert [line.get_label() for line in axes.lines[:2]] == ["8 sets of frames", "2 sets of frames"]
+    assert [list(line.get_xdata()) for line in axes.lines[:2]] == [[32, 8], [8, 2]]
+    assert np.allclose(axes.lines[1].get_ydata(), [60, 50])
+    assert next(iter(table(result).columns[0].cells)) == "8 x 4 = 32"
