@@ -39,13 +39,16 @@ def write_place(checkpoint: dict[str, Any], place: Place, epoch_batches: int) ->
         epoch_batches: Batches of the place's epoch.
     """
     loops = checkpoint["loops"]["fit_loop"]
+    progress = loops["epoch_loop.batch_progress"]
+    earlier = progress["total"]["ready"] - progress["current"]["ready"]  # batches of the epochs before
     epoch, batches = place.epoch, place.batches
     if batches >= epoch_batches:
         epoch, batches = epoch + 1, 0
     done = {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
     _set(loops["epoch_progress"], dict.fromkeys(done, epoch) if batches == 0 else done)
-    _set(loops["epoch_loop.batch_progress"], dict.fromkeys(done, batches))
-    loops["epoch_loop.batch_progress"]["is_last_batch"] = False
+    _set(progress, dict.fromkeys(done, batches))
+    progress["total"] = dict.fromkeys(done, earlier + place.batches)
+    progress["is_last_batch"] = False
     _set(loops["epoch_loop.val_loop.batch_progress"], dict.fromkeys(done, 0))
     optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
     _set(optimizer, {"ready": place.steps, "completed": place.steps})

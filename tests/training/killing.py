@@ -58,6 +58,11 @@ class Recorder(Callback):
         """After the step, before checkpoints are written."""
         self._end(trainer, "train_batch_end")
 
+    def on_validation_start(self, trainer: Any, lit: Any) -> None:
+        """Record."""
+        with (self.folder / "validations.txt").open("a") as file:
+            file.write(f"{trainer.global_step}\n")
+
     def on_validation_batch_start(self, trainer: Any, *_: Any) -> None:
         """In the middle of a validation."""
         self._end(trainer, "validation_batch_start")

@@ -142,6 +142,10 @@ class Runs:
                 assert found.setdefault(key, value) == value, f"batch {key} came again as another one"
         return found
 
+    def validations(self, name: str) -> set[str]:
+        file = self.folder / name / "validations.txt"
+        return set(file.read_text().split()) if file.is_file() else set()
+
     def weights(self, name: str) -> str:
         return (self.folder / name / "weights.txt").read_text()
 
@@ -157,6 +161,9 @@ class Runs:
         assert status == 0, f"{ending}: {printed}"
         assert self.batches(name) == self.batches("whole"), ending
         assert self.weights(name) == self.weights("whole"), ending
+        assert self.validations(name) <= self.validations("whole"), ending
+        # one that was due at the step of the checkpoint is not made up for
+        assert len(self.validations("whole") - self.validations(name)) <= 1, ending
 
 
 def undisturbed(folder: Path, data: dict, workers: int, ranks: int, **trainer) -> Runs:
@@ -180,7 +187,8 @@ WAYS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "accumulate"), [(0, 1), (2, 2)])
 def test_one_rank(tmp_path, data, workers, accumulate):
-    runs = undisturbed(tmp_path, data, workers, 1, accumulate_grad_batches=accumulate, limit_val_batches=1)
+    when = {} if workers else {"check_val_every_n_epoch": None, "val_check_interval": 5}
+    runs = undisturbed(tmp_path, data, workers, 1, accumulate_grad_batches=accumulate, limit_val_batches=1, **when)
     steps = random.Random(workers)
     for number, ending in enumerate(WAYS if workers == 0 else WAYS[:3] + WAYS[5:6]):
         first = 2 * accumulate + 1  # after the first checkpoint
