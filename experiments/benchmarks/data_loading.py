@@ -42,8 +42,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_mm.data.batching import Budget, Costs, fill
-from lit_mm.data.datamodules import ImageInstructions, ModelInputs, VideoInstructions
+from lit_mm.data.datamodules import ImageInstructions, VideoInstructions
 from lit_mm.data.images import ImageFile, ImageOptions, to_pixels
+from lit_mm.data.sets import ModelInputs
 from lit_mm.data.video import Video, VideoOptions
 from lit_mm.model.llm import LLM, load_tokenizer
 from lit_mm.model.rows import every_level

@@ -92,9 +92,8 @@ def draw(result: dict[str, Any]) -> Figure:
     for (frames, line), colour in zip(_lines(result).items(), COLOURS * len(tokens), strict=False):
         label = None if frames is None else f"{frames} sets of frames" if frames > 1 else "1 set of frames"
         axes.plot(*zip(*line, strict=True), "o-", color=colour, linewidth=2, markersize=7, label=label, zorder=3)
-        for point in line:
-            place = {"xytext": (0, -16), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(f"{point[1]:.1f}", point, color=colour, **place)
+        for x, y in line:
+            axes.annotate(f"{y:.1f}", (x, y), (0, -16), textcoords="offset points", ha="center", color=colour)
     if None not in _lines(result):
         axes.legend(frameon=False, loc="lower right")
     axes.axhline(majority, color="#888888", linestyle="--", linewidth=1.2)

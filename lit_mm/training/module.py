@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_mm.data.conversation import Conversation
-from lit_mm.data.datamodules import ModelInputs
+from lit_mm.data.sets import ModelInputs
 from lit_mm.evaluation.metrics import AnswerAccuracy
 from lit_mm.model.attention import NAME
 from lit_mm.model.encoder import Encoder

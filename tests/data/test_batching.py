@@ -24,8 +24,8 @@ from lit_mm.data.batching import (
     set_starts,
 )
 from lit_mm.data.conversation import Encoded
-from lit_mm.data.datamodules import positions
 from lit_mm.data.records import RecordError
+from lit_mm.data.sets import positions
 from lit_mm.model.rows import IMAGE, Question
 
 LENGTHS = np.array(random.Random(0).choices([8, 15, 40, 100, 300], k=1003))

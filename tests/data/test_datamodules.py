@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from lit_mm.data.datamodules import ImageInstructions, ModelInputs
+from lit_mm.data.datamodules import ImageInstructions
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.records import RecordError
+from lit_mm.data.sets import ModelInputs
 from lit_mm.model.rows import IMAGE
 from tests.conftest import conversation, draw
 

@@ -9,9 +9,10 @@ import pytest
 from datasets import Dataset as HFDataset
 from PIL import Image
 
-from lit_mm.data.datamodules import ImageInstructions, ModelInputs, Reader, Subset, VideoInstructions, shares_of
+from lit_mm.data.datamodules import ImageInstructions, VideoInstructions
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.records import RecordError
+from lit_mm.data.sets import ModelInputs, Reader, Subset, shares_of
 from lit_mm.data.video import VideoOptions
 from lit_mm.model.rows import IMAGE
 from tests.conftest import conversation, draw
