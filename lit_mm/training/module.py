@@ -204,9 +204,9 @@ class LitMatryoshka(LightningModule):
         return cast(Tensor, self.trainer.strategy.reduce(number, reduce_op="sum"))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Losses and accuracies at every scale."""
-        if batch.token_ids:
-            self._log_losses("val", self.vlm(batch), batch)
+        """Losses and accuracies at every level; a rank with fewer records logs nothing, by weight, too."""
+        nothing = torch.zeros(len(self.levels), device=self.device)
+        self._log_losses("val", self.vlm(batch) if batch.token_ids else Losses(nothing, nothing), batch)
         self._judge("val", batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:

@@ -1,6 +1,7 @@
 """Images of every kind, against Pillow's own operations, and every kind of bad file."""
 
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -193,3 +194,24 @@ def test_paths_do_not_leave_the_root(tmp_path):
 def test_impossible_options(options):
     with pytest.raises(ValueError, match=r"image\.size"):
         ImageOptions(**options)
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+def test_a_text_that_unpacks_to_256_megabytes_is_not_unpacked(tmp_path, kind):
+    packer = zlib.compressobj(9)
+    bomb = b"".join(packer.compress(bytes(2**20)) for _ in range(256)) + packer.flush()
+    noise(8, 8).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    head = {b"zTXt": b"a\0\0", b"iTXt": b"a\0\1\0\0\0", b"iCCP": b"a\0\0"}[kind]
+    (tmp_path / "bomb.png").write_bytes(whole[:33] + chunk(kind, head + bomb) + whole[33:])
+    tracemalloc.start()
+    try:
+        folder(tmp_path).pixels(record("bomb.png"))
+    except RecordError as error:
+        assert error.reason in ("not an image", "truncated image")
+    assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    tracemalloc.stop()
