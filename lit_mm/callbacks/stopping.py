@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-REASONS: dict[int, BaseException] = {
-    signal.SIGINT: KeyboardInterrupt(),
-    signal.SIGTERM: SIGTERMException(128 + signal.SIGTERM),  # the exit status that shells give it
+REASONS: dict[int, Callable[[], BaseException]] = {
+    signal.SIGINT: KeyboardInterrupt,
+    signal.SIGTERM: lambda: SIGTERMException(128 + signal.SIGTERM),  # the exit status that shells give it
 }
 
 
@@ -51,10 +52,11 @@ class StopBetweenBatches(Callback):
     def _obey(self, trainer: Trainer, pl_module: LightningModule) -> None:
         asked = self.asked
         if trainer.world_size > 1:
-            number = torch.tensor(float(asked), device=pl_module.device)
-            asked = int(trainer.strategy.reduce(number, reduce_op="max"))
+            number = torch.tensor(asked, device=pl_module.device)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+            asked = int(number)
         if asked:
-            raise REASONS[asked]
+            raise REASONS[asked]()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the signals back."""

@@ -257,8 +257,8 @@ class BatchPlans(Sampler[BatchPlan]):
     """One rank's batches of an epoch, from a step on.
 
     (seed, epoch, rank, step) alone decide a batch. Every rank gets as many as the others. In training
-    the fewer than `ranks` records that may be left at the end wait for another epoch; elsewhere they
-    make batches that some ranks have empty.
+    the fewer than `ranks` records that may be left at the end are left out of the epoch, which is why
+    another epoch has another order; elsewhere they make batches that some ranks have empty.
 
     Args:
         order: epoch -> its records.

@@ -197,6 +197,12 @@ class ImageInstructions(LightningDataModule):
         """
         trainer, plans = cast(Any, self.trainer), self.train_plans(self._epoch())
         name = self.train_set(plans.epoch)
+        if not len(plans):
+            mix = self.sets[name]
+            raise ValueError(
+                f"data.train: epoch {plans.epoch} has no batch: {len(mix)} records, gone through {mix.shares} times "
+                f"an epoch, for {plans.ranks} ranks"
+            )
         whole = self.budget.fixed and all(share == int(share) for share in self.sets[name].shares)
         differ = self.caption_epochs or not whole
         if trainer and differ and trainer.max_epochs != 1 and trainer.reload_dataloaders_every_n_epochs != 1:
@@ -205,6 +211,21 @@ class ImageInstructions(LightningDataModule):
 
     def _epoch(self) -> int:
         return self.trainer.current_epoch if self.trainer else 0
+
+    def order(self) -> dict[str, Any]:
+        """All that decides which records stand in which batch."""
+        inputs, trainer = self.inputs, self.trainer
+        sets = {name: ([len(each) for each in mix.sets], mix.shares) for name, mix in self.sets.items()}
+        return {
+            "batch_size": self.budget.records,
+            "tokens_per_batch": self.budget.tokens,
+            "pixels_per_batch": self.budget.pixels,
+            "data.seed": self.seed,
+            "records and shares": {name: sets[name] for name in ("captions", "train") if name in sets},
+            "caption_epochs": self.caption_epochs,
+            "scales": [inputs.scales, inputs.time_scales, inputs.scales_per_step, inputs.keep_finest],
+            "ranks": trainer.world_size if trainer else 1,
+        }
 
     def train_plans(self, epoch: int) -> BatchPlans:
         """This rank's training batches of an epoch."""

@@ -53,6 +53,12 @@ class Encoder(nn.Module):
     pretrained: bool
     trunk: Any
 
+    @property
+    def smallest(self) -> tuple[int, ...]:
+        """One grid cell, or the only size that a backbone takes."""
+        patches: Any = getattr(self.trunk, "patch_embed", None)
+        return tuple(patches.img_size) if getattr(patches, "strict_img_size", False) else (self.stride, self.stride)
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the grid of a `height` × `width` image, in cells (sides padded up)."""
         return math.ceil(height / self.stride), math.ceil(width / self.stride)

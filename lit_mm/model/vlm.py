@@ -55,10 +55,6 @@ class MatryoshkaVLM(nn.Module):
         time_scales: Sets of neighbouring frames that a video is cut into, finest first; each divides
             the one before. Empty: a video's frames are not pooled.
 
-    Attributes:
-        always_encode: Whether the encoder and the projector run in every step, if need be on a blank
-            image that adds nothing: where ranks wait for each other's parameters or gradients, none
-            may leave a part out.
     """
 
     def __init__(
@@ -73,7 +69,6 @@ class MatryoshkaVLM(nn.Module):
         self.projector = projector
         self.llm = llm
         self.time_scales = checked_time_scales(time_scales) if time_scales else []
-        self.always_encode = False
 
     @property
     def levels(self) -> list[Scale]:
@@ -96,12 +91,12 @@ class MatryoshkaVLM(nn.Module):
 
     def blank(self) -> Tensor:
         """Zero, with a gradient of zero for the encoder and the projector, from the smallest image."""
-        pixels = torch.zeros(1, 3, self.encoder.stride, self.encoder.stride, dtype=torch.uint8)
+        pixels = torch.zeros(1, 3, *self.encoder.smallest, dtype=torch.uint8)
         grid = self.encoder(self.encoder.normalise(pixels.to(next(self.encoder.parameters()).device)))
         [tokens] = self.projector(grid, [1])
         return tokens[:, :0].sum()  # of nothing: not even an infinity can come through
 
-    def forward(self, batch: Batch, count: Tensor | int | None = None) -> Losses:
+    def forward(self, batch: Batch, count: Tensor | int | None = None, encodings: int = 0) -> Losses:
         """Next-token losses of the batch at its drawn levels (M3, equation 1 is their mean).
 
         The encoder and the projector run once, the LLM once for each of the batch's rows, and logits
@@ -110,12 +105,15 @@ class MatryoshkaVLM(nn.Module):
         Args:
             batch: Samples, packed or not.
             count: What the total is divided by; null: the batch's own number of targets.
+            encodings: How many times the encoder and the projector run at least. Where ranks wait
+                for each other's parameters or gradients, all must run them as often; what the
+                batch's images lack, blank ones make up for, which add nothing.
         """
-        sums, own = self.sums(batch, self.encode(batch.images)), max(1, batch.supervised)
+        nested, own = self.encode(batch.images), max(1, batch.supervised)
+        blanks = [self.blank() for _ in range(encodings - len(batch.images.groups))]
+        sums = self.sums(batch, nested)
         total = sums.total / (own if count is None else count)
-        if self.always_encode and not batch.images.groups:
-            total = total + self.blank()
-        return Losses(total, sums.per_level / own)
+        return Losses(torch.stack([total, *blanks]).sum() if blanks else total, sums.per_level / own)
 
     def loop(self, batch: Batch) -> Losses:
         """What `forward` computes, in the obvious way: the LLM runs once per level, on padded samples.

@@ -8,6 +8,8 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -32,7 +34,7 @@ from lit_mm.model.rows import Batch, Packing
 from lit_mm.model.vlm import Losses, MatryoshkaVLM
 from lit_mm.training.check import check_packing
 from lit_mm.training.parts import Parts, parameter_groups
-from lit_mm.training.resume import Place, seed_step, write_place
+from lit_mm.training.resume import Place, check_order, seed_step, write_place
 from lit_mm.training.schedule import WarmupCosine
 
 
@@ -105,6 +107,7 @@ class LitMatryoshka(LightningModule):
             {f"{split}_{level}": AnswerAccuracy() for split in ("val", "test") for level in self.levels}
         )
         self.place = Place()
+        self.order: dict[str, Any] = {}
 
     @property
     def levels(self) -> list[Scale]:
@@ -146,7 +149,8 @@ class LitMatryoshka(LightningModule):
     def on_fit_start(self) -> None:
         """Say how samples are packed, and make sure that this LLM computes the same that way."""
         rank_zero_info(f"attention: {self.packing} ({type(self.vlm.llm).__name__})")
-        self.vlm.always_encode = self.trainer.world_size > 1
+        if self.packing == "sequential" and isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ValueError("model.attention sequential: ranks would run the LLM unequally often, shard with another")
         self.divisor: Tensor | None = None
         with self.trainer.precision_plugin.forward_context():
             check_packing(self.vlm, self.packing)
@@ -168,11 +172,11 @@ class LitMatryoshka(LightningModule):
         that `on_before_optimizer_step` corrects.
         """
         window = self.trainer.accumulate_grad_batches
-        targets = self._over_ranks(batch.supervised)
+        targets, encodings = self._over_ranks(batch)
         if batch_idx % window == 0 or self.divisor is None:  # or resumed between two steps
             self.divisor, self.targets = targets.clamp(min=1) * window, torch.zeros_like(targets)
         self.targets += targets
-        losses = self.vlm(batch, self.divisor / (window * self.trainer.world_size))
+        losses = self.vlm(batch, self.divisor / (window * self.trainer.world_size), encodings)
         self._log_losses("train", losses, batch)
         return losses.total
 
@@ -190,18 +194,37 @@ class LitMatryoshka(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the place that the weights have reached, wherever Lightning's loops are."""
         if self._trainer is not None and "loops" in checkpoint:
-            checkpoint["place"] = vars(self.place)
+            checkpoint["place"], checkpoint["order"] = vars(self.place), self._order()
             write_place(checkpoint, self.place, int(self.trainer.num_training_batches))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from the checkpoint's place."""
-        if "place" in checkpoint:
-            self.place = Place(**checkpoint["place"])
+        """Go on from the checkpoint's place.
 
-    def _over_ranks(self, count: int) -> Tensor:
-        """The sum of a number over all ranks."""
-        number = torch.tensor(float(count), device=self.device)
-        return cast(Tensor, self.trainer.strategy.reduce(number, reduce_op="sum"))
+        Raises:
+            ValueError: It has none: this version did not write it.
+        """
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and "place" not in checkpoint:
+            raise ValueError(f"{self.trainer.ckpt_path}: says nothing of its place in the data, it cannot be resumed")
+        if fitting:
+            self.place, self.order = Place(**checkpoint["place"]), checkpoint["order"]
+
+    def on_train_start(self) -> None:
+        """A run that goes on in the middle of an epoch must have the batches of the one that began it."""
+        check_order(self.order, self._order(), self.place)
+
+    def _order(self) -> dict[str, Any]:
+        """What decides the batches, if the data can tell."""
+        data = getattr(self.trainer, "datamodule", None)
+        return cast(Any, data).order() if hasattr(data, "order") else {}
+
+    def _over_ranks(self, batch: Batch) -> tuple[Tensor, int]:
+        """Targets of all ranks, and how many times each must run its encoder: as the one with most sizes."""
+        own = torch.tensor([batch.supervised, max(1, len(batch.images.groups))], device=self.device)
+        if self.trainer.world_size == 1:
+            return own[0].float(), 0
+        targets, encodings = cast(Tensor, self.all_gather(own)).unbind(1)
+        return targets.sum().float(), int(encodings.max())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses and accuracies at every level; a rank with fewer records logs nothing, by weight, too."""
@@ -265,4 +288,7 @@ class LitMatryoshka(LightningModule):
         if not self.trainer.max_epochs or self.trainer.max_epochs < 0:
             raise ValueError("set trainer.max_steps or trainer.max_epochs: the schedule needs the length of the run")
         data, every = cast(Any, self.trainer).datamodule, self.trainer.accumulate_grad_batches
-        return sum(math.ceil(len(data.train_plans(epoch)) / every) for epoch in range(self.trainer.max_epochs))
+        limit = self.trainer.limit_train_batches or 1.0
+        batches = [len(data.train_plans(epoch)) for epoch in range(self.trainer.max_epochs)]
+        batches = [min(count, limit) if isinstance(limit, int) else int(count * limit) for count in batches]
+        return sum(math.ceil(count / every) for count in batches)

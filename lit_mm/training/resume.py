@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 
 @dataclass
@@ -54,6 +55,25 @@ def write_place(checkpoint: dict[str, Any], place: Place, epoch_batches: int) ->
     _set(optimizer, {"ready": place.steps, "completed": place.steps})
     loops["state_dict"]["combined_loader"] = [{"epoch": epoch, "batches": batches}]
     checkpoint["epoch"], checkpoint["global_step"] = epoch, place.steps
+
+
+def check_order(before: dict[str, Any], now: dict[str, Any], place: Place) -> None:
+    """Whether what decides the batches is as it was when a run began.
+
+    Args:
+        before: What the checkpoint says; empty for a run that begins.
+        now: What the configuration says.
+        place: Where the run goes on.
+
+    Raises:
+        ValueError: Something differs, and an epoch is not at its beginning.
+    """
+    differ = [name for name in before if before[name] != now.get(name)]
+    if differ:
+        said = ", ".join(f"{name} was {before[name]} and is {now.get(name)}" for name in differ)
+        if place.batches:
+            raise ValueError(f"--ckpt_path: stopped after batch {place.batches} of an epoch of other batches: {said}")
+        rank_zero_warn(f"resuming with other batches than before: {said}")
 
 
 def _set(progress: dict[str, Any], values: dict[str, int]) -> None:

@@ -7,7 +7,8 @@ import torch
 
 from lit_mm.data.batching import coarsest, group_by_size, set_starts
 from lit_mm.model.attention import NAME
-from lit_mm.model.projector import ClipScale
+from lit_mm.model.encoder import TimmEncoder
+from lit_mm.model.projector import ClipScale, MatryoshkaProjector
 from lit_mm.model.rows import IGNORED, IMAGE, Batch, Drawn, Images, Question, every_level, pack
 from tests.conftest import tiny_vlm64
 from tests.model.test_rows import gradients
@@ -160,8 +161,7 @@ def test_the_blank_image_adds_exactly_nothing():
     vlm, samples = vlm64([1]), [[[5, 6, 7]], [[8, 9, 10, 11]]]
     plain = vlm(batch_of(samples, [1])).total
     assert torch.autograd.grad(plain, list(vlm.encoder.parameters()), allow_unused=True)[0] is None
-    vlm.always_encode = True
-    total = vlm(batch_of(samples, [1])).total
+    total = vlm(batch_of(samples, [1]), encodings=2).total
     assert torch.equal(total, plain)
     total.backward()
     for parameter in [*vlm.encoder.parameters(), *vlm.projector.parameters()]:
@@ -171,10 +171,21 @@ def test_the_blank_image_adds_exactly_nothing():
 
 def test_the_blank_image_is_left_out_where_there_are_images():
     vlm, calls = vlm64([1]), []
-    vlm.always_encode = True
     vlm.encoder.register_forward_hook(lambda *_: calls.append("encoder"))
-    vlm(batch_of([[[5, 6], torch.stack([picture(64, 64)]), [7, 8]]], [1]))
+    batch = batch_of([[[5, 6], torch.stack([picture(64, 64)]), [7, 8]]], [1])
+    vlm(batch, encodings=1)
     assert calls == ["encoder"]
+    vlm(batch, encodings=3)
+    assert calls == ["encoder"] * 4
+
+
+@pytest.mark.parametrize("options", [{"img_size": 32}, {"img_size": 32, "dynamic_img_size": True}])
+def test_the_blank_image_is_one_that_the_encoder_takes(options):
+    vlm = vlm64([1])
+    vlm.encoder = TimmEncoder("vit_tiny_patch16_224", -1, overrides={"depth": 1, **options}).double()
+    vlm.projector = MatryoshkaProjector(192, 32, [4, 1]).double()
+    assert vlm.encoder.smallest == ((16, 16) if "dynamic_img_size" in options else (32, 32))
+    assert vlm.blank() == 0
 
 
 def test_the_blank_image_passes_no_infinity_on():
