@@ -126,10 +126,14 @@ class Costs:
     frames: np.ndarray
     pixels: np.ndarray
 
+    def video(self, records: np.ndarray) -> np.ndarray:
+        """[m] whether time scales make a difference to the records."""
+        words, frames = self.words[records], self.frames[records]
+        return (frames[:, :1] != frames).any(1) | (words[:, :1] != words).any(1)
+
     def tokens(self, records: np.ndarray, drawn: Sequence[Drawn], scales: Sequence[int]) -> np.ndarray:
         """[m] positions of a packed row that m of the records fill at the drawn levels."""
-        words, frames, seen = self.words[records], self.frames[records], set()
-        video = (frames[:, :1] != frames).any(1) | (words[:, :1] != words).any(1)
+        words, frames, video, seen = self.words[records], self.frames[records], self.video(records), set()
         total = self.before[records].astype(np.int64)
         for level in drawn:
             time, scale = divmod(level.number, len(scales))

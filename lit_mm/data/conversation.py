@@ -24,6 +24,8 @@ from lit_mm.model.rows import IGNORED, IMAGE
 
 STAND_IN = "\ue000"
 """A private-use character that stands for an answer while the template is rendered."""
+OFTEN = 64
+"""The longest text, in characters, whose ids are remembered."""
 Frames = Sequence[str]
 """One image or video as the text shows it: what stands before each of its frames, mostly nothing."""
 
@@ -71,7 +73,7 @@ class Conversation:
         self._prepends_space = first.startswith("▁")
         self._special = {*tokenizer.all_special_tokens}
         self._special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self._encode = lru_cache(maxsize=65536)(self._encode_text)
+        self._often = lru_cache(maxsize=4096)(self._encode_text)
         self.end_id = self._end_id()
 
     def encode(self, record: Record, media: Sequence[Frames] | None = None) -> Encoded:
@@ -126,6 +128,10 @@ class Conversation:
     def _add(self, made: Encoded, ids: list[int], kept: int) -> None:
         made.add(Encoded(ids, [kept] * len(ids)), [])
 
+    def _encode(self, text: str, first: bool) -> list[int]:
+        # what the template repeats, and short answers; long texts seldom come again
+        return self._often(text, first) if len(text) <= OFTEN else self._encode_text(text, first)
+
     def _encode_text(self, text: str, first: bool) -> list[int]:
         # SentencePiece-like tokenizers put a space before any text they get: in the middle of a
         # sequence it stands for the space that is there already.
@@ -159,11 +165,11 @@ class Conversation:
         return text
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_encode"}
+        return {name: value for name, value in self.__dict__.items() if name != "_often"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._encode = lru_cache(maxsize=65536)(self._encode_text)
+        self._often = lru_cache(maxsize=4096)(self._encode_text)
 
     def _end_id(self) -> int:
         *_, after = self._prompts("chat template", [Turn("user", "a"), Turn("assistant", "b")])

@@ -157,9 +157,13 @@ class ImageInstructions(LightningDataModule):
         root = Path(subset.root or self.image_root)
         if not root.is_dir():
             raise FileNotFoundError(f"data.image_root: no folder {root}")
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"data.cache: expected a folder that can be written, found {error}") from None
         source = open_source(subset.path, self.cache, subset.format)
         conversation = Conversation(self.inputs.tokenizer, self.inputs.time_scales)
-        media = MediaFolder(root, self.image, self.inputs.colour, self.video, self.frame)
+        media = MediaFolder(root, self.image, self.inputs.colour, self.video, self.frame, source.fingerprint)
         reader = Reader(source, subset.items, conversation, media, split, self.inputs, self.max_length, self.budget)
         index = index_of(
             reader,
@@ -182,7 +186,7 @@ class ImageInstructions(LightningDataModule):
             "root": media.root,
             "media": (media.image, media.video, media.frame),
             "split": split,
-            "limits": (self.max_length, self.budget),
+            "limits": (self.max_length, *((self.budget.tokens, self.budget.pixels) if split == "train" else ())),
         }
 
     def train_set(self, epoch: int) -> str:

@@ -10,7 +10,8 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+from PIL.Image import Transpose
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
@@ -20,6 +21,18 @@ from lit_mm.data.records import RecordError
 DRAFT = 2.0
 """How many times larger than wanted a JPEG may be decoded: it can leave out what resizing would blur.
 With `pad` the image then sits up to a quarter of a pixel beside its place."""
+
+TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+"""What makes an image upright, by EXIF's orientation."""
+SIDEWAYS = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
@@ -77,9 +90,12 @@ class ImageFile:
             self.image = Image.open(BytesIO(source) if isinstance(source, bytes) else source)
         except Image.DecompressionBombError as error:
             raise self._fault("too many pixels", str(error)) from None
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-            raise self._fault("not an image", str(error)) from None
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's readers raise whatever a damaged header makes them stumble over
+            raise self._fault("not an image", f"{type(error).__name__}: {error}") from None
         self._check()
+        self.turn = Image.Image.getexif(self.image).get(0x0112, 1)  # a subclass's would decode the whole image
 
     def _check(self) -> None:
         image, options = self.image, self.options
@@ -99,7 +115,8 @@ class ImageFile:
 
     def size(self) -> tuple[int, int]:
         """Width and height that it will have, from its header alone."""
-        return self.options.target(*_upright_size(self.image))
+        width, height = self.image.size
+        return self.options.target(*((height, width) if self.turn in SIDEWAYS else (width, height)))
 
     def pixels(self, colour: tuple[int, int, int]) -> Tensor:
         """uint8 [1, 3, H, W], upright and in RGB; `pad` fills with a colour in 0..255.
@@ -110,10 +127,17 @@ class ImageFile:
         target = self.size()
         try:
             self._draft()
-            upright = to_rgb(ImageOps.exif_transpose(self.image))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise self._fault("truncated image", str(error)) from None
+            upright = to_rgb(self._upright())
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise self._fault("truncated image", f"{type(error).__name__}: {error}") from None
         return to_pixels(upright, target, colour if self.options.mode == "pad" else None)[None]
+
+    def _upright(self) -> Image.Image:
+        """Turned as the header says; what stands behind the pixels comes too late to tell a size."""
+        turn = TURNS.get(self.turn)
+        return self.image if turn is None else self.image.transpose(turn)
 
     def _draft(self) -> None:
         """Let a JPEG be decoded at a fraction of its size that is still DRAFT times what is wanted."""
@@ -152,9 +176,3 @@ def to_pixels(image: Image.Image, target: tuple[int, int], colour: tuple[int, in
     if tuple(pixels.shape[:0:-1]) != target:
         pixels = resize(pixels, [target[1], target[0]], InterpolationMode.BICUBIC, antialias=True)
     return pixels.contiguous()
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    exif = Image.Image.getexif(image)  # the subclass's for PNG would decode the whole image
-    turned = exif.get(0x0112, 1) in (5, 6, 7, 8)
-    return (image.height, image.width) if turned else image.size

@@ -7,13 +7,11 @@ are known before training. Afterwards a start reads nothing but the table, whate
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -25,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from lit_mm.data.batching import Costs
 from lit_mm.data.records import BadRecords, RecordError
 
-VERSION = 1
+VERSION = 2
 """Of the table's layout: a table of another version is made anew."""
 CHUNK = 256
 """Records that are looked at between two signs of progress."""
@@ -52,7 +50,7 @@ class Index:
     """The usable records of a file.
 
     Args:
-        table: int32 [n, 3 + 2 T]: the record's number in the file, before, pixels, T words, T frames.
+        table: int64 [n, 3 + 2 T]: the record's number in the file, before, pixels, T words, T frames.
         bad: What was left out, and why.
         total: Records in the file.
     """
@@ -62,20 +60,21 @@ class Index:
     total: int
 
     @property
-    def items(self) -> np.ndarray:
-        """[n] numbers of the usable records in the file."""
-        return self.table[:, 0]
-
-    @property
     def costs(self) -> Costs:
-        """What they cost."""
-        times = (self.table.shape[1] - 3) // 2
-        words, frames = self.table[:, 3 : 3 + times], self.table[:, 3 + times :]
-        return Costs(self.table[:, 1], words, frames, self.table[:, 2])
+        """What the usable records cost."""
+        return costs_of(self.table)
+
+
+def costs_of(table: np.ndarray) -> Costs:
+    """The costs in a table [n, 3 + 2 T]."""
+    times = (table.shape[1] - 3) // 2
+    return Costs(table[:, 1], table[:, 3 : 3 + times], table[:, 3 + times :], table[:, 2])
 
 
 def index_of(records: Measured, cache: Path, settings: dict[str, Any], policy: Any, times: int, workers: int) -> Index:
     """The table of a file, from the cache if it was made before with the same settings.
+
+    Records that were left out then are looked at again: what was missing may have come.
 
     Args:
         records: The file's records.
@@ -89,42 +88,55 @@ def index_of(records: Measured, cache: Path, settings: dict[str, Any], policy: A
         RecordError: A bad record, if the policy is `error`.
     """
     told = repr(sorted({**settings, "version": VERSION, "policy": policy, "times": times}.items()))
-    folder = cache / f"index-{hashlib.blake2b(told.encode(), digest_size=16).hexdigest()}"
-    if not folder.is_dir():
-        table, bad = _make(records, policy, times, workers)
-        _keep(folder, table, {"total": len(records), "counts": dict(bad.counts), "examples": bad.examples})
-    said, bad = json.loads((folder / "bad.json").read_text()), BadRecords("skip")
-    bad.counts.update(said["counts"])
-    bad.examples.update(said["examples"])
-    return Index(np.load(folder / "table.npy", mmap_mode="r", allow_pickle=False), bad, said["total"])
+    file = cache / f"index-{hashlib.blake2b(told.encode(), digest_size=16).hexdigest()}.npy"
+    kept = _kept(file, times)
+    table = np.zeros((0, 3 + 2 * times), np.int64) if kept is None else kept
+    numbers = np.setdiff1d(np.arange(len(records)), table[:, 0], assume_unique=True)
+    bad = BadRecords(policy)
+    made = _made(records, numbers, bad, times, workers) if len(numbers) else table[:0]
+    if kept is None or len(made):
+        table = np.concatenate([table, made])
+        table = table[table[:, 0].argsort()]
+        _keep(file, table)
+    return Index(table, bad, len(records))
 
 
-def _make(records: Measured, policy: Any, times: int, workers: int) -> tuple[np.ndarray, BadRecords]:
-    bad, pieces = BadRecords(policy), [np.zeros((0, 3 + 2 * times), np.int32)]
+def _kept(file: Path, times: int) -> np.ndarray | None:
+    """What a former start has left, if it is whole."""
+    try:
+        table = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return table if table.ndim == 2 and table.shape[1] == 3 + 2 * times else None
+
+
+def _made(records: Measured, numbers: np.ndarray, bad: BadRecords, times: int, workers: int) -> np.ndarray:
+    """The table's rows of some of the records."""
+    pieces = [np.zeros((0, 3 + 2 * times), np.int64)]
     own = torch.Generator()  # a loader draws a number: the run's random numbers must not depend on this
-    chunks: Any = DataLoader(cast(Dataset, _Chunks(records)), batch_size=None, num_workers=workers, generator=own)
-    if len(records) >= LARGE:
-        rank_zero_info(f"looking at {len(records):,} records, once")
+    chunks: Any = DataLoader(cast(Dataset, _Chunks(records, numbers)), None, num_workers=workers, generator=own)
+    if len(numbers) >= LARGE:
+        rank_zero_info(f"looking at {len(numbers):,} records, once")
         chunks = track(chunks, total=len(chunks), description="records")
     for rows, errors in chunks:
-        pieces.append(np.array(rows, np.int32).reshape(-1, 3 + 2 * times))
+        pieces.append(np.array(rows, np.int64).reshape(-1, 3 + 2 * times))
         for error in errors:
             bad.add(error)
-    return np.concatenate(pieces), bad
+    return np.concatenate(pieces)
 
 
 class _Chunks(Sequence):
     """Records by chunks, each as the rows of its usable records and the faults of the others."""
 
-    def __init__(self, records: Measured) -> None:
-        self.records = records
+    def __init__(self, records: Measured, numbers: np.ndarray) -> None:
+        self.records, self.numbers = records, numbers
 
     def __len__(self) -> int:
-        return math.ceil(len(self.records) / CHUNK)
+        return math.ceil(len(self.numbers) / CHUNK)
 
     def __getitem__(self, chunk: Any) -> tuple[list[list[int]], list[RecordError]]:
         rows, errors = [], []
-        for number in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.records))):
+        for number in self.numbers[chunk * CHUNK : (chunk + 1) * CHUNK].tolist():
             try:
                 rows.append([number, *self.records.cost(number)])
             except RecordError as error:
@@ -132,13 +144,8 @@ class _Chunks(Sequence):
         return rows, errors
 
 
-def _keep(folder: Path, table: np.ndarray, said: dict[str, Any]) -> None:
-    """Write both files into a folder that appears at once, whatever other processes do."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent) as made:
-        inner = Path(made) / "index"
-        inner.mkdir()
-        np.save(inner / "table.npy", table, allow_pickle=False)
-        (inner / "bad.json").write_text(json.dumps(said))
-        with suppress(OSError):  # another process was faster
-            inner.rename(folder)
+def _keep(file: Path, table: np.ndarray) -> None:
+    """Write a table that appears at once, whatever other processes do."""
+    with NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as part:
+        np.save(part, table, allow_pickle=False)
+    Path(part.name).replace(file)

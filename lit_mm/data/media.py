@@ -38,6 +38,7 @@ class MediaFolder:
         image: How images are brought to size.
         video: Which frames of a video are shown; None: videos are refused.
         frame: How frames are brought to size.
+        source: Tells apart the files whose records carry images themselves.
         colour: What `pad` fills with: red, green and blue in 0..255.
     """
 
@@ -48,8 +49,9 @@ class MediaFolder:
         colour: tuple[int, int, int],
         video: VideoOptions | None = None,
         frame: ImageOptions | None = None,
+        source: str = "",
     ) -> None:
-        self.root, self.colour = root.resolve(), colour
+        self.root, self.colour, self.source = root.resolve(), colour, source
         self.image, self.video, self.frame = image, video, frame or image
 
     def shown(self, record: Record) -> list[Shown]:
@@ -91,7 +93,7 @@ class MediaFolder:
 
     def _key(self, record: Record, number: int, medium: Media) -> tuple:
         if medium.data is not None:
-            return record.where, number
+            return self.source, record.where, number
         return self.root, medium.name, medium.kind, self.image, self.video, self.frame
 
     def _image(self, record: Record, medium: Media) -> ImageFile:

@@ -314,7 +314,18 @@ def _role(where: str, field: str, found: Any, number: int, names: tuple[str, str
 def _text(where: str, field: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise RecordError(where, "empty text", f"{field}: expected text, found {value!r:.60}")
+    if not _is_unicode(value):
+        raise RecordError(where, "not Unicode", f"{field}: expected Unicode text, found half of a character")
     return value.strip()
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can write halves of surrogate pairs, which are no characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse_markers(where: str, field: str, text: str, reason: str, place: str) -> None:

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_mm.data.batching import Budget, Costs, Sample, ScaleDraw, epoch_order
 from lit_mm.data.conversation import Conversation, Encoded
-from lit_mm.data.index import Index
+from lit_mm.data.index import Index, costs_of
 from lit_mm.data.media import MediaFolder, Shown
-from lit_mm.data.records import MARKERS, BadRecords, ItemFormat, Record, RecordError, parse
+from lit_mm.data.records import MARKERS, ItemFormat, Record, RecordError, parse
 from lit_mm.data.sources import FileFormat, Source
 from lit_mm.model.projector import Pooling, Sampling, all_levels, nested_shapes
 from lit_mm.model.rows import IMAGE, Drawn, Packing, Question
@@ -140,18 +140,23 @@ class Reader:
         where, item = self.source[number]
         return parse(where, item, self.items)
 
-    def sample(self, number: int) -> Sample:
-        """One record, encoded and decoded.
+    def sample(self, number: int, cost: Sequence[int]) -> Sample:
+        """One record, encoded and decoded, that costs what the table says.
 
         Raises:
             RecordError: As `record`, and what is found out by reading images and videos.
         """
         record = self.record(number)
         visuals, frames = self.media.load(record)
-        sample = Sample(visuals)
+        sizes = [(visual.pixels.shape[3], visual.pixels.shape[2]) for visual in visuals]
+        shown = [Shown(*size, labels) for size, labels in zip(sizes, frames, strict=True)]
+        sample, encoded = Sample(visuals), None
         if self.split in ("train", "val"):
             encoded = self.conversation.encode(record, frames)
             sample.token_ids, sample.targets, sample.kept = encoded.tensors(bool(self.inputs.time_scales))
+        if (found := self._row(record, shown, encoded)) != list(cost):
+            detail = f"expected {list(cost)} (positions, pixels, words, frames), found {found}: other images or videos"
+            raise RecordError(record.where, "changed since the first start", detail)
         if self.split != "train":
             sample.questions = [self._question(record, *exchange, frames) for exchange in record.exchanges]
         return sample
@@ -177,17 +182,23 @@ class Reader:
             detail = f"{self.split} needs conversations, found a question alone"
             raise RecordError(record.where, "no answer", detail)
         shown = self.media.shown(record)
-        pixels = sum(self._pixels(record, each) for each in shown)
-        frames, times = [each.frames for each in shown], max(1, len(self.inputs.time_scales))
+        frames = [each.frames for each in shown]
         if self.split != "train":
             for exchange in record.exchanges:
                 self._question(record, *exchange, frames)
         if self.split in ("test", "predict"):
-            return [0, pixels, *[0] * times, *[0] * times]
-        before, words, sets = positions(self.conversation.encode(record, frames), times)
-        row = [before, pixels, *words, *sets]
-        self._fits(record, row, before + words[0] + sets[0] * self.inputs.scales[0])
+            return self._row(record, shown, None)
+        row = self._row(record, shown, self.conversation.encode(record, frames))
+        self._fits(record, row)
         return row
+
+    def _row(self, record: Record, shown: list[Shown], encoded: Encoded | None) -> list[int]:
+        """Before, pixels, words and frames at each time scale; of what is only asked the pixels alone."""
+        pixels, times = sum(self._pixels(record, each) for each in shown), max(1, len(self.inputs.time_scales))
+        if encoded is None:
+            return [0, pixels, *[0] * (2 * times)]
+        before, words, frames = positions(encoded, times)
+        return [before, pixels, *words, *frames]
 
     def _pixels(self, record: Record, shown: Shown) -> int:
         """Of an image or a video, padded to the stride."""
@@ -200,7 +211,9 @@ class Reader:
             raise RecordError(record.where, "scales", detail) from None
         return math.prod(grid) * stride**2 * len(shown.frames)
 
-    def _fits(self, record: Record, row: list[int], length: int) -> None:
+    def _fits(self, record: Record, row: list[int]) -> None:
+        costs = costs_of(np.array([[0, *row]]))
+        length = int(costs.tokens(np.zeros(1, np.int64), [Drawn(0, 1.0)], self.inputs.scales)[0])
         if length > self.max_length:
             detail = f"{length} tokens with the images at scale {self.inputs.scales[0]}, allowed are {self.max_length}"
             raise RecordError(record.where, "too long", detail)
@@ -214,11 +227,11 @@ class Reader:
     def _most_tokens(self, row: list[int]) -> int:
         """Positions of the record at the levels that need most of all that can be drawn together."""
         draw, scales = self.inputs.draw(training=True), self.inputs.scales
-        costs, one = Index(np.array([[0, *row]]), BadRecords("skip"), 1).costs, np.zeros(1, np.int64)
-        levels = [Drawn(number, 1.0) for number in range(draw.levels)]
-        levels.sort(key=lambda level: -int(costs.tokens(one, [level], scales)[0]))
-        drawn = levels if draw.per_step == "all" else levels[: draw.per_step]
-        return int(costs.tokens(one, drawn, scales)[0])
+        costs, one = costs_of(np.array([[0, *row]])), np.zeros(1, np.int64)
+        every = [Drawn(number, 1.0) for number in range(draw.levels)]
+        branches = every if costs.video(one)[0] else every[: len(scales)]  # the others are the same again
+        branches.sort(key=lambda level: -int(costs.tokens(one, [level], scales)[0]))
+        return int(costs.tokens(one, branches if draw.per_step == "all" else branches[: draw.per_step], scales)[0])
 
 
 def positions(encoded: Encoded, times: int) -> tuple[int, list[int], list[int]]:
@@ -248,7 +261,8 @@ class InstructionSet(Dataset):
 
     def __getitem__(self, number: int) -> Sample:
         try:
-            return self.reader.sample(int(self.index.items[number]))
+            record, *cost = self.index.table[number].tolist()
+            return self.reader.sample(record, cost)
         except RecordError as error:
             if not self.skip:
                 raise

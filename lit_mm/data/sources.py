@@ -471,7 +471,7 @@ class _JsonText:
         self.start = len(codecs.BOM_UTF8) * (file.read(3) == codecs.BOM_UTF8)
         self.text, self.at, self.ended, self.elements = "", 0, False, 0
         self._utf8 = codecs.getincrementaldecoder("utf-8")()
-        self._decoder = json.JSONDecoder()
+        self._decoder = json.JSONDecoder(parse_int=str)  # only where an item ends is of interest
         file.seek(self.start)
 
     def peek(self) -> str:

@@ -194,7 +194,7 @@ class LitMatryoshka(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the place that the weights have reached, wherever Lightning's loops are."""
         if self._trainer is not None and "loops" in checkpoint:
-            checkpoint["place"], checkpoint["order"] = vars(self.place), self._order()
+            checkpoint["order"] = self._order()
             write_place(checkpoint, self.place, int(self.trainer.num_training_batches))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -55,6 +55,7 @@ def write_place(checkpoint: dict[str, Any], place: Place, epoch_batches: int) ->
     _set(optimizer, {"ready": place.steps, "completed": place.steps})
     loops["state_dict"]["combined_loader"] = [{"epoch": epoch, "batches": batches}]
     checkpoint["epoch"], checkpoint["global_step"] = epoch, place.steps
+    checkpoint["place"] = vars(Place(epoch, batches, place.steps))
 
 
 def check_order(before: dict[str, Any], now: dict[str, Any], place: Place) -> None:

@@ -3,11 +3,12 @@
 import struct
 import tracemalloc
 import zlib
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lit_mm.data.images import ImageOptions, to_pixels
 from lit_mm.data.media import MediaFolder
@@ -215,3 +216,32 @@ def test_a_text_that_unpacks_to_256_megabytes_is_not_unpacked(tmp_path, kind):
         assert error.reason in ("not an image", "truncated image")
     assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
     tracemalloc.stop()
+
+
+def test_an_orientation_behind_the_pixels_comes_too_late(tmp_path):
+    """The header tells the size; the image is shown as the header says."""
+    noise(64, 32).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "late.png").write_bytes(whole[:-12] + chunk(b"eXIf", exif.tobytes()[6:]) + whole[-12:])
+    opened = folder(tmp_path)
+    assert opened.sizes(record("late.png")) == [(64, 32)]
+    assert torch.equal(opened.pixels(record("late.png"))[0], opened.pixels(record("a.png"))[0])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_pillows(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise(40, 20).save(tmp_path / "a.png", exif=exif)
+    upright = np.array(ImageOps.exif_transpose(Image.open(tmp_path / "a.png")))
+    [pixels] = folder(tmp_path).pixels(record("a.png"))
+    assert torch.equal(pixels.permute(1, 2, 0), torch.from_numpy(upright))
+
+
+def test_whatever_a_damaged_header_raises_is_a_bad_image(tmp_path, monkeypatch):
+    noise(8, 8).save(tmp_path / "a.png")
+    for error in (RuntimeError, TypeError, NotImplementedError):
+        monkeypatch.setattr(Image, "open", Mock(side_effect=error("Missing dimensions")))
+        assert refused(tmp_path, "a.png").reason == "not an image"

@@ -297,3 +297,86 @@ def test_a_table_without_the_columns_is_named(make, sets):
     HFDataset.from_dict({"prompt": ["a"], "picture": ["b"]}).to_parquet(sets / "other.parquet")
     with pytest.raises(ValueError, match=r"other\.parquet: expected a column .*, found the columns prompt, picture"):
         make(["other.parquet"]).setup("fit")
+
+
+def test_a_file_that_comes_later_is_found(make, sets):
+    content = (sets / "images/2.png").read_bytes()
+    (sets / "images/2.png").unlink()
+    for _ in range(2):
+        data = make(["images.json"], on_bad_record="skip")
+        with pytest.warns(UserWarning, match="skipped 1 of 6"):
+            data.setup("fit")
+    (sets / "images/2.png").write_bytes(content)
+    data = make(["images.json"], on_bad_record="skip")
+    data.setup("fit")
+    assert data.sets["train"].sets[0].index.table[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["images/1.png", "1.mp4"])
+def test_media_that_changed_after_the_first_start_are_named(make, sets, name):
+    """Another shape has other scales, another number of frames another length."""
+    data = make(["images.json", "videos.json"], video=VideoOptions(max_frames=30))
+    data.setup("fit")
+    if name.endswith("png"):
+        draw(sets / name, (128, 128), "red")
+    else:
+        render(sets / name, times=[250 * n for n in range(25)], width=64, height=64)
+    with pytest.raises(
+        RecordError, match=r"record 1.*: changed since the first start: expected .* other images or vid"
+    ):
+        list(data.train_dataloader())
+
+
+def test_a_spoiled_table_is_made_anew(make):
+    data = make(["text.jsonl"])
+    data.setup("fit")
+    for file in data.cache.glob("index-*.npy"):
+        file.write_bytes(file.read_bytes()[:-9])
+    assert questions(make(["text.jsonl"])) == [f"text {n}" for n in range(4)]
+
+
+def test_a_cache_that_is_no_folder_is_named(make, sets):
+    with pytest.raises(OSError, match=r"data\.cache: expected a folder that can be written"):
+        make(["text.jsonl"], cache=str(sets / "text.jsonl")).setup("fit")
+
+
+def test_images_inside_of_records_of_two_files_are_not_taken_for_each_other(make, sets):
+    columns = {"messages": [messages("other 0?", "yes", "image")], "images": [[{"bytes": png("red"), "path": None}]]}
+    for folder in ("a", "b"):
+        (sets / folder).mkdir()
+        HFDataset.from_dict(columns).to_parquet(sets / folder / "0.parquet")
+        columns["images"] = [[{"bytes": png("white"), "path": None}]]
+    data = make([Subset("a/0.parquet"), Subset("b/0.parquet")])
+    for each in data.files["train"]:
+        each.path = [each.path, each.path]  # the same name for both: "…/0.parquet and 1 more"
+    data.setup("fit")
+    [batch] = list(data.train_dataloader())
+    assert {tuple(image[:, 0, 0].tolist()) for image in batch.images.groups[0]} == {(255, 0, 0), (255, 255, 255)}
+
+
+@pytest.mark.parametrize(
+    ("per_step", "fits", "said"), [(2, 16 + 4 + 2 * 7, 33), (1, 16 + 7, 22), ("all", 21 + 3 * 7, 41)]
+)
+def test_a_still_image_needs_the_room_of_different_scales(make, sets, per_step, fits, said):
+    """With time scales, its branches at one scale are one branch."""
+    for budget, error in ((said, True), (fits, False)):
+        data = make(["images.json"], times=[4, 2], tokens_per_batch=budget)
+        data.inputs.scales_per_step = per_step
+        needed = set()
+        if error:
+            with pytest.raises(RecordError, match=rf"{fits} tokens in a training batch"):
+                data.setup("fit")
+            continue
+        data.setup("fit")
+        for epoch in range(30):
+            data.train_plans(epoch)
+            loader = data._loader("train", data.train_plans(epoch), training=True)
+            needed |= {len(batch.rows[0].token_ids) for batch in loader}
+        assert max(needed) == fits
+
+
+def test_an_epoch_without_a_batch_is_refused(make):
+    data = make([Subset("text.jsonl", epochs=0.05)])
+    data.setup("fit")
+    with pytest.raises(ValueError, match=r"epoch 0 has no batch: 4 records, gone through \[0\.05\] times an epoch"):
+        data.train_dataloader()

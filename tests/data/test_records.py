@@ -1,6 +1,7 @@
 """Formats in, and every kind of bad record: the error names file, record, field, found and expected."""
 
 import base64
+import json
 import pickle
 
 import pytest
@@ -295,3 +296,9 @@ def test_skipping_counts_and_reports():
 def test_errors_survive_worker_processes():
     error = pickle.loads(pickle.dumps(RecordError("w", "r", "d")))
     assert (error.where, error.reason, error.detail, str(error)) == ("w", "r", "d", "w: r: d")
+
+
+def test_half_of_a_surrogate_pair_is_a_bad_record():
+    turns = json.loads('[{"from": "human", "value": "hi \\ud800 there"}, {"from": "gpt", "value": "yes"}]')
+    with pytest.raises(RecordError, match=r"w: not Unicode: conversations\[0\]\.value"):
+        parse("w", {"conversations": turns})

@@ -763,3 +763,14 @@ def test_more_shards_than_a_process_keeps_open(tmp_path):
     assert [source[number][1]["id"] for number in order] == [f"{number:02}" for number in order]
     if before is not None:
         assert len(os.listdir("/proc/self/fd")) <= before + sources.OPEN_FILES  # noqa: PTH208
+
+
+def test_a_number_too_long_for_python_spoils_its_record_alone(tmp_path):
+    """It is legal JSON: the list is read, the record is not."""
+    long = "1" * 5000
+    source = open_source(
+        write(tmp_path / "a.json", f'[{{"id": {long}, "text": "a"}}, {{"id": 2, "text": "b"}}]'), tmp_path / "cache"
+    )
+    assert source[1][1] == {"id": 2, "text": "b"}
+    with pytest.raises(RecordError):
+        source[0]

@@ -31,8 +31,7 @@ def fit(root, folder, ckpt_path=None, data=None, **options) -> tuple[LitMatryosh
         val=f"{root}/val.json",
         image_root=str(root),
         image=ImageOptions("keep", None),
-        batch_size=4,
-        **(data or {}),
+        **{"batch_size": 4, **(data or {})},
     )
     defaults = {"max_steps": 4, "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1}
     logger = CSVLogger(folder)
@@ -180,3 +179,52 @@ def test_resuming_in_the_middle_of_an_accumulation(instruction_set, tmp_path):
     fit(instruction_set, tmp_path, max_steps=2, callbacks=[LambdaCallback(on_train_batch_end=keep)], **options)
     _, trainer = fit(instruction_set, tmp_path, ckpt_path=str(file), max_steps=3, **options)
     assert trainer.global_step == 3
+
+
+def stopped_in_the_middle(root, folder) -> str:
+    """A checkpoint after two of an epoch's four batches."""
+    file = folder / "middle.ckpt"
+
+    def keep(trainer, lit, outputs, batch, batch_idx):
+        if batch_idx == 1:
+            trainer.save_checkpoint(file)
+
+    fit(root, folder, max_steps=2, limit_val_batches=0, callbacks=[LambdaCallback(on_train_batch_end=keep)])
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"batch_size": 2}, "batch_size was 4 and is 2"), ({"seed": 1}, r"data\.seed was 0 and is 1")],
+)
+def test_another_division_in_the_middle_of_an_epoch_is_refused(instruction_set, tmp_path, changed, said):
+    file = stopped_in_the_middle(instruction_set, tmp_path)
+    with pytest.raises(ValueError, match=f"stopped after batch 2 of an epoch of other batches: {said}"):
+        fit(instruction_set, tmp_path, ckpt_path=file, data=changed, limit_val_batches=0)
+
+
+def test_another_division_at_an_epochs_beginning_is_said(instruction_set, tmp_path):
+    file = tmp_path / "end.ckpt"
+    _, trainer = fit(instruction_set, tmp_path, limit_val_batches=0)
+    trainer.save_checkpoint(file)
+    with pytest.warns(UserWarning, match="resuming with other batches than before: batch_size was 4 and is 2"):
+        _, trainer = fit(
+            instruction_set, tmp_path, ckpt_path=str(file), data={"batch_size": 2}, max_steps=6, limit_val_batches=0
+        )
+    assert trainer.global_step == 6
+
+
+def test_a_checkpoint_without_a_place_is_refused(instruction_set, tmp_path):
+    file = stopped_in_the_middle(instruction_set, tmp_path)
+    checkpoint = torch.load(file, weights_only=False)  # made above
+    del checkpoint["place"]
+    torch.save(checkpoint, file)
+    with pytest.raises(ValueError, match=r"middle\.ckpt: says nothing of its place in the data"):
+        fit(instruction_set, tmp_path, ckpt_path=file, limit_val_batches=0)
+
+
+def test_the_schedule_counts_limited_epochs(instruction_set, tmp_path):
+    lit, trainer = fit(
+        instruction_set, tmp_path, max_epochs=2, max_steps=-1, limit_train_batches=3, limit_val_batches=0
+    )
+    assert lit.total_steps() == trainer.global_step == 6
