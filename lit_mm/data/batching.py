@@ -8,11 +8,13 @@ Batches        plan -> samples -> Batch, packed
 
 from __future__ import annotations
 
+import atexit
 import random
 import signal
 from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -322,8 +324,23 @@ class BatchPlans(Sampler[BatchPlan]):
                 yield step[self.rank]
 
 
+OPEN: WeakSet[ResumableLoader] = WeakSet()
+"""Loaders that may have processes."""
+
+
+@atexit.register
+def close_loaders() -> None:
+    """Python's own end of a program would send SIGTERM and wait, which `leave_signals_to_the_trainer` delays."""
+    for loader in OPEN:
+        loader.close()
+
+
 class ResumableLoader(DataLoader):
     """A loader whose place is (epoch, batches trained): Lightning restores it before the first batch."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        OPEN.add(self)
 
     def close(self) -> None:
         """End the processes, which otherwise live as long as anything remembers the loader."""

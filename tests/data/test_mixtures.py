@@ -2,20 +2,24 @@
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
+import time
 
 import numpy as np
 import pytest
 from datasets import Dataset as HFDataset
 from PIL import Image
 
+from lit_mm.data.batching import GRACE
 from lit_mm.data.datamodules import ImageInstructions, VideoInstructions
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.records import RecordError
 from lit_mm.data.sets import ModelInputs, Reader, Subset, shares_of
 from lit_mm.data.video import VideoOptions
 from lit_mm.model.rows import IMAGE
-from tests.conftest import conversation, draw
+from tests.conftest import ROOT, conversation, draw
 from tests.data.test_video import render
 
 
@@ -380,3 +384,22 @@ def test_an_epoch_without_a_batch_is_refused(make):
     data.setup("fit")
     with pytest.raises(ValueError, match=r"epoch 0 has no batch: 4 records, gone through \[0\.05\] times an epoch"):
         data.train_dataloader()
+
+
+def test_a_program_without_a_trainer_ends_at_once(sets):
+    program = f"""
+import time
+from lit_mm.data.batching import GRACE
+from lit_mm.data.datamodules import ImageInstructions
+from lit_mm.data.sets import ModelInputs
+from lit_mm.model.llm import load_tokenizer
+from tests.conftest import tiny_llm
+inputs = ModelInputs(load_tokenizer(tiny_llm()), 16, [16, 4, 1], (0, 0, 0))
+data = ImageInstructions(inputs, train="{sets}/text.jsonl", num_workers=1)
+data.setup("fit")
+next(iter(data.train_dataloader()))
+print(time.time())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert time.time() - float(done.stdout) < GRACE / 2
+    assert "Traceback" not in done.stderr
