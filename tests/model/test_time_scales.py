@@ -99,9 +99,8 @@ def slow_loss(vlm, samples, frames, tokens):
 
 @pytest.mark.parametrize("packing", ["branch", "sequential", "loop"])
 @pytest.mark.parametrize("times", [TIMES, [2], [4]])
-@pytest.mark.parametrize("seed", range(2))
-def test_losses_and_gradients_equal_the_slow_way(seed, times, packing):
-    vlm, samples = vlm64(times), random_samples(seed)
+def test_losses_and_gradients_equal_the_slow_way(times, packing):
+    vlm, samples = vlm64(times), random_samples(len(times), count=5)
     losses = vlm(batch_of(samples, times, packing))
     levels = [ClipScale(frames, tokens) for frames in times for tokens in SCALES]
     assert vlm.levels == levels
