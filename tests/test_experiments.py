@@ -2,6 +2,7 @@
 README's commands run."""
 
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -80,3 +81,16 @@ def test_smollm2_trains(tmp_path):
     result = lit_mm("fit", "--config", "experiments/smollm2.yaml", "--trainer.max_steps", "5", *places)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "version_0/checkpoints/last.ckpt").is_file()
+
+
+@pytest.mark.slow
+def test_the_video_demo_trains_and_is_judged(tmp_path):
+    places = ["--config", "experiments/video_quickstart.yaml", "--trainer.default_root_dir", str(tmp_path / "runs")]
+    few = ["--data.root", str(tmp_path / "clips"), "--data.train_clips", "32", "--data.val_clips", "4"]
+    few += ["--data.test_clips", "4"]
+    short = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2"]
+    result = lit_mm("fit", *places, *few, *short)
+    assert result.returncode == 0, result.stderr
+    result = lit_mm("test", *places, *few, "--ckpt_path", "last")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "runs/version_0/accuracy_tokens.json").read_text())["questions"] == 16
