@@ -9,7 +9,7 @@ anywhere; over it a black dot flashes, each time in one frame.
 
 No single frame tells. Where the shape is says nothing of where it goes, as the picture has no border
 to start from. Of four colours one frame shows one. A frame with the dot makes a higher count a
-little likelier: the best guess from one frame is right in a third of the clips instead of a quarter.
+little likelier: the best guess from one frame is right in 34 to 42 % of the clips instead of 25 %.
 Videos are H.264 without loss.
 """
 

@@ -251,6 +251,6 @@ def test_one_frame_does_not_tell(frame):
         guess = told[kind(question), clue(clip, question, frame)].most_common(1)[0][0]
         right[kind(question)] += guess == answer
         asked[kind(question)] += 1
-    assert best_guess_of_count(frame) < 0.4
+    assert best_guess_of_count(frame) < 0.42
     for name, chance in (("in", 0.25), ("how", best_guess_of_count(frame)), ("which", 0.30)):
         assert abs(right[name] / asked[name] - chance) < 4 * (chance * (1 - chance) / asked[name]) ** 0.5, name
