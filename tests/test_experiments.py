@@ -65,6 +65,8 @@ def test_the_readmes_commands_run(tmp_path):
     for command in commands:
         if "my_data.yaml" in " ".join(command):
             continue  # the reader's own files: test_cli runs the like
+        if "experiments/smollm2.yaml" in command:
+            continue  # test_smollm2_trains runs it as it stands
         verb = command[0] if command else ""
         run = verb in SHORTENED and not any("help" in word for word in command)
         places = ["--trainer.default_root_dir", str(tmp_path), *SHORTENED[verb]] if run else []

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lit_mm.data.records import RecordError
 from lit_mm.model.rows import Batch, Drawn, FrameSets, Images, Packing, Question, every_level, pack
 
-GRACE = 20
+GRACE = 3
 """Seconds that a loader's process outlives SIGTERM."""
 NO_LIMIT = np.iinfo(np.int64).max
 
@@ -347,6 +347,8 @@ class ResumableLoader(DataLoader):
         iterator = cast(Any, self)._iterator
         if hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
+            for process in iterator._workers:
+                process.kill()  # one that an error left hanging
         self._iterator = None
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import pytest
 from datasets import Dataset as HFDataset
 from PIL import Image
 
-from lit_mm.data.batching import GRACE
 from lit_mm.data.datamodules import ImageInstructions, VideoInstructions
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.records import RecordError
@@ -389,7 +388,7 @@ def test_an_epoch_without_a_batch_is_refused(make):
 def test_a_program_without_a_trainer_ends_at_once(sets):
     program = f"""
 import time
-from lit_mm.data.batching import GRACE
+
 from lit_mm.data.datamodules import ImageInstructions
 from lit_mm.data.sets import ModelInputs
 from lit_mm.model.llm import load_tokenizer
@@ -401,5 +400,5 @@ next(iter(data.train_dataloader()))
 print(time.time())
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert time.time() - float(done.stdout) < GRACE / 2
+    assert time.time() - float(done.stdout) < 10
     assert "Traceback" not in done.stderr
