@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from lit_mm.data.records import RecordError
 from lit_mm.model.rows import Batch, Drawn, FrameSets, Images, Packing, Question, every_level, pack
@@ -344,12 +345,18 @@ class ResumableLoader(DataLoader):
 
     def close(self) -> None:
         """End the processes, which otherwise live as long as anything remembers the loader."""
-        iterator = cast(Any, self)._iterator
+        iterator: Any = getattr(self, "_iterator", None)
         if hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
+            if iterator._worker_pids_set:  # or torch takes their end for an accident
+                _remove_worker_pids(id(iterator))
+                iterator._worker_pids_set = False
             for process in iterator._workers:
-                process.kill()  # one that an error left hanging
+                process.kill()  # they only read, and asking costs seconds each
+            iterator._shutdown_workers()
         self._iterator = None
+
+    def __del__(self) -> None:
+        self.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the epoch began; `LitMatryoshka.on_save_checkpoint` writes the place that training reached,
