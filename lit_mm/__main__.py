@@ -14,6 +14,7 @@ lit_mm trains and studies large multimodal models with elastic visual tokens.
   python -m lit_mm validate --config … --ckpt_path last                losses and accuracies on the val set
   python -m lit_mm test     --config … --ckpt_path last                accuracy at every token scale
   python -m lit_mm predict  --config … --ckpt_path last                answers to files
+  python -m lit_mm export   --config … --ckpt_path last --to FOLDER    plain weights, a Hugging Face LLM
 
   --config FILE          an experiment; several are laid over each other, later ones win
   --ckpt_path last       the newest run below trainer.default_root_dir, or the path of a checkpoint
@@ -21,7 +22,7 @@ lit_mm trains and studies large multimodal models with elastic visual tokens.
   --print_config         the whole configuration that would run
   fit --help             every field; --model.encoder.help ConvNeXtEncoder and the like go deeper
 """
-VERBS = ("fit", "validate", "test", "predict")
+VERBS = ("fit", "validate", "test", "predict", "export")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -21,6 +21,8 @@ from lit_mm.callbacks.skipped import SkippedRecords
 from lit_mm.callbacks.stopping import StopBetweenBatches
 from lit_mm.callbacks.token_efficiency import TokenEfficiency
 from lit_mm.data import clips, easy_vqa  # noqa: F401 (known to --data by their short names)
+from lit_mm.training import strategies  # noqa: F401 (likewise to --trainer.strategy)
+from lit_mm.training.checkpoints import InitFrom, export, start_from
 from lit_mm.training.module import LitMatryoshka
 
 PROGRAM = "python -m lit_mm"
@@ -43,13 +45,39 @@ class SaveConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
+class LitMMTrainer(Trainer):
+    """Lightning's Trainer with this project's own verbs."""
+
+    def export(self, model: LitMatryoshka, ckpt_path: str, to: str) -> None:
+        """Write a checkpoint, sharded or not, as plain files.
+
+        `init_from` of another run takes the folder; its part `llm` is a Hugging Face model.
+
+        Args:
+            model: The model of the config.
+            ckpt_path: Path of the checkpoint, or `last`.
+            to: The folder to write: encoder.safetensors, projector.safetensors, and llm/ with the
+                tokenizer, adapters merged.
+        """
+        model.configure_model()
+        start_from(model.vlm, InitFrom(ckpt_path))
+        export(model.vlm, model.tokenizer, Path(to))
+        rank_zero_info(f"Exported to {to}")
+
+
 class LitMMCLI(LightningCLI):
-    """fit, validate, test and predict; run it with `python -m lit_mm`."""
+    """fit, validate, test, predict and export; run it with `python -m lit_mm`."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and export."""
+        return {**LightningCLI.subcommands(), "export": {"model"}}
 
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
             LitMatryoshka,
             LightningDataModule,
+            trainer_class=LitMMTrainer,
             subclass_mode_data=True,
             args=args,
             save_config_callback=SaveConfig,
@@ -62,6 +90,8 @@ class LitMMCLI(LightningCLI):
                 "use_distributed_sampler": False,  # the data side shares records among ranks itself
                 "log_every_n_steps": 10,
                 "num_sanity_val_steps": 0,
+                "enable_model_summary": False,  # the table of parts says more
+                "inference_mode": False,  # its tensors do not go with sharded parameters
                 "reload_dataloaders_every_n_epochs": 1,  # epochs may differ in length
             },
             parser_kwargs={"prog": PROGRAM} | {verb: {"usage": usage(verb)} for verb in self.subcommands()},
@@ -80,8 +110,12 @@ class LitMMCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         if config.get("ckpt_path") == "last":
             config.ckpt_path = str(newest_checkpoint(Path(config.trainer.default_root_dir)))
-        if config.get("ckpt_path") and not Path(config.ckpt_path).exists():
-            raise FileNotFoundError(f"--ckpt_path: no checkpoint {config.ckpt_path} (expected a file, or `last`)")
+        if config.get("ckpt_path"):
+            if not Path(config.ckpt_path).exists():
+                raise FileNotFoundError(f"--ckpt_path: no checkpoint {config.ckpt_path} (expected a file, or `last`)")
+            config.model.init_from = None  # all comes from the checkpoint, the sources may be gone
+            if "weights_only" in config:
+                config.weights_only = True
         if not config.get("ckpt_path") and self.config.subcommand != "fit":
             rank_zero_warn(f"{self.config.subcommand} without --ckpt_path: the weights are those before training")
 

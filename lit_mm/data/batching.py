@@ -54,6 +54,7 @@ class Sample:
         kept: [T] the coarsest time scale, by number, at which a position still stands.
         questions: What is to be asked about it; their image_index counts this sample's frames.
         skipped: Why there is nothing in it, if its record could not be read.
+        where: Its file and record.
     """
 
     visuals: list[Visual] = field(default_factory=list)
@@ -62,6 +63,7 @@ class Sample:
     kept: Tensor | None = None
     questions: list[Question] = field(default_factory=list)
     skipped: list[RecordError] = field(default_factory=list)
+    where: str = ""
 
 
 @dataclass
@@ -453,6 +455,7 @@ def collate(samples: Sequence[Sample], time_scales: Sequence[int] = ()) -> Batch
         records=len(samples),
         skipped=[(error.reason, str(error)) for sample in samples for error in sample.skipped],
         kept=[sample.kept for sample in samples if sample.kept is not None],
+        where=[sample.where for sample in samples if not sample.skipped],
     )
 
 

@@ -150,7 +150,7 @@ class Reader:
         visuals, frames = self.media.load(record)
         sizes = [(visual.pixels.shape[3], visual.pixels.shape[2]) for visual in visuals]
         shown = [Shown(*size, labels) for size, labels in zip(sizes, frames, strict=True)]
-        sample, encoded = Sample(visuals), None
+        sample, encoded = Sample(visuals, where=record.where), None
         if self.split in ("train", "val"):
             encoded = self.conversation.encode(record, frames)
             sample.token_ids, sample.targets, sample.kept = encoded.tensors(bool(self.inputs.time_scales))

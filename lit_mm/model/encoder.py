@@ -54,6 +54,13 @@ class Encoder(nn.Module):
     trunk: Any
 
     @property
+    def stages(self) -> list[nn.Module]:
+        """The trunk's stages, or a ViT's blocks, nearest to the pixels first."""
+        modules = dict(self.trunk.named_modules())
+        listed = (modules.get(info["module"]) for info in self.trunk.feature_info)
+        return [module for module in listed if module is not None and any(True for _ in module.parameters())]
+
+    @property
     def smallest(self) -> tuple[int, ...]:
         """One grid cell, or the only size that a backbone takes."""
         patches: Any = getattr(self.trunk, "patch_embed", None)
@@ -180,7 +187,7 @@ class TimmEncoder(Encoder):
 
     def __init__(
         self,
-        backbone: str = "vit_large_patch14_clip_336.openai",
+        backbone: str = "vit_large_patch14_clip_quickgelu_336.openai",
         layer: int = -2,
         pretrained: bool = False,
         overrides: dict[str, Any] | None = None,
@@ -201,16 +208,18 @@ class TimmEncoder(Encoder):
         trunk = create_trunk(backbone, pretrained, overrides or {})
         if not hasattr(trunk, "forward_intermediates"):
             raise ValueError(f"{backbone}: timm's {type(trunk).__name__} offers no forward_intermediates")
-        self.trunk, self.pretrained, self.layer = trunk, pretrained, layer
+        self.trunk, self.pretrained = trunk, pretrained
+        self.layer = range(len(trunk.feature_info))[layer]
         info = trunk.feature_info[layer]
+        if hasattr(trunk, "prune_intermediate_layers"):  # what lies behind would wait for gradients
+            trunk.prune_intermediate_layers([self.layer], prune_norm=True, prune_head=True)
         self.stride, self.width = info["reduction"], info["num_chs"]
         self._statistics_of(trunk)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [B, 3, H, W] -> grid [B, width, ceil(H / stride), ceil(W / stride)]."""
-        index = range(len(self.trunk.feature_info))[self.layer]
         maps = self.trunk.forward_intermediates(
-            self.pad(pixels), indices=[index], output_fmt="NCHW", intermediates_only=True
+            self.pad(pixels), indices=[self.layer], output_fmt="NCHW", intermediates_only=True
         )
         return maps[0]
 

@@ -67,8 +67,13 @@ class LLM:
     dtype: DType = "float32"
 
 
-def load_llm(llm: LLM, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_llm(llm: LLM, tokenizer: PreTrainedTokenizerBase, on_meta: bool = False) -> PreTrainedModel:
     """Load the model, or build it at random from the present seed.
+
+    Args:
+        llm: Which.
+        tokenizer: Its tokenizer.
+        on_meta: Build it without weights, on the `meta` device.
 
     Raises:
         ValueError: A random model without sizes or with a size its config does not know, sizes for
@@ -76,7 +81,10 @@ def load_llm(llm: LLM, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         FileNotFoundError: No such folder, GGUF file or package.
     """
     dtype = getattr(torch, llm.dtype)
-    if _is_config_class(llm.source):
+    if on_meta:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(load_config(llm, tokenizer), dtype=dtype)
+    elif _is_config_class(llm.source):
         model = AutoModelForCausalLM.from_config(_random_config(llm, tokenizer), dtype=dtype)
     elif llm.sizes:
         raise ValueError(f"llm.sizes is for random models; {llm.source} brings its own")

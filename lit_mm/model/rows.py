@@ -147,6 +147,7 @@ class Batch:
         skipped: What was left out of this batch: (reason, message) of every bad record.
         kept: [T_i] a sample: the coarsest time scale, by number, at which a position still stands;
             empty without time scales.
+        where: File and record of every sample.
     """
 
     images: Images
@@ -159,6 +160,7 @@ class Batch:
     records: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
+    where: list[str] = field(default_factory=list)
     supervised: int = field(init=False)
     """Number of targets, each counted once however many scales there are."""
 

@@ -69,6 +69,23 @@ class MatryoshkaVLM(nn.Module):
         self.projector = projector
         self.llm = llm
         self.time_scales = checked_time_scales(time_scales) if time_scales else []
+        self.in_step = False
+        """Whether ranks wait for each other's parameters, and so must compute equally often."""
+
+    @property
+    def decoder_layers(self) -> list[nn.Module]:
+        """The LLM's: its longest list of modules, as every model of transformers has one."""
+        lists = [list(module) for module in self.llm.base_model.modules() if isinstance(module, nn.ModuleList)]
+        return max(lists, key=len)
+
+    def recompute(self, parts: Sequence[str]) -> None:
+        """Compute the blocks of the encoder, the LLM or both again in the backward pass."""
+        if "encoder" in parts:
+            self.encoder.set_grad_checkpointing()
+        if "llm" in parts:
+            self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+            for layer in self.decoder_layers:  # transformers recomputes in training mode only
+                layer.training = True
 
     @property
     def levels(self) -> list[Scale]:
@@ -218,7 +235,7 @@ class MatryoshkaVLM(nn.Module):
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=gain / module.weight[0].numel() ** 0.5)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # tensors of inference mode do not go with sharded parameters
     def generate(
         self,
         images: Images,
@@ -244,19 +261,22 @@ class MatryoshkaVLM(nn.Module):
         Raises:
             ValueError: The model does not have this level, or no end token is known.
         """
-        if not questions:
+        if not questions and not self.in_step:
             return []
         if level not in self.levels:
             raise ValueError(f"scale {level} is not one of the model's {', '.join(map(str, self.levels))}")
         nested = self.encode(images) if nested is None else nested
         number = self.levels.index(level)
-        embeddings, mask = self._prompts(images, questions, number, nested[number] if nested else None)
+        asked = questions or [Question("", "", torch.zeros(1, dtype=torch.long, device=self.llm.device), [])]
+        embeddings, mask = self._prompts(images, asked, number, nested[number] if nested else None)
         ends = self._end_ids(end_ids)
         config = GenerationConfig(
             do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0]
         )
-        answers = cast(Any, self.llm).generate(inputs_embeds=embeddings, attention_mask=mask, generation_config=config)
-        return [_until(answer, ends) for answer in answers]
+        answers = cast(Any, self.llm).generate(
+            inputs_embeds=embeddings, attention_mask=mask, generation_config=config, synced_gpus=self.in_step
+        )
+        return [_until(answer, ends) for answer in answers[: len(questions)]]
 
     def _prompts(
         self, images: Images, questions: Sequence[Question], level: int, tokens: Tensor | None

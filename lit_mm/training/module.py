@@ -8,9 +8,10 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -32,10 +33,14 @@ from lit_mm.model.projector import (
 )
 from lit_mm.model.rows import Batch, Packing
 from lit_mm.model.vlm import Losses, MatryoshkaVLM
-from lit_mm.training.check import check_packing
-from lit_mm.training.parts import Parts, parameter_groups
+from lit_mm.training.check import check_packing, stand_in
+from lit_mm.training.checkpoints import InitFrom, Weights, llm_weights, start_from
+from lit_mm.training.optim import FusedAdamW, MuonAdamW
+from lit_mm.training.parts import Parts, apply_parts, parameter_groups, parts_table
 from lit_mm.training.resume import Place, check_order, seed_step, write_place
 from lit_mm.training.schedule import WarmupCosine
+from lit_mm.training.steps import clip, refuse_not_finite, set_options
+from lit_mm.training.strategies import is_sharded, shard
 
 
 class LitMatryoshka(LightningModule):
@@ -55,7 +60,9 @@ class LitMatryoshka(LightningModule):
         scales_per_step: int | Literal["all"] = "all",
         keep_finest: bool = False,
         parts: Parts = Parts(),  # noqa: B008 (read only)
-        optimizer: Callable[[list[dict[str, Any]]], Optimizer] = torch.optim.AdamW,
+        init_from: str | InitFrom | None = None,
+        activation_checkpointing: list[Literal["encoder", "llm"]] = [],  # noqa: B006 (read only)
+        optimizer: Callable[[list[dict[str, Any]]], Optimizer] = FusedAdamW,
         scheduler: Callable[[Optimizer, int], LRScheduler] = WarmupCosine,
         max_new_tokens: int = 32,
         init_gain: float | None = None,
@@ -84,7 +91,11 @@ class LitMatryoshka(LightningModule):
                 training step, drawn anew in each; their weights keep the expected loss the mean over
                 all. all: every one, as in M3.
             keep_finest: Whether the finest scale takes part in every step when scales are drawn.
-            parts: How fast each part learns.
+            parts: What trains, from where on, how fast.
+            init_from: Weights to start from: an earlier run, or sources by part. Not a resume: that is
+                --ckpt_path, which restores everything and of which nothing is replaced by this.
+            activation_checkpointing: Parts whose blocks are computed again in the backward pass instead
+                of keeping their activations: less memory, a third more work in them.
             optimizer: Gets one or two parameter groups a part; the parts set the learning rates.
             scheduler: Gets the optimizer and the number of steps of the whole run.
             max_new_tokens: The longest generated answer, in tokens.
@@ -99,6 +110,8 @@ class LitMatryoshka(LightningModule):
         self.time_scales = checked_time_scales(time_scales) if time_scales else []
         self.attention, self.scales_per_step, self.keep_finest = attention, scales_per_step, keep_finest
         self.parts, self.build_optimizer, self.build_scheduler = parts, optimizer, scheduler
+        self.init_from = InitFrom(init_from) if isinstance(init_from, str) else init_from or InitFrom()
+        self.activation_checkpointing = activation_checkpointing
         self.max_new_tokens, self.init_gain = max_new_tokens, init_gain
         self.tokenizer = load_tokenizer(llm)
         self.packing = packing_of(load_config(llm, self.tokenizer), attention)
@@ -108,6 +121,7 @@ class LitMatryoshka(LightningModule):
         )
         self.place = Place()
         self.order: dict[str, Any] = {}
+        self.recent: list[tuple[list[str], Tensor]] = []
 
     @property
     def levels(self) -> list[Scale]:
@@ -134,26 +148,47 @@ class LitMatryoshka(LightningModule):
         )
 
     def configure_model(self) -> None:
-        """Build the model, once."""
+        """Build the model with its first weights, freeze what does not train, shard it if asked to."""
         if hasattr(self, "vlm"):
             return
-        encoder, llm = self.build_encoder(), load_llm(self.llm, self.tokenizer)
+        direct = self._read_by_layer()
+        self.vlm = self._build(on_meta=direct is not None)
+        start_from(self.vlm, self.init_from)
+        apply_parts(self.vlm, self.parts)
+        self.vlm.recompute(self.activation_checkpointing)
+        if self._trainer is not None and self.trainer.precision == "bf16-true":
+            self.vlm.to(torch.bfloat16)
+        self.vlm.in_step = is_sharded(self._trainer)
+        if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
+            shard(self.vlm, self.trainer.strategy.device_mesh["data_parallel"], self.trainer.strategy, direct)
+
+    def _read_by_layer(self) -> Weights | None:
+        """The LLM's weights, if it is to be built on `meta` and get them layer by layer as it is sharded."""
+        sharded = self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
+        source = self.init_from.sources.get("llm")
+        return llm_weights(self.llm, source) if sharded else None
+
+    def _build(self, on_meta: bool = False) -> MatryoshkaVLM:
+        """The three parts, from the published or from random weights; the LLM without any if on_meta."""
+        encoder, llm = self.build_encoder(), load_llm(self.llm, self.tokenizer, on_meta)
         if self.packing != "loop":
             llm.set_attn_implementation(NAME)
         width = cast(nn.Embedding, llm.get_input_embeddings()).embedding_dim
         projector = MatryoshkaProjector(encoder.width, width, self.scales, self.sampling, self.pooling)
-        self.vlm = MatryoshkaVLM(encoder, projector, llm, self.time_scales)
+        vlm = MatryoshkaVLM(encoder, projector, llm, self.time_scales)
         if self.init_gain is not None:
-            self.vlm.start_from_nothing(self.init_gain)
+            vlm.start_from_nothing(self.init_gain)
+        return vlm
 
     def on_fit_start(self) -> None:
-        """Say how samples are packed, and make sure that this LLM computes the same that way."""
-        rank_zero_info(f"attention: {self.packing} ({type(self.vlm.llm).__name__})")
-        if self.packing == "sequential" and isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+        """Say what trains and how samples are packed."""
+        if self.packing == "sequential" and is_sharded(self.trainer):
             raise ValueError("model.attention sequential: ranks would run the LLM unequally often, shard with another")
         self.divisor: Tensor | None = None
-        with self.trainer.precision_plugin.forward_context():
-            check_packing(self.vlm, self.packing)
+        self.checked = False
+        if self.trainer.is_global_zero:
+            Console().print(parts_table(self.vlm, self.parts))
+            rank_zero_info(f"attention: {self.packing} ({type(self.vlm.llm).__name__})")
 
     def on_train_epoch_start(self) -> None:
         """A new place."""
@@ -171,12 +206,16 @@ class LitMatryoshka(LightningModule):
         divisor everywhere, that of an accumulation's first batch, the sum is right but for a factor
         that `on_before_optimizer_step` corrects.
         """
+        if not self.checked:  # here and not earlier, as sharded models compute within a step alone
+            check_packing(self.vlm, self.packing)
+            self.checked = True
         window = self.trainer.accumulate_grad_batches
         targets, encodings = self._over_ranks(batch)
         if batch_idx % window == 0 or self.divisor is None:  # or resumed between two steps
             self.divisor, self.targets = targets.clamp(min=1) * window, torch.zeros_like(targets)
         self.targets += targets
         losses = self.vlm(batch, self.divisor / (window * self.trainer.world_size), encodings)
+        self.recent = [*(self.recent if batch_idx % window else []), (batch.where, losses.total.detach())]
         self._log_losses("train", losses, batch)
         return losses.total
 
@@ -185,6 +224,18 @@ class LitMatryoshka(LightningModule):
         if self.trainer.accumulate_grad_batches > 1 and self.divisor is not None:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             torch._foreach_mul_(gradients, self.divisor / self.targets.clamp(min=1))
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip in the way of the strategy, log the gradients' norm, and stop where it is not finite.
+
+        Raises:
+            FloatingPointError: It is not; the records of the step are in a file then.
+        """
+        norm = clip(self.trainer, optimizer, gradient_clip_val, gradient_clip_algorithm)
+        refuse_not_finite(norm, self.trainer, self.recent)
+        self.log("train/gradient_norm", norm)
 
     def optimizer_step(self, epoch: int, batch_idx: int, *arguments: Any, **named: Any) -> None:
         """Step, and remember how far the weights have come."""
@@ -212,6 +263,7 @@ class LitMatryoshka(LightningModule):
     def on_train_start(self) -> None:
         """A run that goes on in the middle of an epoch must have the batches of the one that began it."""
         check_order(self.order, self._order(), self.place)
+        set_options(self.trainer, self.options)
 
     def _order(self) -> dict[str, Any]:
         """What decides the batches, if the data can tell."""
@@ -226,10 +278,19 @@ class LitMatryoshka(LightningModule):
         targets, encodings = cast(Tensor, self.all_gather(own)).unbind(1)
         return targets.sum().float(), int(encodings.max())
 
+    def _encodings(self, batch: Batch) -> int:
+        """How often ranks that wait for each other must run their encoders."""
+        return self._over_ranks(batch)[1] if self.vlm.in_step else 0
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses and accuracies at every level; a rank with fewer records logs nothing, by weight, too."""
         nothing = torch.zeros(len(self.levels), device=self.device)
-        self._log_losses("val", self.vlm(batch) if batch.token_ids else Losses(nothing, nothing), batch)
+        losses, encodings = Losses(nothing, nothing), self._encodings(batch)
+        if batch.token_ids:
+            losses = self.vlm(batch, encodings=encodings)
+        elif self.vlm.in_step:
+            self.vlm(stand_in(batch, self.scales, self.packing, self.device), encodings=encodings)
+        self._log_losses("val", losses, batch)
         self._judge("val", batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -247,6 +308,8 @@ class LitMatryoshka(LightningModule):
     def answers(self, batch: Batch) -> dict[Scale, list[str]]:
         """level -> the generated answer to each of the batch's questions; images are encoded once."""
         nested = self.vlm.encode(batch.images)
+        for _ in range(self._encodings(batch) - len(batch.images.groups)):
+            self.vlm.blank()
         return {level: self._generate(batch, nested, level) for level in self.levels}
 
     def _generate(self, batch: Batch, nested: list[Tensor], level: Scale) -> list[str]:
@@ -272,7 +335,11 @@ class LitMatryoshka(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The configured optimizer over the parts' groups, and the schedule by steps."""
-        optimizer = self.build_optimizer(parameter_groups(self.vlm, self.parts))
+        groups = parameter_groups(self.vlm, self.parts)
+        optimizer = self.build_optimizer(groups)
+        if isinstance(optimizer, MuonAdamW) and is_sharded(self.trainer):
+            raise ValueError("model.optimizer MuonAdamW wants whole matrices: shard with FusedAdamW")
+        self.options = [{name: group[name] for name in ("lr", "weight_decay")} for group in optimizer.param_groups]
         scheduler = self.build_scheduler(optimizer, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -1,10 +1,32 @@
-"""Muon for the matrices of hidden layers, AdamW for the rest: for training from nothing."""
+"""AdamW as the recipes use it; and Muon beside it, for training from nothing."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch.optim import AdamW, Muon, Optimizer
+
+
+class FusedAdamW(AdamW):
+    """AdamW in one kernel where torch has one, without weight decay unless asked for (as both papers)."""
+
+    def __init__(
+        self,
+        params: list[dict[str, Any]],
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        """Set up.
+
+        Args:
+            params: Parameter groups with their learning rates.
+            weight_decay: Of the groups that name none of their own.
+            betas: Of the means of gradients and of their squares.
+            eps: Added to the root.
+        """
+        devices = {parameter.device.type for group in params for parameter in group["params"]}
+        super().__init__(params, betas=betas, eps=eps, weight_decay=weight_decay, fused=devices <= {"cpu", "cuda"})
 
 
 class MuonAdamW(Optimizer):

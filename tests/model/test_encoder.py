@@ -117,9 +117,13 @@ def test_extra_stage_follows_convnext_v2():
 def test_vit_grid_is_the_last_but_one_blocks():
     """LLaVA's choice of layer, compared with the block's output caught by a hook."""
     encoder = TimmEncoder("vit_tiny_patch16_224", overrides={"img_size": 64}).eval()
-    caught = []
-    encoder.trunk.blocks[-2].register_forward_hook(lambda module, inputs, output: caught.append(output))
-    grid = encoder(torch.randn(2, 3, 64, 64))
+    whole, caught = timm.create_model("vit_tiny_patch16_224", img_size=64).eval(), []
+    left_out = encoder.trunk.load_state_dict(whole.state_dict(), strict=False).unexpected_keys
+    assert all(name.startswith(("blocks.11.", "norm.", "head.")) for name in left_out)  # nothing waits for gradients
+    whole.blocks[-2].register_forward_hook(lambda module, inputs, output: caught.append(output))
+    pixels = torch.randn(2, 3, 64, 64)
+    whole(pixels)
+    grid = encoder(pixels)
     assert (encoder.stride, encoder.width, tuple(grid.shape)) == (16, 192, (2, 192, 4, 4))
     assert torch.equal(grid.flatten(2).transpose(1, 2), caught[0][:, 1:])  # without the class token
 

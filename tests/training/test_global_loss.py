@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lit_mm.model.rows import Batch, every_level, pack
 from lit_mm.training.module import LitMatryoshka
-from lit_mm.training.parts import Part, Parts
+from lit_mm.training.parts import LLMPart, Part, Parts
 from tests.conftest import tiny_encoder, tiny_llm
 from tests.model.test_rows import SCALES, batch_of, random_samples
 
@@ -43,7 +43,7 @@ def rows_of(samples) -> Batch:
 
 def weights_after_a_step(shares, folder: Path, accumulate: int = 1, strategy: str = "auto") -> dict[str, torch.Tensor]:
     lightning.seed_everything(5, verbose=False)
-    parts = Parts(Part(0.1), Part(0.1), Part(0.1))
+    parts = Parts(Part(0.1), Part(0.1), LLMPart(0.1))
     lit = LitMatryoshka(
         tiny_encoder, tiny_llm(), SCALES, parts=parts, optimizer=torch.optim.SGD, scheduler=unchanged, init_gain=1.0
     )

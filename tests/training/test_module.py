@@ -12,13 +12,13 @@ from lightning.pytorch.loggers import CSVLogger
 from lit_mm.data.datamodules import ImageInstructions
 from lit_mm.data.images import ImageOptions
 from lit_mm.training.module import LitMatryoshka
-from lit_mm.training.parts import Part, Parts, parameter_groups
+from lit_mm.training.parts import LLMPart, Part, Parts, parameter_groups
 from lit_mm.training.schedule import WarmupCosine
 from tests.conftest import tiny_encoder, tiny_llm, tiny_vlm
 
 
 def module(**options) -> LitMatryoshka:
-    parts = Parts(Part(1e-3), Part(2e-3), Part(3e-3))
+    parts = Parts(Part(1e-3), Part(2e-3), LLMPart(3e-3))
     return LitMatryoshka(tiny_encoder, tiny_llm(), [16, 4, 1], parts=parts, max_new_tokens=3, **options)
 
 
@@ -51,7 +51,7 @@ def losses(folder) -> list[dict[str, float]]:
 
 def test_groups_carry_the_parts_rates_and_spare_norms_from_decay():
     vlm = tiny_vlm()
-    groups = {group["name"]: group for group in parameter_groups(vlm, Parts(Part(1.0), Part(2.0), Part(3.0)))}
+    groups = {group["name"]: group for group in parameter_groups(vlm, Parts(Part(1.0), Part(2.0), LLMPart(3.0)))}
     assert {name: group["lr"] for name, group in groups.items()} == {
         "encoder_other": 1.0,  # this backbone's matrices are 1×1 convolutions
         "encoder_no_decay": 1.0,

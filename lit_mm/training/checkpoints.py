@@ -1,0 +1,324 @@
+"""Hand-off: weights from an earlier run, a file or the published models into parts of a new one, and out again.
+
+This is no resume. `--ckpt_path` restores a run with its optimizer and its place in the data;
+`init_from` gives a new run weights to begin with. Both read without unpickling code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_mm.model.llm import LLM
+from lit_mm.model.vlm import MatryoshkaVLM
+from lit_mm.training.parts import PARTS, PartName, merge_adapters
+
+SHARDED = ".metadata"
+"""The file that marks a folder as a checkpoint of several ranks (torch.distributed.checkpoint)."""
+
+
+@dataclass
+class InitFrom:
+    """Weights to start from, part by part.
+
+    Each source is a run's folder (`runs/stage_1`, or one `version_0` of it), a checkpoint, a folder
+    that `export` wrote, a safetensors file, or a Hugging Face folder, published LLaVA and
+    ConvLLaVA models included.
+
+    Args:
+        run: For all parts.
+        encoder: For the encoder, instead of the run's.
+        projector: For the projector, instead of the run's.
+        llm: For the LLM, instead of the run's.
+        allow_missing: Patterns (`encoder.trunk.stages.4.*`) of names that may keep their values.
+        allow_unexpected: Patterns of names that may be left over.
+    """
+
+    run: str | None = None
+    encoder: str | None = None
+    projector: str | None = None
+    llm: str | None = None
+    allow_missing: list[str] = field(default_factory=list)
+    allow_unexpected: list[str] = field(default_factory=list)
+
+    @property
+    def sources(self) -> dict[PartName, str]:
+        """Where each part comes from, if it comes from anywhere."""
+        named = {part: getattr(self, part) or self.run for part in PARTS}
+        return {part: source for part, source in named.items() if source}
+
+
+@dataclass
+class Weights:
+    """Tensors by name, read when asked for.
+
+    Args:
+        where: The file or folder, for errors.
+        tensors: Readers by name.
+    """
+
+    where: Path
+    tensors: dict[str, Callable[[], Tensor]]
+
+    def of(self, part: PartName) -> Weights:
+        """Only a part's, by their names within it: all of them if the file knows no parts."""
+        if not any(name.startswith(tuple(f"{each}." for each in PARTS)) for name in self.tensors):
+            return self
+        own = {
+            name.removeprefix(f"{part}."): read for name, read in self.tensors.items() if name.startswith(f"{part}.")
+        }
+        return Weights(self.where, own)
+
+
+def open_weights(source: str) -> Weights:
+    """Find and open a source of weights; names are this package's, `encoder.…`, `projector.…`, `llm.…`.
+
+    Raises:
+        FileNotFoundError: There is nothing, or nothing with weights.
+    """
+    path = newest_of(Path(source).expanduser())
+    if path.is_file() and path.suffix == ".safetensors":
+        return Weights(path, renamed(_safetensors([path])))
+    if path.is_file():
+        return Weights(path, _of_checkpoint(path))
+    if (path / SHARDED).is_file():
+        return Weights(path, _of_shards(path))
+    if (path / "llm").is_dir():
+        return Weights(path, _of_export(path))
+    if files := sorted(path.glob("*.safetensors")):
+        return Weights(path, renamed(_safetensors(files)))
+    raise FileNotFoundError(f"init_from: {source}: expected a run, a checkpoint, safetensors or a folder of them")
+
+
+def llm_weights(llm: LLM, source: str | None) -> Weights | None:
+    """Where an LLM's weights can be read one by one: what it starts from, or its own safetensors; None
+    for random models, GGUF and other files, which only transformers reads, as a whole.
+
+    Raises:
+        FileNotFoundError: No such source.
+    """
+    if source is not None:
+        return open_weights(source).of("llm")
+    if llm.source.endswith(("Config", ".gguf")) or llm.source.startswith("package:"):
+        return None
+    folder = Path(llm.source).expanduser()
+    if not folder.is_dir():
+        folder = Path(snapshot_download(llm.source, allow_patterns=["*.safetensors"]))
+    files = sorted(folder.glob("*.safetensors"))
+    return Weights(folder, _safetensors(files)) if files else None
+
+
+def newest_of(path: Path) -> Path:
+    """The newest checkpoint of a run's folder or of a folder of runs; any other path as it is.
+
+    Raises:
+        FileNotFoundError: No such path.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"init_from: no file or folder {path}")
+    found = [*path.glob("checkpoints/last.ckpt"), *path.glob("version_*/checkpoints/last.ckpt")]
+    return max(found, key=lambda file: file.stat().st_mtime) if found else path
+
+
+def _safetensors(files: Iterable[Path]) -> dict[str, Callable[[], Tensor]]:
+    readers: dict[str, Callable[[], Tensor]] = {}
+    for file in files:
+        opened = safe_open(file, "pt")
+        readers |= {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118
+    return readers
+
+
+def _of_checkpoint(path: Path) -> dict[str, Callable[[], Tensor]]:
+    loaded = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    state = loaded.get("state_dict", loaded)
+    return {name.removeprefix("vlm."): partial(state.__getitem__, name) for name in state}
+
+
+def _of_shards(path: Path) -> dict[str, Callable[[], Tensor]]:
+    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    prefix = re.compile(r"^(state_dict|model)\.vlm\.")
+    tensors = {name: entry for name, entry in entries.items() if prefix.match(name)}
+
+    def read(name: str) -> Tensor:
+        entry = cast(TensorStorageMetadata, tensors[name])
+        target = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
+        dcp.load(target, checkpoint_id=path, no_dist=True)
+        return target[name]
+
+    return {prefix.sub("", name): partial(read, name) for name in tensors}
+
+
+def _of_export(path: Path) -> dict[str, Callable[[], Tensor]]:
+    llm = renamed(_safetensors(sorted((path / "llm").glob("*.safetensors"))))
+    files = [path / f"{part}.safetensors" for part in ("encoder", "projector")]
+    own = {f"{file.stem}.{name}": read for file in files for name, read in _safetensors([file]).items()}
+    return own | {f"llm.{name.removeprefix('llm.')}": read for name, read in llm.items()}
+
+
+CONVNEXT = [
+    (r"^.*?(embeddings\.|encoder\.stages\.)", r"\1"),
+    ("layer_scale_parameter", "gamma"),
+    (r"embeddings\.patch_embeddings\.", "stem.0."),
+    (r"embeddings\.layernorm\.", "stem.1."),
+    (r"encoder\.stages\.", "stages."),
+    ("downsampling_layer", "downsample"),
+    (r"\.layers\.", ".blocks."),
+    ("dwconv", "conv_dw"),
+    (r"\.layernorm\.", ".norm."),
+    ("pwconv1", "mlp.fc1"),
+    ("pwconv2", "mlp.fc2"),
+    ("^", "trunk."),
+]
+"""From the names of transformers' ConvNextModel, in which ConvLLaVA's towers are published, to timm's."""
+
+
+def renamed(tensors: dict[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
+    """Published names -> this package's: LLaVA's and ConvLLaVA's whole models, and the latter's towers."""
+    is_tower = any("patch_embeddings" in name and "dwconv" not in name for name in tensors) and any(
+        "dwconv" in name for name in tensors
+    )
+    is_llava = any(name.startswith("model.mm_projector.") for name in tensors)
+    if not is_tower and not is_llava:
+        return tensors
+    names = {name: _our_name(name, is_llava) for name in tensors}
+    return {ours: tensors[name] for name, ours in names.items() if ours}
+
+
+def _our_name(name: str, is_llava: bool) -> str | None:
+    if is_llava and name.startswith("model.mm_projector."):
+        return name.replace("model.mm_projector.", "projector.layers.")
+    if is_llava and "vision_tower" not in name:
+        return f"llm.{name}"
+    if re.search(r"(^|\.)layernorm\.(weight|bias)$", name) and ".layers." not in name and "embeddings" not in name:
+        return None  # the classifier's norm, which the grid does not pass
+    for pattern, ours in CONVNEXT:
+        name = re.sub(pattern, ours, name)
+    return f"encoder.{name}" if is_llava else name
+
+
+def start_from(vlm: MatryoshkaVLM, init: InitFrom) -> None:
+    """Copy the named weights into the model; what is on the `meta` device is left for `materialise`.
+
+    Raises:
+        ValueError: Names are missing or left over and no pattern allows it, or a shape differs.
+    """
+    for part, source in init.sources.items():
+        weights = open_weights(source).of(part)
+        expected = expected_names(getattr(vlm, part))
+        check_names(part, weights, expected, init)
+        copy_weights(expected, weights)
+
+
+def expected_names(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, a tied one once."""
+    kept = module.state_dict(keep_vars=True)
+    parameters = dict(module.named_parameters())
+    return {name: tensor for name, tensor in kept.items() if name in parameters or not isinstance(tensor, nn.Parameter)}
+
+
+def check_names(part: PartName, weights: Weights, expected: dict[str, Tensor], init: InitFrom) -> None:
+    """Whether a part and its source have the same names.
+
+    Raises:
+        ValueError: They do not, and no pattern allows it.
+    """
+    given = {name for name in weights.tensors if not _is_copy(name, expected)}
+    differ = {"missing": set(expected) - given, "unexpected": given - set(expected)}
+    allowed = {"missing": init.allow_missing, "unexpected": init.allow_unexpected}
+    wrong = {
+        kind: sorted(name for name in names if not any(fnmatch(f"{part}.{name}", each) for each in allowed[kind]))
+        for kind, names in differ.items()
+    }
+    if any(wrong.values()):
+        said = "; ".join(f"{len(names)} {kind}: {_listed(part, names)}" for kind, names in wrong.items() if names)
+        hint = " (adapters: `export` merges them)" if any("lora_" in name for name in given) else ""
+        raise ValueError(f"init_from: {weights.where} does not fit the {part}{hint}: {said}")
+
+
+def _is_copy(name: str, expected: dict[str, Tensor]) -> bool:
+    """A head that is tied to the embeddings and stored with them, or rotary tables, which are computed."""
+    return name not in expected and (name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"))
+
+
+def _listed(part: str, names: Sequence[str], most: int = 20) -> str:
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*(f"{part}.{name}" for name in names[:most]), *more])
+
+
+@torch.no_grad()
+def copy_weights(targets: dict[str, Tensor], weights: Weights) -> None:
+    """Copy every tensor that the source has.
+
+    Raises:
+        ValueError: A shape differs.
+    """
+    for name, target in targets.items():
+        if name in weights.tensors and not target.is_meta:
+            given = weights.tensors[name]()
+            if given.shape != target.shape:
+                raise ValueError(
+                    f"init_from: {weights.where}: {name} is {list(given.shape)}, expected {list(target.shape)}"
+                )
+            target.copy_(given)
+
+
+@torch.no_grad()
+def materialise(llm: PreTrainedModel, module: nn.Module, weights: Weights) -> None:
+    """Give a module of an LLM that was built on the `meta` device its weights, on the CPU.
+
+    Args:
+        llm: The whole.
+        module: A decoder layer, say, or the LLM itself for what is left.
+        weights: The LLM's.
+
+    Raises:
+        ValueError: A weight is missing, or its shape differs.
+    """
+    inside = set(module.modules())
+    for name, child in llm.named_modules():
+        own = {
+            key: tensor for key, tensor in [*child._parameters.items(), *child._buffers.items()] if tensor is not None
+        }
+        if child not in inside or not any(tensor.is_meta for tensor in own.values()):
+            continue
+        child.to_empty(device="cpu", recurse=False)
+        if child._buffers:
+            llm._init_weights(child)  # rotary tables, as transformers' own loading does
+        place = f"{name}.".replace(".base_layer.", ".")
+        named = {f"{place}{key}": tensor for key, tensor in child._parameters.items() if tensor is not None}
+        if missing := [key for key in named if key not in weights.tensors]:
+            raise ValueError(f"llm: {weights.where} lacks {', '.join(missing)}")
+        copy_weights(named, weights)
+
+
+def export(vlm: MatryoshkaVLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the model as plain files: encoder.safetensors, projector.safetensors, and in llm/ a Hugging
+    Face model with its tokenizer, adapters merged. `init_from` takes the folder, and `model.llm.source`
+    or transformers the folder llm/.
+
+    Raises:
+        FileExistsError: The folder is not empty.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"export: {folder} is not empty")
+    folder.mkdir(parents=True, exist_ok=True)
+    merge_adapters(vlm.llm)
+    for part in ("encoder", "projector"):
+        state = {name: tensor.contiguous() for name, tensor in getattr(vlm, part).state_dict().items()}
+        save_file(state, folder / f"{part}.safetensors", {"format": "pt"})
+    vlm.llm.save_pretrained(folder / "llm")
+    tokenizer.save_pretrained(folder / "llm")

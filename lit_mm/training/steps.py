@@ -1,0 +1,65 @@
+"""Around one optimizer step: clipping under every strategy, gradients that are no numbers, and
+learning rates that were changed for a resumed run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+
+def clip(trainer: Trainer, optimizer: Optimizer, most: float | None, algorithm: str | None) -> Tensor:
+    """Limit the gradients, by their common norm or each value; return their norm, over all shares, before.
+
+    Lightning refuses the norm for FSDP1, and for fused optimizers in mixed precision.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    by_norm = most if algorithm != "value" else None
+    if isinstance(trainer.strategy, FSDPStrategy):
+        norm: Tensor = cast(Any, trainer.strategy.model).clip_grad_norm_(by_norm or float("inf"))
+    else:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if by_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, by_norm, norm)
+    if most and algorithm == "value":
+        torch.nn.utils.clip_grad_value_(parameters, most)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def refuse_not_finite(norm: Tensor, trainer: Trainer, recent: Sequence[tuple[list[str], Tensor]]) -> None:
+    """Stop before a step that would spoil the weights; every rank writes down the records of its batches.
+
+    Raises:
+        FloatingPointError: The gradients' norm is not finite.
+    """
+    if torch.isfinite(norm) or trainer.precision == "16-mixed":  # whose loss scaling skips such steps
+        return
+    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"not_finite.step_{trainer.global_step}.rank_{trainer.global_rank}.json"
+    losses = [str(float(loss)) for _, loss in recent]
+    batches = [{"loss": loss, "records": where} for loss, (where, _) in zip(losses, recent, strict=True)]
+    place = {"epoch": trainer.current_epoch, "step": trainer.global_step, "gradient_norm": str(float(norm))}
+    file.write_text(json.dumps(place | {"batches": batches}, indent=2) + "\n")
+    raise FloatingPointError(
+        f"step {trainer.global_step}: the gradients' norm is {float(norm)}, losses "
+        f"{', '.join(losses)}; the records are in {file}. The weights are those before "
+        "this step. A lower learning rate, trainer.gradient_clip_val or bf16-mixed instead of bf16-true may help"
+    )
+
+
+def set_options(trainer: Trainer, options: Sequence[dict[str, Any]]) -> None:
+    """Learning rates and weight decays as they are configured now, whatever a checkpoint says."""
+    [optimizer], [config] = trainer.optimizers, trainer.lr_scheduler_configs
+    for group, configured in zip(optimizer.param_groups, options, strict=True):
+        group["lr"] *= configured["lr"] / group["initial_lr"] if configured["lr"] != group["initial_lr"] else 1
+        group["initial_lr"], group["weight_decay"] = configured["lr"], configured["weight_decay"]
+    config.scheduler.base_lrs = [configured["lr"] for configured in options]
