@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_mm.callbacks.predictions import AnswerWriter
 from lit_mm.callbacks.progress import Progress
@@ -26,6 +27,7 @@ from lit_mm.training.checkpoints import InitFrom, export, start_from
 from lit_mm.training.module import LitMatryoshka
 
 PROGRAM = "python -m lit_mm"
+warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # what is frozen, on purpose
 
 
 def usage(verb: str) -> str:
@@ -48,13 +50,14 @@ class SaveConfig(SaveConfigCallback):
 class LitMMTrainer(Trainer):
     """Lightning's Trainer with this project's own verbs."""
 
-    def export(self, model: LitMatryoshka, ckpt_path: str, to: str) -> None:
+    def export(self, model: LitMatryoshka, datamodule: Any, ckpt_path: str, to: str) -> None:
         """Write a checkpoint, sharded or not, as plain files.
 
         `init_from` of another run takes the folder; its part `llm` is a Hugging Face model.
 
         Args:
             model: The model of the config.
+            datamodule: Not needed.
             ckpt_path: Path of the checkpoint, or `last`.
             to: The folder to write: encoder.safetensors, projector.safetensors, and llm/ with the
                 tokenizer, adapters merged.
@@ -71,7 +74,7 @@ class LitMMCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's, and export."""
-        return {**LightningCLI.subcommands(), "export": {"model"}}
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
 
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
