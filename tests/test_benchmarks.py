@@ -52,7 +52,7 @@ def test_operations_are_those_torch_counts(nested_step, scales):
     batch = nested_step.batch_of(35, [20, 7], "branch", drawn, "cpu")
     nested = [torch.randn(2, scale, size.width) for scale in nested_step.SCALES]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        vlm.sums(batch, nested)
+        vlm(batch, nested=nested)
     seen = sum(35**2 / 2 + sum((s + t) * 35 + (s + t) ** 2 / 2 for s in scales) for t in (20, 7))
     counted = nested_step.operations(size, "llm", 35, [20, 7], scales, 0.0)
     products = sum(n for name, n in counter.get_flop_counts()["Global"].items() if "mm" in str(name))
@@ -82,4 +82,4 @@ def test_authors_loss_is_the_mean_over_scales(nested_step):
     batch = nested_step.batch_of(3, [6], "branch", every_level(5), "cpu")
     nested = [torch.randn(1, scale, 64) for scale in nested_step.SCALES]
     theirs = nested_step.authors_loss(vlm, batch, nested)
-    assert torch.allclose(theirs, vlm.sums(batch, nested).total / batch.supervised, rtol=1e-5)
+    assert torch.allclose(theirs, vlm(batch, nested=nested).total, rtol=1e-5)

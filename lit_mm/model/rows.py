@@ -148,6 +148,7 @@ class Batch:
         kept: [T_i] a sample: the coarsest time scale, by number, at which a position still stands;
             empty without time scales.
         where: File and record of every sample.
+        supervised: Number of targets, each counted once however many scales there are; counted here.
     """
 
     images: Images
@@ -161,11 +162,11 @@ class Batch:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
     where: list[str] = field(default_factory=list)
-    supervised: int = field(init=False)
-    """Number of targets, each counted once however many scales there are."""
+    supervised: int = -1
 
     def __post_init__(self) -> None:
-        self.supervised = sum(int((targets[1:] != IGNORED).sum()) for targets in self.targets)
+        if self.supervised < 0:
+            self.supervised = sum(int((targets[1:] != IGNORED).sum()) for targets in self.targets)
 
 
 def every_level(count: int) -> list[Drawn]:

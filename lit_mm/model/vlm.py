@@ -83,7 +83,8 @@ class MatryoshkaVLM(nn.Module):
         if "encoder" in parts:
             self.encoder.set_grad_checkpointing()
         if "llm" in parts:
-            self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(self.llm, "activation_checkpointing_enable", self.llm.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})  # the first is transformers' newer name
             for layer in self.decoder_layers:  # transformers recomputes in training mode only
                 layer.training = True
 
@@ -92,28 +93,47 @@ class MatryoshkaVLM(nn.Module):
         """What the model answers at, finest first: its scales, at each of its time scales."""
         return all_levels(self.projector.scales, self.time_scales)
 
-    def encode(self, images: Images) -> list[Tensor]:
+    def encode(self, images: Images, encodings: int = 0) -> list[Tensor]:
         """N images -> their nested tokens, one [N, scale, D] per level, finest first.
 
         With time scales it is [sets of frames, scale, D], the means over the frames of every set.
 
+        Args:
+            images: To be encoded.
+            encodings: As for `forward`.
+
         Raises:
             ValueError: A scale does not divide an image's grid.
         """
+        nested = self._encode(images)
+        for _ in range(encodings - len(images.groups)):
+            self._blank()
+        return nested
+
+    def _encode(self, images: Images) -> list[Tensor]:
         groups = [self.projector(self.encoder(self.encoder.normalise(pixels))) for pixels in images.groups]
         nested = [torch.cat(same_scale)[images.order] for same_scale in zip(*groups, strict=True)]
         if not self.time_scales:
             return nested
         return [mean_over(sets, tokens) for sets in images.over_time for tokens in nested]
 
-    def blank(self) -> Tensor:
-        """Zero, with a gradient of zero for the encoder and the projector, from the smallest image."""
+    def _blank(self) -> Tensor:
+        """Zero, with a gradient of zero for the encoder and the projector, from the smallest image.
+
+        Added to the LLM's embeddings, so that every backward goes through the LLM into the encoder.
+        """
         pixels = torch.zeros(1, 3, *self.encoder.smallest, dtype=torch.uint8)
         grid = self.encoder(self.encoder.normalise(pixels.to(next(self.encoder.parameters()).device)))
         [tokens] = self.projector(grid, [1])
         return tokens[:, :0].sum()  # of nothing: not even an infinity can come through
 
-    def forward(self, batch: Batch, count: Tensor | int | None = None, encodings: int = 0) -> Losses:
+    def forward(
+        self,
+        batch: Batch,
+        count: Tensor | int | None = None,
+        encodings: int = 0,
+        nested: list[Tensor] | None = None,
+    ) -> Losses:
         """Next-token losses of the batch at its drawn levels (M3, equation 1 is their mean).
 
         The encoder and the projector run once, the LLM once for each of the batch's rows, and logits
@@ -125,12 +145,12 @@ class MatryoshkaVLM(nn.Module):
             encodings: How many times the encoder and the projector run at least. Where ranks wait
                 for each other's parameters or gradients, all must run them as often; what the
                 batch's images lack, blank ones make up for, which add nothing.
+            nested: What `encode` made of the images, if that is known.
         """
-        nested, own = self.encode(batch.images), max(1, batch.supervised)
-        blanks = [self.blank() for _ in range(encodings - len(batch.images.groups))]
-        sums = self.sums(batch, nested)
-        total = sums.total / (own if count is None else count)
-        return Losses(torch.stack([total, *blanks]).sum() if blanks else total, sums.per_level / own)
+        nested, own = self._encode(batch.images) if nested is None else nested, max(1, batch.supervised)
+        blanks = [self._blank() for _ in range(encodings - len(batch.images.groups))]
+        sums = self._sums(batch, nested, torch.stack(blanks).sum() if blanks else None)
+        return Losses(sums.total / (own if count is None else count), sums.per_level / own)
 
     def loop(self, batch: Batch) -> Losses:
         """What `forward` computes, in the obvious way: the LLM runs once per level, on padded samples.
@@ -139,11 +159,12 @@ class MatryoshkaVLM(nn.Module):
         """
         return self(replace(batch, rows=[]))
 
-    def sums(self, batch: Batch, nested: list[Tensor]) -> Losses:
+    def _sums(self, batch: Batch, nested: list[Tensor], zero: Tensor | None) -> Losses:
         """Sums of the batch's losses instead of means, given the images' nested tokens."""
         if not batch.rows:
-            return self._loop(batch, nested)
-        hidden = torch.cat([self._hidden_of(rows, nested, again=len(batch.rows) > 1) for rows in batch.rows])
+            return self._loop(batch, nested, zero)
+        again = len(batch.rows) > 1
+        hidden = torch.cat([self._hidden_of(rows, nested, zero, again) for rows in batch.rows])
         weights = torch.cat([self._weights(rows, hidden) for rows in batch.rows])
         total, losses = weighted_loss(self.llm, hidden, torch.cat([rows.targets for rows in batch.rows]), weights)
         kinds = torch.cat([rows.target_kind for rows in batch.rows])
@@ -156,13 +177,14 @@ class MatryoshkaVLM(nn.Module):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         return torch.tensor(rows.weights, dtype=dtype).to(hidden.device)[rows.target_kind]
 
-    def _hidden_of(self, rows: Rows, nested: list[Tensor], again: bool) -> Tensor:
+    def _hidden_of(self, rows: Rows, nested: list[Tensor], zero: Tensor | None, again: bool) -> Tensor:
         """Last hidden states [S, D] where a row's targets are predicted. `again` computes the LLM's
         activations anew in the backward pass, so that those of one row exist at a time."""
         embeddings = cast(nn.Module, self.llm.get_input_embeddings())(rows.token_ids)
         if nested and len(rows.visual_index):
             tokens = self._in_one(nested)[rows.visual_source]
             embeddings = embeddings.index_copy(0, rows.visual_index, tokens.to(embeddings.dtype))
+        embeddings = embeddings if zero is None else embeddings + zero.to(embeddings.dtype)
         if again and torch.is_grad_enabled():
             return cast(Tensor, checkpoint(self._decode, embeddings, rows, use_reentrant=False))
         return self._decode(embeddings, rows)
@@ -188,10 +210,10 @@ class MatryoshkaVLM(nn.Module):
         )
         return output.last_hidden_state[0, rows.target_index]
 
-    def _loop(self, batch: Batch, nested: list[Tensor]) -> Losses:
+    def _loop(self, batch: Batch, nested: list[Tensor], zero: Tensor | None) -> Losses:
         totals, sums, moved = [], {}, behind_an_image(batch)
         for level in batch.drawn:
-            losses = self._losses_at(batch, level.number, nested)
+            losses = self._losses_at(batch, level.number, nested, zero)
             # what no level changes counts once over all drawn levels, as in a packed row
             totals.append(torch.where(moved, losses * level.weight, losses / len(batch.drawn)).sum())
             sums[level.number] = losses.detach().sum()
@@ -200,7 +222,7 @@ class MatryoshkaVLM(nn.Module):
             torch.stack(totals).sum(), torch.stack([sums.get(number, nothing) for number in range(len(self.levels))])
         )
 
-    def _losses_at(self, batch: Batch, level: int, nested: list[Tensor]) -> Tensor:
+    def _losses_at(self, batch: Batch, level: int, nested: list[Tensor], zero: Tensor | None) -> Tensor:
         """Loss of every target [S] at one level."""
         time, scale = divmod(level, len(self.projector.scales))
         kept: list[Tensor | None] = [*batch.kept] or [None] * len(batch.token_ids)
@@ -212,6 +234,7 @@ class MatryoshkaVLM(nn.Module):
         targets = [expand(own, each, count) for own, each in zip(targets, ids, strict=True)]
         padded = stack([expand(each, each, count) for each in ids], padding=0)
         embeddings = self._embed(padded, nested[level] if nested else None, in_sets(index, batch.images, time))
+        embeddings = embeddings if zero is None else embeddings + zero.to(embeddings.dtype)
         return token_losses(self.llm, embeddings, stack(targets, padding=IGNORED), IGNORED)
 
     def _embed(self, ids: Tensor, tokens: Tensor | None, image_index: Tensor) -> Tensor:
@@ -265,7 +288,7 @@ class MatryoshkaVLM(nn.Module):
             return []
         if level not in self.levels:
             raise ValueError(f"scale {level} is not one of the model's {', '.join(map(str, self.levels))}")
-        nested = self.encode(images) if nested is None else nested
+        nested = self._encode(images) if nested is None else nested
         number = self.levels.index(level)
         asked = questions or [Question("", "", torch.zeros(1, dtype=torch.long, device=self.llm.device), [])]
         embeddings, mask = self._prompts(images, asked, number, nested[number] if nested else None)

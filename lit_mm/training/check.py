@@ -34,7 +34,7 @@ def check_packing(vlm: MatryoshkaVLM, packing: Packing) -> None:
     nested = [(tokens.to(device) * size).to(weight.dtype) for tokens in nested]
     modes = {module: module.training for module in vlm.modules()}
     vlm.eval()
-    packed, looped = (vlm.sums(each, nested).total / batch.supervised for each in (batch, replace(batch, rows=[])))
+    packed, looped = (vlm(each, nested=nested).total for each in (batch, replace(batch, rows=[])))
     for module, training in modes.items():
         module.training = training
     allowed = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 1e-2

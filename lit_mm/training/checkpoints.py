@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_mm.model.llm import LLM
 from lit_mm.model.vlm import MatryoshkaVLM
-from lit_mm.training.parts import PARTS, PartName, merge_adapters
+from lit_mm.training.parts import PARTS, PartName, merge_adapters, start_adapters
 
 SHARDED = ".metadata"
 """The file that marks a folder as a checkpoint of several ranks (torch.distributed.checkpoint)."""
@@ -151,13 +151,17 @@ def _of_checkpoint(path: Path) -> dict[str, Callable[[], Tensor]]:
 def _of_shards(path: Path) -> dict[str, Callable[[], Tensor]]:
     entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     prefix = re.compile(r"^(state_dict|model)\.vlm\.")
-    tensors = {name: entry for name, entry in entries.items() if prefix.match(name)}
+    tensors = {name: cast(TensorStorageMetadata, entry) for name, entry in entries.items() if prefix.match(name)}
+    ready: dict[str, Tensor] = {}
 
     def read(name: str) -> Tensor:
-        entry = cast(TensorStorageMetadata, tensors[name])
-        target = {name: torch.empty(entry.size, dtype=entry.properties.dtype)}
-        dcp.load(target, checkpoint_id=path, no_dist=True)
-        return target[name]
+        if name not in ready:  # with what follows: every call opens all files anew
+            ready.clear()
+            for following in list(tensors)[list(tensors).index(name) :][:32]:
+                entry = tensors[following]
+                ready[following] = torch.empty(entry.size, dtype=entry.properties.dtype)
+            dcp.load(ready, checkpoint_id=path, no_dist=True)
+        return ready.pop(name)
 
     return {prefix.sub("", name): partial(read, name) for name in tensors}
 
@@ -288,21 +292,30 @@ def materialise(llm: PreTrainedModel, module: nn.Module, weights: Weights) -> No
     Raises:
         ValueError: A weight is missing, or its shape differs.
     """
-    inside = set(module.modules())
+    inside, head = set(module.modules()), llm.get_output_embeddings()
+    table = cast(nn.Embedding, llm.get_input_embeddings())
+    tied = head is not None and head.weight is table.weight
     for name, child in llm.named_modules():
-        own = {
-            key: tensor for key, tensor in [*child._parameters.items(), *child._buffers.items()] if tensor is not None
-        }
-        if child not in inside or not any(tensor.is_meta for tensor in own.values()):
-            continue
-        child.to_empty(device="cpu", recurse=False)
-        if child._buffers:
-            llm._init_weights(child)  # rotary tables, as transformers' own loading does
-        place = f"{name}.".replace(".base_layer.", ".")
-        named = {f"{place}{key}": tensor for key, tensor in child._parameters.items() if tensor is not None}
-        if missing := [key for key in named if key not in weights.tensors]:
-            raise ValueError(f"llm: {weights.where} lacks {', '.join(missing)}")
-        copy_weights(named, weights)
+        if child in inside and _on_meta(child, recurse=False) and not (tied and child is head):
+            child.to_empty(device="cpu", recurse=False)
+            if child._buffers:
+                llm._init_weights(child)  # rotary tables, as transformers' own loading does
+            _fill(child, f"{name}.".replace(".base_layer.", "."), weights)
+    if module is not llm:  # whose layers have theirs by then
+        start_adapters(module)
+    if tied and head in inside:
+        head.weight = table.weight
+
+
+def _on_meta(module: nn.Module, recurse: bool = True) -> bool:
+    return any(tensor.is_meta for tensor in [*module.parameters(recurse), *module.buffers(recurse)])
+
+
+def _fill(module: nn.Module, prefix: str, weights: Weights) -> None:
+    named = {f"{prefix}{name}": parameter for name, parameter in module.named_parameters(recurse=False)}
+    if missing := [name for name in named if name not in weights.tensors and "lora_" not in name]:
+        raise ValueError(f"llm: {weights.where} lacks {', '.join(missing)}")
+    copy_weights(cast(dict[str, Tensor], named), weights)
 
 
 def export(vlm: MatryoshkaVLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -36,7 +36,7 @@ from lit_mm.model.vlm import Losses, MatryoshkaVLM
 from lit_mm.training.check import check_packing, stand_in
 from lit_mm.training.checkpoints import InitFrom, Weights, llm_weights, start_from
 from lit_mm.training.optim import FusedAdamW, MuonAdamW
-from lit_mm.training.parts import Parts, apply_parts, parameter_groups, parts_table
+from lit_mm.training.parts import Parts, apply_parts, parameter_groups, parts_table, with_parameters
 from lit_mm.training.resume import Place, check_order, seed_step, write_place
 from lit_mm.training.schedule import WarmupCosine
 from lit_mm.training.steps import clip, refuse_not_finite, set_options
@@ -158,6 +158,7 @@ class LitMatryoshka(LightningModule):
         self.vlm.recompute(self.activation_checkpointing)
         if self._trainer is not None and self.trainer.precision == "bf16-true":
             self.vlm.to(torch.bfloat16)
+        self.groups, self.table = parameter_groups(self.vlm, self.parts), parts_table(self.vlm, self.parts)
         self.vlm.in_step = is_sharded(self._trainer)
         if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             shard(self.vlm, self.trainer.strategy.device_mesh["data_parallel"], self.trainer.strategy, direct)
@@ -187,7 +188,7 @@ class LitMatryoshka(LightningModule):
         self.divisor: Tensor | None = None
         self.checked = False
         if self.trainer.is_global_zero:
-            Console().print(parts_table(self.vlm, self.parts))
+            Console().print(self.table)
             rank_zero_info(f"attention: {self.packing} ({type(self.vlm.llm).__name__})")
 
     def on_train_epoch_start(self) -> None:
@@ -243,7 +244,12 @@ class LitMatryoshka(LightningModule):
         self.place = Place(epoch, batch_idx + 1, self.place.steps + 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write the place that the weights have reached, wherever Lightning's loops are."""
+        """Write the place that the weights have reached, wherever Lightning's loops are.
+
+        Of a module made in Python the hyperparameters are objects: without them nothing needs unpickling.
+        """
+        if "_instantiator" not in checkpoint.get("hyper_parameters", {}):
+            checkpoint.pop("hyper_parameters", None)
         if self._trainer is not None and "loops" in checkpoint:
             checkpoint["order"] = self._order()
             write_place(checkpoint, self.place, int(self.trainer.num_training_batches))
@@ -274,7 +280,7 @@ class LitMatryoshka(LightningModule):
         """Targets of all ranks, and how many times each must run its encoder: as the one with most sizes."""
         own = torch.tensor([batch.supervised, max(1, len(batch.images.groups))], device=self.device)
         if self.trainer.world_size == 1:
-            return own[0].float(), 0
+            return own[0].float(), 1  # without an image nothing might depend on what trains
         targets, encodings = cast(Tensor, self.all_gather(own)).unbind(1)
         return targets.sum().float(), int(encodings.max())
 
@@ -307,9 +313,7 @@ class LitMatryoshka(LightningModule):
 
     def answers(self, batch: Batch) -> dict[Scale, list[str]]:
         """level -> the generated answer to each of the batch's questions; images are encoded once."""
-        nested = self.vlm.encode(batch.images)
-        for _ in range(self._encodings(batch) - len(batch.images.groups)):
-            self.vlm.blank()
+        nested = self.vlm.encode(batch.images, self._encodings(batch))
         return {level: self._generate(batch, nested, level) for level in self.levels}
 
     def _generate(self, batch: Batch, nested: list[Tensor], level: Scale) -> list[str]:
@@ -325,18 +329,17 @@ class LitMatryoshka(LightningModule):
 
     def _log_losses(self, split: Literal["train", "val"], losses: Losses, batch: Batch) -> None:
         """`train/loss` and `train/loss@16`, … of the drawn levels; means of this rank's batch. Epoch
-        means are weighted by the number of targets."""
+        means are weighted by the number of targets, which Lightning, over ranks, divides in integers."""
         per_level = {level.number: losses.per_level[level.number] for level in batch.drawn}
         values = {f"{split}/loss@{self.levels[number]}": loss for number, loss in per_level.items()}
-        training, count = split == "train", batch.supervised
+        training, count = split == "train", batch.supervised * self.trainer.world_size
         mean = torch.stack(list(per_level.values())).mean()
         self.log(f"{split}/loss", mean, batch_size=count, sync_dist=not training)
         self.log_dict(values, prog_bar=training, batch_size=count, sync_dist=not training)
 
     def configure_optimizers(self) -> Any:
         """The configured optimizer over the parts' groups, and the schedule by steps."""
-        groups = parameter_groups(self.vlm, self.parts)
-        optimizer = self.build_optimizer(groups)
+        optimizer = self.build_optimizer(with_parameters(self.groups, self.vlm))
         if isinstance(optimizer, MuonAdamW) and is_sharded(self.trainer):
             raise ValueError("model.optimizer MuonAdamW wants whole matrices: shard with FusedAdamW")
         self.options = [{name: group[name] for name in ("lr", "weight_decay")} for group in optimizer.param_groups]

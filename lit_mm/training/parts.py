@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from rich.table import Table
@@ -133,10 +134,20 @@ def add_adapters(llm: PreTrainedModel, lora: LoRA) -> None:
         task_type="CAUSAL_LM",
     )
     llm.requires_grad_(False)
-    inject_adapter_in_model(config, cast(Any, llm))
+    with torch.random.fork_rng([]):  # drawn below, or on `meta` when they get memory: the same either way
+        inject_adapter_in_model(config, cast(Any, llm))
+    if llm.device.type != "meta":
+        start_adapters(llm)
     for name, parameter in llm.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
+
+
+def start_adapters(module: nn.Module) -> None:
+    """Draw the adapters within: together they are zero."""
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            cast(Any, layer).reset_lora_parameters("default", True)
 
 
 def merge_adapters(llm: nn.Module) -> None:
@@ -182,12 +193,12 @@ def _stage_numbers(module: nn.Module, stages: Sequence[nn.Module]) -> Iterator[t
 
 
 def parameter_groups(vlm: MatryoshkaVLM, parts: Parts) -> list[dict[str, Any]]:
-    """Parameter groups with their learning rates, of what trains.
+    """Parameter groups with their learning rates, of what trains; `params` are names in the whole model.
 
     A part has up to three: `encoder` with the matrices of its hidden layers (marked `hidden`),
     `encoder_other` with convolutions, embeddings and output heads, and `encoder_no_decay` with norms,
     biases and layer scales, which get no weight decay. With layer_decay it has those of every stage:
-    `encoder_stage_3_other`, ….
+    `encoder_stage_3_other`, …. Names, because sharding may change the shapes by which they are told apart.
     """
     return [group for name in PARTS for group in _groups_of(vlm, name, getattr(parts, name))]
 
@@ -195,18 +206,26 @@ def parameter_groups(vlm: MatryoshkaVLM, parts: Parts) -> list[dict[str, Any]]:
 def _groups_of(vlm: MatryoshkaVLM, name: PartName, part: Part) -> Iterator[dict[str, Any]]:
     module, outer = getattr(vlm, name), _embeddings(getattr(vlm, name))
     stages = stages_of(vlm, name) if part.layer_decay != 1.0 else []
-    numbered = [(p, stage) for p, stage in _stage_numbers(module, stages) if p.requires_grad]
-    for stage in sorted({stage for _, stage in numbered}):
-        own = [parameter for parameter, number in numbered if number == stage]
+    numbers = [stage for _, stage in _stage_numbers(module, stages)]
+    named = zip(module.named_parameters(prefix=name), numbers, strict=True)
+    trained = [(own, parameter, stage) for (own, parameter), stage in named if parameter.requires_grad]
+    for stage in sorted({stage for _, _, stage in trained}):
+        own = [(own, parameter) for own, parameter, number in trained if number == stage]
         label = f"{name}_stage_{stage}" if stages else name
         decay = {} if part.weight_decay is None else {"weight_decay": part.weight_decay}
         options = {"lr": part.lr * part.layer_decay ** (len(stages) - stage), **decay}
-        if hidden := [p for p in own if p.ndim == 2 and id(p) not in outer]:
+        if hidden := [n for n, p in own if p.ndim == 2 and id(p) not in outer]:
             yield {"name": label, "params": hidden, "hidden": True, **options}
-        if others := [p for p in own if p.ndim > 2 or id(p) in outer]:
+        if others := [n for n, p in own if p.ndim > 2 or id(p) in outer]:
             yield {"name": f"{label}_other", "params": others, **options}
-        if spared := [p for p in own if p.ndim < 2]:
+        if spared := [n for n, p in own if p.ndim < 2]:
             yield {"name": f"{label}_no_decay", "params": spared, **options, "weight_decay": 0.0}
+
+
+def with_parameters(groups: Sequence[dict[str, Any]], vlm: nn.Module) -> list[dict[str, Any]]:
+    """Groups of names -> of the parameters of a model, sharded or not."""
+    named = {name.replace("_fsdp_wrapped_module.", ""): parameter for name, parameter in vlm.named_parameters()}
+    return [{**group, "params": [named[name] for name in group["params"]]} for group in groups]
 
 
 def _embeddings(module: nn.Module) -> set[int]:

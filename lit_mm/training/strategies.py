@@ -10,6 +10,7 @@ block) of the encoder, the projector; embeddings, stem, last norm and output hea
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, cast
 
 import torch
@@ -30,6 +31,9 @@ from torchmetrics import Metric
 
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.checkpoints import Weights, materialise
+
+warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view")  # nothing changes it in place
+warnings.filterwarnings("ignore", message="Detected an existing checkpoint")  # last.ckpt is meant to be replaced
 
 
 class FSDP2(ModelParallelStrategy):
@@ -130,5 +134,5 @@ def shard(vlm: MatryoshkaVLM, mesh: DeviceMesh, strategy: Strategy, llm_weights:
     if llm_weights is not None:
         materialise(vlm.llm, vlm.llm, llm_weights)
     fully_shard(vlm, mesh=mesh, mp_policy=policy)
-    for method in ("encode", "blank", "sums", "generate"):  # called from outside a forward, too
+    for method in ("encode", "generate"):  # which must not call each other, nor forward call them
         register_fsdp_forward_method(vlm, method)

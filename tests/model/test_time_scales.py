@@ -184,21 +184,21 @@ def test_the_blank_image_is_one_that_the_encoder_takes(options):
     vlm.encoder = TimmEncoder("vit_tiny_patch16_224", -1, overrides={"depth": 1, **options}).double()
     vlm.projector = MatryoshkaProjector(192, 32, [4, 1]).double()
     assert vlm.encoder.smallest == ((16, 16) if "dynamic_img_size" in options else (32, 32))
-    assert vlm.blank() == 0
+    assert vlm._blank() == 0
 
 
 def test_the_blank_image_passes_no_infinity_on():
     vlm = vlm64([1])
     with torch.no_grad():
         vlm.encoder.trunk.stem[0].bias.fill_(float("inf"))
-    assert vlm.blank() == 0
+    assert vlm._blank() == 0
 
 
 def test_the_blank_image_is_tiny():
     """One grid cell: a 576th of what a 24×24 grid costs."""
     vlm, sizes = vlm64([1]), []
     vlm.encoder.register_forward_hook(lambda module, inputs, grid: sizes.append(grid.shape[2:]))
-    vlm.blank()
+    vlm._blank()
     assert sizes == [(1, 1)]
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.optim import AdamW, Muon
 
 from lit_mm.training.optim import MuonAdamW
-from lit_mm.training.parts import LLMPart, Part, Parts, parameter_groups
+from lit_mm.training.parts import LLMPart, Part, Parts, parameter_groups, with_parameters
 from tests.conftest import tiny_vlm
 
 
@@ -57,7 +57,7 @@ def test_resuming_goes_on_exactly():
 def test_embeddings_heads_and_convolutions_are_left_to_adamw():
     vlm = tiny_vlm()
     names = {id(parameter): name for name, parameter in vlm.named_parameters()}
-    made = parameter_groups(vlm, Parts(Part(1.0), Part(2.0), LLMPart(3.0)))
+    made = with_parameters(parameter_groups(vlm, Parts(Part(1.0), Part(2.0), LLMPart(3.0))), vlm)
     hidden = {names[id(p)] for group in made if group.get("hidden") for p in group["params"]}
     assert {name.split(".")[-2] for name in hidden} >= {"q_proj", "down_proj", "0", "2"}
     assert not [name for name in hidden if "embed" in name or "lm_head" in name or "conv" in name or "stem" in name]

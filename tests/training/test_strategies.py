@@ -1,0 +1,164 @@
+"""Two processes (gloo, CPU), sharded in every way: losses, norms and weights of one process alone."""
+
+import copy
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+from torch.optim.lr_scheduler import ConstantLR
+
+from lit_mm.model.llm import LLM, load_llm, load_tokenizer
+from lit_mm.training.checkpoints import open_weights
+from lit_mm.training.optim import MuonAdamW
+from lit_mm.training.parts import LLMPart, LoRA, Part, Parts
+from lit_mm.training.strategies import policy_of, units
+from tests.conftest import TOKENIZER, tiny_llm, tiny_vlm
+from tests.training.sharded import Run, on_ranks, perform
+
+EVERYTHING = Parts(Part(0.01), Part(0.01), LLMPart(0.01))
+STAGE_1 = Parts(Part(0.01, from_stage=5), Part(0.01), LLMPart(frozen=True))
+ADAPTERS = Parts(Part(frozen=True), Part(0.01), LLMPart(0.01, lora=LoRA(4, 8, 0.0)))
+RECOMPUTED = {"activation_checkpointing": ["encoder", "llm"]}
+CLIPPED = {"gradient_clip_val": 0.1}
+CASES = {
+    "all": (EVERYTHING, {}, {}),
+    "stage 1": (STAGE_1, {}, {}),
+    "lora": (ADAPTERS, {}, {}),
+    "clipped": (EVERYTHING, {}, CLIPPED),
+    "clipped values": (EVERYTHING, {}, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+    "recomputed": (EVERYTHING, RECOMPUTED, {}),
+    "recomputed stage 1": (STAGE_1, RECOMPUTED, {}),
+    "loop": (EVERYTHING, {"attention": "loop"}, {}),
+    "accumulated": (EVERYTHING, {}, {"accumulate_grad_batches": 2, "max_steps": 2, **CLIPPED}),
+    "bf16": (EVERYTHING, {}, {"precision": "bf16-mixed"}),
+    "adapters on bf16": (ADAPTERS, {"llm": tiny_llm(dtype="bfloat16")}, {"precision": "bf16-mixed"}),
+}
+FSDP1 = ["all", "stage 1", "lora", "clipped", "recomputed", "bf16"]
+DDP = ["stage 1", "lora", "recomputed"]
+EXACT = [("fsdp2", case) for case in CASES if "bf16" not in case]
+EXACT += [(strategy, case) for strategy, cases in (("fsdp1", FSDP1), ("ddp", DDP)) for case in cases if case != "bf16"]
+
+
+def unchanged(optimizer, steps):
+    return ConstantLR(optimizer, factor=1.0)
+
+
+def run_of(folder: Path, strategy: str, case: str, trainer=None, **options) -> Run:
+    parts, model, own = copy.deepcopy(CASES[case])
+    folder.mkdir(parents=True)
+    return Run(folder, strategy, parts, {**model, **options.pop("model", {})}, {**own, **(trainer or {})}, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """All runs, those of two ranks in one pair of processes."""
+    root = tmp_path_factory.mktemp("strategies")
+    published = root / "published"
+    lightning.seed_everything(5)
+    load_llm(tiny_llm(), load_tokenizer(tiny_llm())).save_pretrained(published, max_shard_size="20KB")
+    read = {"llm": LLM(str(published), tokenizer=TOKENIZER, template="plain")}
+    same, eight = {"model": {"scheduler": unchanged}}, {"max_steps": 8}
+    for case in CASES:
+        perform(run_of(root / "auto" / case, "auto", case))
+    tied = {"llm": LLM(str(root / "tied"), tokenizer=TOKENIZER, template="plain")}
+    load_llm(tiny_llm(tie_word_embeddings=True), load_tokenizer(tiny_llm())).save_pretrained(root / "tied")
+    reads = {"read": ("lora", read), "read tied": ("all", tied)}
+    for name, (case, model) in reads.items():
+        perform(run_of(root / "auto" / name, "auto", case, model=dict(model)))
+    runs = [run_of(root / strategy / case, strategy, case) for strategy, case in EXACT]
+    runs += [run_of(root / strategy / case, strategy, case) for strategy, case in ROUNDED]
+    runs += [run_of(root / "fsdp2" / name, "fsdp2", case, model=model) for name, (case, model) in reads.items()]
+    runs += [run_of(root / "fsdp2/whole", "fsdp2", "all", eight, **copy.deepcopy(same))]
+    runs += [run_of(root / "fsdp2/half", "fsdp2", "all", **copy.deepcopy(same))]
+    resume = {"resume": root / "fsdp2/half/after.ckpt"}
+    runs += [run_of(root / "fsdp2/resumed", "fsdp2", "all", eight, **copy.deepcopy(same), **resume)]
+    muon = {"optimizer": partial(MuonAdamW)}
+    runs += [run_of(root / "fsdp2/muon", "fsdp2", "all", model=muon, fails="wants whole matrices")]
+    sequential = {"attention": "sequential"}
+    runs += [run_of(root / "fsdp2/sequential", "fsdp2", "all", model=sequential, fails="unequally often")]
+    on_ranks(2, runs)
+    on_ranks(1, [run_of(root / "fsdp2/resumed on one", "fsdp2", "all", eight, **copy.deepcopy(same), **resume)])
+    return root
+
+
+ROUNDED = [("fsdp2", "bf16"), ("fsdp2", "adapters on bf16"), ("fsdp1", "bf16")]
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return {name: read() for name, read in open_weights(str(run / "after.ckpt")).tensors.items()}
+
+
+def assert_same_weights(found: Path, expected: Path, tolerance: float = 1e-5) -> None:
+    ours, theirs = weights_of(found), weights_of(expected)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.allclose(ours[name].float(), tensor.float(), rtol=0, atol=tolerance), name
+
+
+def told(run: Path) -> dict:
+    return torch.load(run / "told0.pt", weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "case"), EXACT)
+def test_two_ranks_are_one_process(folder, strategy, case):
+    """Batches with and without images on either rank and on both; validation with an empty batch on one."""
+    two, one = told(folder / strategy / case), told(folder / "auto" / case)
+    assert torch.allclose(torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=1e-5, atol=1e-5)
+    for name, value in one["val"].items():
+        assert abs(float(two["val"][name]) - float(value)) < 1e-5, name
+    assert_same_weights(folder / strategy / case, folder / "auto" / case)
+
+
+@pytest.mark.slow
+def test_every_case_changes_the_weights_its_own_way(folder):
+    """Or the comparison above would compare nothing."""
+    ends = {case: told(folder / "auto" / case)["losses"][-1][0] for case in CASES}
+    assert ends.pop("recomputed") == pytest.approx(ends["all"]) == pytest.approx(ends.pop("loop"))
+    assert ends.pop("recomputed stage 1") == pytest.approx(ends["stage 1"])
+    values = sorted(ends.values())
+    assert all(b - a > 1e-4 for a, b in pairwise(values)), ends
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "case"), ROUNDED)
+def test_in_bf16_losses_stay_near(folder, strategy, case):
+    two, one = (torch.tensor(told(folder / kind / case)["losses"])[:, 0] for kind in (strategy, "auto"))
+    assert torch.allclose(two, one, rtol=2e-2)
+    exact = torch.tensor(told(folder / "auto" / ("all" if case == "bf16" else "lora"))["losses"])[:, 0]
+    assert not torch.equal(one, exact)
+    dtypes = {name: tensor.dtype for name, tensor in weights_of(folder / strategy / case).items() if "q_proj" in name}
+    base = torch.bfloat16 if case == "adapters on bf16" else torch.float32
+    assert all(dtype == (torch.float32 if "lora" in name else base) for name, dtype in dtypes.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["read", "read tied"])
+def test_an_llm_read_layer_by_layer_is_the_one_transformers_loads(folder, case):
+    """Built on `meta`, its weights from several safetensors files, adapters beside them, or a tied head."""
+    assert_same_weights(folder / "fsdp2" / case, folder / "auto" / case)
+    two, one = (torch.tensor(told(folder / kind / case)["losses"]) for kind in ("fsdp2", "auto"))
+    assert torch.allclose(two, one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_saved_on_two_ranks_and_resumed_on_two_and_on_one(folder):
+    assert (folder / "fsdp2/half/after.ckpt/.metadata").is_file()
+    assert len(list((folder / "fsdp2/half/after.ckpt").glob("*.distcp"))) == 2
+    assert_same_weights(folder / "fsdp2/resumed", folder / "fsdp2/whole", 0)
+    assert_same_weights(folder / "fsdp2/resumed on one", folder / "fsdp2/whole")
+    assert told(folder / "fsdp2/resumed")["losses"] == told(folder / "fsdp2/whole")["losses"][4:]
+
+
+def test_units_are_the_models_own_blocks():
+    vlm = tiny_vlm()
+    kinds = [type(unit).__name__ for unit in units(vlm)]
+    assert kinds == ["ConvNeXtStage"] * 5 + ["MatryoshkaProjector"] + ["LlamaDecoderLayer"] * 2
+
+
+def test_a_precision_with_loss_scaling_is_refused():
+    with pytest.raises(ValueError, match=r"16-mixed does not go with sharding: expected one of 32-true"):
+        policy_of("16-mixed")
