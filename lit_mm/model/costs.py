@@ -36,7 +36,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from lit_mm.model.attention import Segment, attended_pairs
 from lit_mm.model.encoder import ConvNeXtEncoder, Encoder, TimmEncoder
 from lit_mm.model.llm import packing_of
-from lit_mm.model.projector import ClipScale, Scale
 from lit_mm.model.rows import IGNORED, Batch, at_time
 from lit_mm.model.vlm import MatryoshkaVLM
 
@@ -120,7 +119,7 @@ class Answer:
     """What one answer costs at a scale, by greedy generation with a KV cache.
 
     Args:
-        visual_tokens: The image's tokens.
+        visual_tokens: The images' tokens.
         prompt_tokens: Those and the text's.
         prefill: Forward FLOPs until the first new token; the head runs at the last position only.
         decode: FLOPs of all further new tokens together.
@@ -186,8 +185,15 @@ class Costs:
         self.known: dict[Size, ModelFlops] = {}
 
     def image(self, size: Size) -> ModelFlops:
-        """Encoder and projector on one image, whose sides are padded up to the stride."""
+        """Encoder and projector on one image, whose sides are padded up to the stride.
+
+        Raises:
+            ValueError: The backbone takes images of another size only.
+        """
         if size not in self.known:
+            fixed, cell = tuple(self.encoder.smallest), (self.encoder.stride, self.encoder.stride)
+            if fixed not in (cell, size):
+                raise ValueError(f"the encoder takes images of {fixed[0]}×{fixed[1]} only, found {size[0]}×{size[1]}")
             rows, columns = self.encoder.grid(*size)
             projector = total_of(self.projector, self.parameters["encoder"].training > 0) * (rows * columns)
             flops = encoder_flops(self.encoder, size, "encoder" in self.checkpointed)
@@ -234,22 +240,28 @@ class Costs:
             texts = replace(texts, llm=replace(texts.llm, recompute=texts.llm.recompute + texts.llm.forward))
         return texts + self.images([*groups, (max(0, encodings - len(groups)), blank)])
 
-    def answer(self, size: Size | None, scale: Scale, text: int, new_tokens: int = 1, width: int = 2) -> Answer:
-        """One answer of `new_tokens` tokens to a prompt of `text` tokens with an image.
+    def answer(
+        self,
+        size: Size,
+        visual: int,
+        text: int,
+        new_tokens: int = 1,
+        images: int = 1,
+        width: int = 2,
+    ) -> Answer:
+        """One answer of `new_tokens` tokens to a prompt of `text` tokens with images.
 
         Args:
-            size: The image's; null for the same prompt without image.
-            scale: Its tokens. At a scale of video every set of frames has one frame.
-            text: Tokens of the prompt beside the image's.
+            size: The images'.
+            visual: Tokens of all images together.
+            text: Tokens of the prompt beside those.
             new_tokens: Tokens of the answer, at least 1.
+            images: How many images, or frames of a video, are encoded; 0: the prompt without.
             width: Bytes of a number in the KV cache.
         """
-        frames, tokens = (scale.frames, scale.frames * scale.tokens) if isinstance(scale, ClipScale) else (1, scale)
-        visual, further = (tokens if size else 0), new_tokens - 1
-        prompt = visual + text
-        images = self.images([(frames, size)] if size else [])
+        prompt, further = visual + text, new_tokens - 1
         decode = self.text(further, causal_pairs(further, before=prompt), further).total.forward
-        prefill = images + self.text(prompt, causal_pairs(prompt), 1)
+        prefill = self.images([(images, size)]) + self.text(prompt, causal_pairs(prompt), 1)
         return Answer(visual, prompt, prefill, decode, further, prompt * self.language.cached * width)
 
 

@@ -27,10 +27,11 @@ from lit_mm.model.costs import (
 )
 from lit_mm.model.encoder import ConvNeXtEncoder, ExtraStage, TimmEncoder
 from lit_mm.model.llm import PACKED
-from lit_mm.model.projector import ClipScale, MatryoshkaProjector
+from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.rows import every_level, pack
 from lit_mm.model.shapes import published
 from lit_mm.model.vlm import MatryoshkaVLM
+from lit_mm.training.parts import LoRA, add_adapters
 from tests.conftest import tiny_vlm
 from tests.model import test_time_scales
 from tests.model.test_rows import CLASSES, EXTRA, SCALES, packed, random_samples
@@ -235,31 +236,19 @@ def test_every_packed_llm_equals_the_counter(trains, kind):
             assert bool(total.recompute) == (checkpointed and total.backward > 0)
 
 
-class Adapted(nn.Module):
-    """A linear map with LoRA's two beside it."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.base_layer = layer
-        self.down, self.up = nn.Linear(layer.in_features, 4, bias=False), nn.Linear(4, layer.out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x) + self.up(self.down(x))
-
-
-def test_adapters_cost_their_own_weights_gradients_only():
-    llm = tiny_vlm().llm
-    freeze(llm)
-    for layer in llm.model.layers:
-        for module in (layer.self_attn, layer.mlp):
-            for name, child in list(module.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, Adapted(child))
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_adapters_cost_their_own_weights_gradients_only(checkpointed, gradient):
+    """LoRA as the recipes inject it, on an image's tokens and on a text alone."""
+    llm = tiny_vlm().llm.train()
+    add_adapters(llm, LoRA(rank=4))
+    if checkpointed:
+        llm.gradient_checkpointing_enable({"use_reentrant": False})
     llm = on_meta(llm)
-    inputs = torch.empty(1, 50, 32, device="meta", requires_grad=True)
+    inputs = torch.empty(1, 50, 32, device="meta", requires_grad=gradient)
     found = counter(lambda: llm.get_output_embeddings()(hidden_of(llm, inputs)).sum())
-    total = LanguageCosts(llm, False).flops(50, 50**2, 50, gradient=True).total
-    assert (total.forward, total.backward) == found
+    total = LanguageCosts(llm, checkpointed).flops(50, 50**2, 50, gradient).total
+    assert (total.forward, total.backward + total.recompute) == found
 
 
 def test_the_llms_costs_follow_from_its_parameters():
@@ -407,7 +396,8 @@ def test_blank_images_are_counted():
 def test_an_answer_costs_its_prompt_and_its_tokens():
     """Generation token by token: each forward pass over what is new, with all before in the cache."""
     costs = Costs(tiny_vlm())
-    answer, without = (costs.answer(size, 16, text=10, new_tokens=4) for size in ((64, 64), None))
+    answer = costs.answer((64, 64), 16, text=10, new_tokens=4)
+    without = costs.answer((64, 64), 0, text=10, new_tokens=4, images=0)
     image = costs.image((64, 64)).total.forward
     passes = [costs.text(26, causal_pairs(26), 1)] + [costs.text(1, length, 1) for length in (27, 28, 29)]
     assert answer.total == image + sum(each.total.forward for each in passes)
@@ -420,11 +410,18 @@ def test_an_answer_costs_its_prompt_and_its_tokens():
     assert costs.answer((64, 64), 16, 10).decode_per_token == 0
 
 
-def test_a_clip_pays_for_all_its_frames():
-    costs = Costs(tiny_vlm(scales=(4, 1), time_scales=(8, 2)))
-    clip = costs.answer((32, 32), ClipScale(8, 4), text=10)
-    assert clip.visual_tokens == 32
-    assert clip.prefill.encoder == costs.image((32, 32)).encoder * 8
+def test_every_image_or_frame_is_encoded():
+    costs = Costs(tiny_vlm())
+    clip = costs.answer((32, 32), 8, text=10, images=4)  # four frames, averaged in pairs, four tokens a pair
+    assert (clip.visual_tokens, clip.prefill.encoder) == (8, costs.image((32, 32)).encoder * 4)
+    assert clip.prefill.llm == costs.text(18, causal_pairs(18), 1).llm
+
+
+def test_a_fixed_image_size_is_kept():
+    costs = Costs(vlm_of(TimmEncoder("vit_tiny_patch16_224"), QWEN2, [196, 1]))
+    assert costs.image((224, 224)).encoder.forward > 0
+    with pytest.raises(ValueError, match="takes images of 224×224 only, found 224×448"):
+        costs.image((224, 448))
 
 
 def test_parameters_by_part():
