@@ -176,12 +176,11 @@ class Costs:
             ValueError: The LLM is none of those whose rows this package packs: it may have windows,
                 experts or states, whose costs are not known here.
         """
-        skeleton = on_meta(vlm)
-        self.encoder, self.scales = skeleton.encoder, skeleton.projector.scales
-        self.checkpointed = frozenset(checkpointed)
-        self.projector = [_walked([layer], (1, 1))[0] for layer in skeleton.projector.layers]
-        self.language = LanguageCosts(skeleton.llm, "llm" in self.checkpointed)
-        self.parameters = {part: Parameters.of(getattr(skeleton, part)) for part in ("encoder", "projector", "llm")}
+        self.encoder = on_meta(vlm.encoder)  # asked again for every new size of images
+        self.scales, self.checkpointed = vlm.projector.scales, frozenset(checkpointed)
+        self.projector = [_walked([layer], (1, 1))[0] for layer in vlm.projector.layers]
+        self.language = LanguageCosts(vlm.llm, "llm" in self.checkpointed)
+        self.parameters = {part: Parameters.of(getattr(vlm, part)) for part in ("encoder", "projector", "llm")}
         self.known: dict[Size, ModelFlops] = {}
 
     def image(self, size: Size) -> ModelFlops:
@@ -473,11 +472,16 @@ def _walked(modules: Iterable[nn.Module], size: Size) -> tuple[Block, Size]:
             size = _size_after(module, size)
         own = [p.requires_grad for p in module.parameters(recurse=False)]
         if isinstance(module, nn.Conv2d | nn.Linear):
-            last = 2 * size[0] * size[1] * module.weight.numel()
+            last = 2 * size[0] * size[1] * _weights_of(module)
             linear, trained = linear + last, trained + last * module.weight.requires_grad
             enters += last * (not trains)
         trains = trains or any(own)
     return Block(linear, trained, enters, last, trains=trains), size
+
+
+def _weights_of(layer: nn.Conv2d | nn.Linear) -> int:
+    """Those of a linear map by its widths: quantized weights are packed."""
+    return layer.in_features * layer.out_features if isinstance(layer, nn.Linear) else layer.weight.numel()
 
 
 def _size_after(layer: nn.Conv2d, size: Size) -> Size:

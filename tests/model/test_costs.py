@@ -1,7 +1,6 @@
 """Costs against torch's own counter on `meta`, against published figures and against arithmetic."""
 
 from dataclasses import replace
-from itertools import product
 from math import prod
 
 import pytest
@@ -104,7 +103,7 @@ def test_convnext_has_the_papers_parameters():
     assert (round(five / 1e6, 2), round((five - four) / 1e6, 2)) == (669.16, 472.93)
 
 
-@pytest.mark.parametrize("size", [*SQUARES, (1536, 1100), (100, 70)])
+@pytest.mark.parametrize("size", [(768, 768), (1024, 1024), (1536, 1536), (1536, 1100)])
 def test_convnext_equals_the_counter(size):
     encoder = convnext()
     assert encoder_flops(encoder, size) == counted(encoder, size)
@@ -134,7 +133,7 @@ def same_with_checkpoints(encoder, size):
     assert encoder_flops(encoder, size, checkpointed=True) == replace(plain, recompute=again.backward - plain.backward)
 
 
-@pytest.mark.parametrize("first", [0, 1, 3, 5])
+@pytest.mark.parametrize("first", [0, 3, 5])
 def test_frozen_stages_cost_no_backward_pass(first):
     """ConvLLaVA trains stage 5 alone, then all from stage 3 on."""
     encoder = convnext()
@@ -157,7 +156,7 @@ def test_clip_costs_what_torch_counts_and_leaves_out_the_last_block():
     assert blocks[0] * 24 == blocks[1] * 23
 
 
-@pytest.mark.parametrize("first", [0, 12, 23])
+@pytest.mark.parametrize("first", [12, 23])
 def test_frozen_vit_blocks_cost_no_backward_pass(first):
     with torch.device("meta"):
         encoder = TimmEncoder()
@@ -218,7 +217,9 @@ def test_llms_equal_the_counter(name):
 
 @pytest.mark.parametrize(
     ("trains", "kind"),
-    [*product(["all", "above"], sorted(PACKED)), ("below", "llama"), ("below", "olmo"), ("nothing", "llama")],
+    [("all", kind) for kind in sorted(PACKED)]
+    + [("above", kind) for kind in ("cohere", "llama", "olmo", "olmo2", "phi3")]
+    + [("below", "llama"), ("below", "olmo"), ("nothing", "llama")],
 )
 def test_every_packed_llm_equals_the_counter(trains, kind):
     """With and without checkpointing, frozen in part, with and without a gradient from before."""
@@ -382,6 +383,13 @@ def test_a_video_step_costs_what_the_counter_says():
     batch.rows[0].pairs = computed_pairs(batch.rows[0].layout)
     total = Costs(vlm).step(batch).total
     assert total.training == sum(real)
+
+
+@pytest.mark.parametrize("packing", ["branch", "sequential", "varlen"])
+def test_a_step_is_counted_without_reading_a_tensor(packing):
+    """On `meta` nothing can be read: what would make a GPU wait ends in an error there."""
+    costs, batch = Costs(tiny_vlm()), packed(batch_of(*random_samples(0)), packing)
+    assert costs.step(apply_to_collection(batch, Tensor, Tensor.to, "meta")) == costs.step(batch)
 
 
 def test_blank_images_are_counted():
