@@ -15,6 +15,7 @@ lit_mm trains and studies large multimodal models with elastic visual tokens.
   python -m lit_mm test     --config … --ckpt_path last                accuracy at every token scale
   python -m lit_mm predict  --config … --ckpt_path last                answers to files
   python -m lit_mm export   --config … --ckpt_path last --to FOLDER    plain weights, a Hugging Face LLM
+  python -m lit_mm profile  --config … [--sizes 768 1024]              what every visual token costs, without weights
 
   --config FILE          an experiment; several are laid over each other, later ones win
   --ckpt_path last       the newest run below trainer.default_root_dir, or the path of a checkpoint
@@ -22,7 +23,7 @@ lit_mm trains and studies large multimodal models with elastic visual tokens.
   --print_config         the whole configuration that would run
   fit --help             every field; --model.encoder.help ConvNeXtEncoder and the like go deeper
 """
-VERBS = ("fit", "validate", "test", "predict", "export")
+VERBS = ("fit", "validate", "test", "predict", "export", "profile")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -39,14 +40,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(arguments: list[str]) -> None:
-    """Hand over to LightningCLI; what this package itself refuses ends in its message alone."""
+    """Hand over to the verb; what this package itself refuses ends in its message alone."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not the user's
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from lit_mm.cli import LitMMCLI
-
     try:
-        LitMMCLI(arguments if arguments != sys.argv[1:] else None)
+        start(arguments)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
         if not Path(raised_in).is_relative_to(Path(__file__).parent):
@@ -54,6 +53,18 @@ def run(arguments: list[str]) -> None:
         sys.exit(f"error: {error}")
     except MisconfigurationException as error:
         sys.exit(f"error: {error}")
+
+
+def start(arguments: list[str]) -> None:
+    """`profile` reads configs by itself, the other verbs are LightningCLI's."""
+    if arguments[0] == "profile":
+        from lit_mm.profile.command import main as profile
+
+        profile(arguments[1:])
+        return
+    from lit_mm.cli import LitMMCLI
+
+    LitMMCLI(arguments if arguments != sys.argv[1:] else None)
 
 
 if __name__ == "__main__":

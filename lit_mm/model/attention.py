@@ -155,6 +155,11 @@ class FlexLayout(Layout):
         return flex(query, key, value, block_mask=self.mask, scale=scaling, enable_gqa=grouped).transpose(1, 2)
 
 
+def attended_pairs(segments: Sequence[Segment]) -> int:
+    """How many pairs of a query and a key that it sees the segments have: what attention must compute."""
+    return sum(length * prefix + length * (length + 1) // 2 for _, prefix, _, length in segments)
+
+
 def layout_of(segments: Sequence[Segment], mechanism: str) -> Layout:
     """The index tensors of a mechanism, `flex`, `varlen` or `branch`."""
     if mechanism == "flex":

@@ -89,7 +89,7 @@ def load_llm(llm: LLM, tokenizer: PreTrainedTokenizerBase, on_meta: bool = False
     elif llm.sizes:
         raise ValueError(f"llm.sizes is for random models; {llm.source} brings its own")
     else:
-        model = _found(AutoModelForCausalLM, llm.source, dtype=dtype)
+        model = from_source(AutoModelForCausalLM, llm.source, dtype=dtype)
     rows = len(cast(Tensor, model.get_input_embeddings().weight))
     if len(tokenizer) > rows:
         raise ValueError(f"the tokenizer has {len(tokenizer)} ids, {llm.source} only {rows} embeddings")
@@ -105,7 +105,7 @@ def load_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:
     """
     if llm.tokenizer is None and _is_config_class(llm.source):
         raise ValueError(f"llm.source {llm.source} is a random model: set llm.tokenizer too")
-    tokenizer = _found(AutoTokenizer, llm.tokenizer or llm.source)
+    tokenizer = from_source(AutoTokenizer, llm.tokenizer or llm.source)
     if llm.template != "own":
         tokenizer.chat_template = TEMPLATES[llm.template]
     if not tokenizer.chat_template:
@@ -120,7 +120,7 @@ def load_config(llm: LLM, tokenizer: PreTrainedTokenizerBase) -> transformers.Pr
     """The model's config, without its weights. Raises as `load_llm` does."""
     if _is_config_class(llm.source):
         return _random_config(llm, tokenizer)
-    return cast(transformers.PretrainedConfig, _found(transformers.AutoConfig, llm.source))
+    return cast(transformers.PretrainedConfig, from_source(transformers.AutoConfig, llm.source))
 
 
 def packing_of(config: transformers.PretrainedConfig, attention: Packing | Literal["auto"]) -> Packing:
@@ -162,8 +162,12 @@ def _random_config(llm: LLM, tokenizer: PreTrainedTokenizerBase) -> transformers
     return kind(**{"vocab_size": len(tokenizer), **ids, **llm.sizes})
 
 
-def _found(kind: Any, source: str, **options: Any) -> Any:
-    """`kind.from_pretrained`, its many ways to say that there is nothing as one."""
+def from_source(kind: Any, source: str, **options: Any) -> Any:
+    """`kind.from_pretrained` of a hub name, folder, GGUF file or package.
+
+    Raises:
+        FileNotFoundError: There is none; transformers has many ways to say so.
+    """
     try:
         return kind.from_pretrained(**_location(source), **options)
     except OSError as error:

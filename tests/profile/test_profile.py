@@ -1,0 +1,236 @@
+"""`profile` as a user meets it, against published figures and arithmetic."""
+
+import json
+import socket
+import time
+
+import pytest
+import yaml
+from PIL import Image
+
+from lit_mm.__main__ import main
+from lit_mm.model.costs import causal_pairs
+from lit_mm.model.projector import nested_shapes
+from lit_mm.profile.experiment import pooled_again, read_model
+from lit_mm.profile.report import in_bytes, in_flops
+from tests.conftest import ROOT, tiny_vlm
+
+VICUNA = {"source": "lmsys/vicuna-7b-v1.5", "template": "vicuna_v1"}
+CONVLLAVA = {
+    "scales": [576, 144, 36, 9, 1],
+    "encoder": {"class_path": "lit_mm.ConvNeXtEncoder", "init_args": {"extra_stages": [{}]}},
+    "llm": VICUNA,
+    "parts": {"encoder": {"from_stage": 3}},
+    "activation_checkpointing": ["llm"],
+}
+LLAVA = {
+    "scales": [576, 144, 36, 9, 1],
+    "encoder": {"class_path": "lit_mm.TimmEncoder"},
+    "llm": VICUNA,
+    "parts": {"encoder": {"frozen": True}, "llm": {"lora": {"rank": 128}}},
+}
+QUICKSTART = str(ROOT / "experiments/quickstart.yaml")
+LAYERS = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+"""Weights of Llama-7B's layers."""
+
+
+def prefill(length: int) -> int:
+    """FLOPs of Llama-7B over so many tokens, with logits of the last."""
+    return 2 * LAYERS * length + 32 * 4 * 4096 * causal_pairs(length) + 2 * 4096 * 32000
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs profile without a network: (its JSON, what it printed)."""
+
+    def refuse(*arguments, **named):
+        raise AssertionError("profile asked the network")
+
+    def call(*arguments: str):
+        monkeypatch.chdir(ROOT)  # the quickstart's tokenizer has a relative path
+        monkeypatch.setattr(socket, "getaddrinfo", refuse)
+        main(["profile", *arguments, "--json", str(tmp_path / "figures.json")])
+        return json.loads((tmp_path / "figures.json").read_text()), capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def configs(tmp_path):
+    """Paths of two configs with data and trainer sections that no verb but this one would take."""
+    paths = {}
+    for name, model in (("convllava", CONVLLAVA), ("llava", LLAVA)):
+        paths[name] = str(tmp_path / f"{name}.yaml")
+        others = {"data": {"class_path": "Nothing", "init_args": {"train": "nowhere"}}, "trainer": {"max_steps": -3}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"model": model, **others}))
+    return paths
+
+
+def test_the_papers_models_in_one_call(run, configs, tmp_path):
+    """PAPERS: GFLOPs and tokens of ConvLLaVA's encoder at its sizes, parameters; LLaVA-1.5 beside it."""
+    picture = tmp_path / "costs.png"
+    started = time.monotonic()
+    found, printed = run(
+        *("--config", configs["convllava"], "--sizes", "768", "1024", "1536", "768x1024"),
+        *("--and", "--config", configs["llava"], "--name", "LLaVA-1.5", "--plot", str(picture)),
+    )
+    assert time.monotonic() - started < 60
+    conv, llava = found
+    assert (conv["name"], llava["name"]) == ("convllava", "LLaVA-1.5")
+    assert [round(at["scales"][0]["encoder_flops"] / 1e9, 1) for at in conv["sizes"]] == [944.0, 1678.2, 3775.9, 1258.6]
+    assert [[row["visual_tokens"] for row in at["scales"]] for at in conv["sizes"]] == [
+        [144, 36, 9, 1],
+        [256, 64, 16, 4, 1],
+        [576, 144, 36, 9, 1],
+        [192, 48, 12, 1],
+    ]
+    assert round(conv["parameters"]["encoder"] / 1e6, 2) == 669.16
+    assert conv["weight_bytes"] == 2 * sum(conv["parameters"].values())
+    assert [(at["height"], at["width"], at["grid"]) for at in llava["sizes"]] == [(336, 336, [24, 24])]
+    assert "scales [576] do not divide a 12×12 grid" in printed
+    for words in ("944 G", "1.678 T", "3.776 T", "13.85 GiB", "lmsys/vicuna-7b-v1.5"):
+        assert words in printed, words
+    assert Image.open(picture).size[0] > 1000
+
+
+def test_the_llms_share_is_arithmetic(run, configs):
+    [own], _ = run("--config", configs["llava"], "--prompt", "30", "--new-tokens", "3")
+    [at] = own["sizes"]
+    none = at["text_only"]
+    assert none["prefill_flops"] == prefill(30)
+    assert none["total_flops"] == prefill(30) + sum(prefill(n) - prefill(n - 1) for n in (31, 32)) + 4 * 4096 * 32000
+    for row in at["scales"]:
+        length = row["visual_tokens"] + 30
+        assert row["prefill_flops"] == prefill(length)
+        assert row["kv_bytes"] == length * 2 * 32 * 4096 * 2  # keys and values, 32 layers, 16 bit
+        assert row["decode_flops_per_token"] * 2 == row["decode_flops"]
+        parts = row["encoder_flops"] + row["projector_flops"] + row["prefill_flops"] + row["decode_flops"]
+        assert row["total_flops"] == parts
+        assert row["visual_share"] == (parts - none["total_flops"]) / parts
+
+
+def test_training_costs_what_the_parts_say(run, configs):
+    """A frozen encoder costs its forward pass, LoRA's LLM no gradients of its own weights; ConvLLaVA's
+    from stage 3 on three times what these stages cost and once what comes before."""
+    found, _ = run("--config", configs["convllava"], "--sizes", "768", "--and", "--config", configs["llava"])
+    conv, llava = ((own["sizes"][0]["training"], own["sizes"][0]["scales"][0]) for own in found)
+    assert llava[0]["encoder_flops"] == llava[1]["encoder_flops"]
+    adapters = 2 * 128 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    rows, pairs = 766 + 5 * 128, sum(causal_pairs(scale + 128) for scale in (576, 144, 36, 9, 1))
+    attention = 32 * 4 * 4096 * pairs
+    assert llava[0]["row_tokens"] == rows
+    assert llava[0]["llm_flops"] == rows * (2 * 2 * LAYERS + 3 * adapters) + 3 * attention
+    assert 1 < conv[0]["encoder_flops"] / conv[1]["encoder_flops"] < 3
+    assert 0.7 < conv[0]["recompute_flops"] / (conv[0]["llm_flops"] / 3) < 1
+    assert llava[0]["recompute_flops"] == 0
+    assert 1.5 < llava[0]["total_flops"] / llava[0]["finest_alone_flops"] < 2.1
+
+
+@pytest.mark.parametrize(
+    ("grid", "scales"),
+    [
+        ((24, 24), [576, 144, 36, 9, 1]),
+        ((16, 16), [256, 64, 16, 4, 1]),
+        ((12, 12), [144, 36, 9, 1]),
+        ((24, 18), [432, 108, 12, 1]),
+        ((24, 17), [408, 1]),
+        ((1, 1), [1]),
+    ],
+)
+def test_pooling_again_and_again(grid, scales):
+    """M3's windows: 2×2, 2×2, 2×2, 3×3."""
+    assert pooled_again(*grid) == scales
+    nested_shapes(*grid, tuple(scales))
+
+
+def test_overlays_and_fields_win(tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("model: {scales: [16, 1], llm: {sizes: {hidden_size: 64}}, max_new_tokens: 9}")
+    model = read_model([QUICKSTART, str(overlay)], ["--model.encoder.drop_path", "0.25", "--model.max_new_tokens", "5"])
+    assert (model.scales, model.max_new_tokens) == ([16, 1], 5)
+    assert model.llm.sizes["hidden_size"] == 64
+    assert model.encoder().trunk.stages[-2].blocks[0].drop_path.drop_prob == 0.25
+
+
+def test_experiments_keep_their_own_options(run):
+    found, _ = run(
+        *("--config", QUICKSTART, "--model.scales", "[4,1]", "--prompt", "9", "--and"),
+        *("--sizes", "64", "128x64", "--config", QUICKSTART, "--model.pooling", "adaptive", "--name", "wide"),
+    )
+    assert [[at["grid"] for at in own["sizes"]] for own in found] == [[[2, 2]], [[4, 4], [8, 4]]]
+    assert [row["visual_tokens"] for row in found[1]["sizes"][1]["scales"]] == [16, 4, 1]
+    assert [own["name"] for own in found] == ["quickstart", "wide"]
+    assert [own["prompt_tokens"] for own in found] == [9, 9]
+
+
+def test_video_pays_for_every_frame(run):
+    video = str(ROOT / "experiments/video_quickstart.yaml")
+    [own], printed = run("--config", video, "--model.time_scales", "[8,2]")
+    [at] = own["sizes"]
+    assert [(row["scale"], row["visual_tokens"]) for row in at["scales"]] == [
+        ("8x4", 32),
+        ("8x1", 8),
+        ("2x4", 8),
+        ("2x1", 2),
+    ]
+    [[still], _] = run("--config", video)
+    assert {row["encoder_flops"] for row in at["scales"]} == {8 * still["sizes"][0]["scales"][0]["encoder_flops"]}
+    assert "8 × 32×32" in printed
+
+
+def test_measured_on_this_machine(run, tmp_path):
+    picture = tmp_path / "costs.png"
+    options = ["--measure", "--dtype", "float32", "--new-tokens", "4", "--plot", str(picture)]
+    [own], printed = run("--config", QUICKSTART, *options)
+    for row in own["sizes"][0]["scales"]:
+        seen = row["measured"]
+        for name in ("encode_ms", "first_token_ms", "further_token_ms"):
+            assert 0 < seen[name]["q1"] <= seen[name]["median"] <= seen[name]["q3"]
+        assert seen["encode_ms"]["q1"] < seen["first_token_ms"]["q3"]
+    assert "Measured on CPU" in printed
+    assert Image.open(picture).size[1] > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sizes", "64"], "each experiment needs --config"),
+        (["--config", QUICKSTART, "--and"], "each experiment needs --config"),
+        (["--config", "nowhere.yaml"], "no file nowhere.yaml"),
+        (["--config", QUICKSTART, "--sizes", "64y"], "expected a positive number, found '64y'"),
+        (["--config", QUICKSTART, "--plot", "nowhere/x.png"], "no folder nowhere"),
+        (["--config", QUICKSTART, "--model.scalez", "[1]"], "model.scalez"),
+        (["--config", QUICKSTART, "--model.scales", "[32,1]"], "no square grid has 32 cells, give --sizes"),
+        (["--config", QUICKSTART, "--model.llm.source", "Gemma2Config"], "costs of gemma2"),
+        (["--config", QUICKSTART, "--model.encoder.backbone", "convnxt"], "encoder.backbone convnxt"),
+    ],
+)
+def test_mistakes_end_in_one_message(run, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments)
+    code = stopped.value.code
+    assert code not in (0, None)
+    assert message in capsys.readouterr().err + str(code)
+
+
+def test_help_names_every_option(capsys):
+    main(["profile", "--help"])
+    text = capsys.readouterr().out
+    for option in (
+        "--config",
+        "--and",
+        "--sizes",
+        "--prompt",
+        "--new-tokens",
+        "--measure",
+        "--json",
+        "--plot",
+        "--name",
+    ):
+        assert option in text, option
+
+
+def test_units():
+    assert [in_flops(n) for n in (0, 7, 943963766784, 3.7758e12, 12e15)] == ["0", "7", "944 G", "3.776 T", "12 P"]
+    assert [in_bytes(n) for n in (512, 2**20, 320 * 2**20, 13.5 * 2**30)] == ["512 B", "1 MiB", "320 MiB", "13.5 GiB"]
+    assert in_bytes(sum(p.nbytes for p in tiny_vlm().parameters())).endswith("KiB")
