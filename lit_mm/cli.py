@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lit_mm.callbacks.memory import MemoryAdvice
 from lit_mm.callbacks.predictions import AnswerWriter
 from lit_mm.callbacks.progress import Progress
 from lit_mm.callbacks.skipped import SkippedRecords
@@ -88,7 +89,13 @@ class LitMMCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             trainer_defaults={
-                "callbacks": [StopBetweenBatches(), SkippedRecords(), TokenEfficiency(), AnswerWriter()],
+                "callbacks": [
+                    StopBetweenBatches(),
+                    SkippedRecords(),
+                    MemoryAdvice(),
+                    TokenEfficiency(),
+                    AnswerWriter(),
+                ],
                 "default_root_dir": "runs",
                 "use_distributed_sampler": False,  # the data side shares records among ranks itself
                 "log_every_n_steps": 10,

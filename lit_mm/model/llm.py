@@ -58,6 +58,8 @@ class LLM:
         template: Chat template: `own` is the tokenizer's; vicuna_v1 (LLaVA, ConvLLaVA), chatml and
             plain are named ones.
         dtype: Type of the weights.
+        quantize: Keep a frozen LLM's linear layers in 4 bits (NF4, as QLoRA) or 8 bits, through
+            bitsandbytes; it can train through adapters (`parts.llm.lora`) alone.
     """
 
     source: str
@@ -65,6 +67,7 @@ class LLM:
     tokenizer: str | None = None
     template: Template = "own"
     dtype: DType = "float32"
+    quantize: Literal["4bit", "8bit"] | None = None
 
 
 def load_llm(llm: LLM, tokenizer: PreTrainedTokenizerBase, on_meta: bool = False) -> PreTrainedModel:
@@ -81,6 +84,8 @@ def load_llm(llm: LLM, tokenizer: PreTrainedTokenizerBase, on_meta: bool = False
         FileNotFoundError: No such folder, GGUF file or package.
     """
     dtype = getattr(torch, llm.dtype)
+    if llm.quantize and (_is_config_class(llm.source) or llm.source.endswith(".gguf")):
+        raise ValueError(f"llm.quantize goes with a pretrained model in safetensors, found {llm.source}")
     if on_meta:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(load_config(llm, tokenizer), dtype=dtype)
@@ -89,11 +94,27 @@ def load_llm(llm: LLM, tokenizer: PreTrainedTokenizerBase, on_meta: bool = False
     elif llm.sizes:
         raise ValueError(f"llm.sizes is for random models; {llm.source} brings its own")
     else:
-        model = from_source(AutoModelForCausalLM, llm.source, dtype=dtype)
+        model = from_source(AutoModelForCausalLM, llm.source, dtype=dtype, **_quantized(llm))
     rows = len(cast(Tensor, model.get_input_embeddings().weight))
     if len(tokenizer) > rows:
         raise ValueError(f"the tokenizer has {len(tokenizer)} ids, {llm.source} only {rows} embeddings")
     return model
+
+
+def _quantized(llm: LLM) -> dict[str, Any]:
+    """Keywords of `from_pretrained`.
+
+    Raises:
+        ModuleNotFoundError: bitsandbytes is not installed.
+    """
+    if llm.quantize is None:
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError(f"llm.quantize {llm.quantize} needs bitsandbytes: pip install bitsandbytes")
+    half = torch.bfloat16 if llm.dtype == "float32" else getattr(torch, llm.dtype)
+    bits = {"load_in_8bit": True} if llm.quantize == "8bit" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    options = {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": half}
+    return {"quantization_config": transformers.BitsAndBytesConfig(**bits, **options)}
 
 
 def load_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:

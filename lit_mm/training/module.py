@@ -119,6 +119,8 @@ class LitMatryoshka(LightningModule):
         self.accuracy = nn.ModuleDict(
             {f"{split}_{level}": AnswerAccuracy() for split in ("val", "test") for level in self.levels}
         )
+        if llm.quantize and not (parts.llm.frozen or parts.llm.lora):
+            raise ValueError(f"llm.quantize {llm.quantize}: its weights cannot train, set parts.llm.frozen or .lora")
         self.place = Place()
         self.order: dict[str, Any] = {}
         self.recent: list[tuple[list[str], Tensor]] = []
@@ -151,6 +153,8 @@ class LitMatryoshka(LightningModule):
         """Build the model with its first weights, freeze what does not train, shard it if asked to."""
         if hasattr(self, "vlm"):
             return
+        if self.llm.quantize and is_sharded(self._trainer):
+            raise ValueError("llm.quantize: quantized weights are not sharded, use trainer.strategy ddp")
         direct = self._read_by_layer()
         self.vlm = self._build(on_meta=direct is not None)
         start_from(self.vlm, self.init_from)

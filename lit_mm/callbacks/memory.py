@@ -1,0 +1,53 @@
+"""Out of memory: what the batch was, and which knobs are left to turn."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+
+class MemoryAdvice(Callback):
+    """When memory runs out, says what was in the batch and what takes less, the cheapest first."""
+
+    def __init__(self) -> None:
+        self.batch: Any = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remember the batch."""
+        self.batch = batch
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Advise, if that is what it is."""
+        if isinstance(exception, torch.OutOfMemoryError) or "can't allocate memory" in str(exception):
+            warnings.warn(
+                f"out of memory{contents(self.batch)}. Less takes:\n{advice(trainer, pl_module)}", stacklevel=1
+            )
+
+
+def contents(batch: Any) -> str:
+    """What a batch holds, without asking the device."""
+    if batch is None:
+        return ""
+    positions = sum(len(rows.token_ids) for rows in batch.rows) or sum(len(ids) for ids in batch.token_ids)
+    sizes = ", ".join(f"{len(group)} of {group.shape[3]}×{group.shape[2]} pixels" for group in batch.images.groups)
+    return f" in a batch of {len(batch.token_ids)} samples, {positions} positions, images: {sizes or 'none'}"
+
+
+def advice(trainer: Trainer, lit: Any) -> str:
+    """A line for each knob that is not turned yet."""
+    sharded = lit.vlm.in_step if hasattr(lit, "vlm") else False
+    missing = [part for part in ("encoder", "llm") if part not in lit.activation_checkpointing]
+    knobs = {
+        f"model.activation_checkpointing: [encoder, llm] ({' and '.join(missing)} kept so far)": bool(missing),
+        "trainer.precision: bf16-mixed": str(trainer.precision).startswith("32"),
+        "data.tokens_per_batch, data.pixels_per_batch or data.batch_size: smaller, trainer.accumulate_grad_batches "
+        "larger by as much": True,
+        "model.attention: sequential, one scale at a time": lit.packing != "sequential" and not sharded,
+        "model.scales_per_step: 1, drawn anew in each step": lit.scales_per_step == "all" and len(lit.levels) > 1,
+        "trainer.strategy: fsdp2 over more devices": not sharded,
+        "model.parts.llm.lora.rank: 128, adapters instead of the LLM": not (lit.parts.llm.lora or lit.parts.llm.frozen),
+    }
+    return "\n".join(f"  {knob}" for knob, open_yet in knobs.items() if open_yet)

@@ -1,0 +1,191 @@
+"""Hand-off: every source of weights gives exactly its tensors, and nothing is missing in silence."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, ConvNextConfig, ConvNextModel
+
+from lit_mm.model.encoder import ConvNeXtEncoder, ExtraStage
+from lit_mm.model.projector import MatryoshkaProjector
+from lit_mm.model.vlm import MatryoshkaVLM
+from lit_mm.training.checkpoints import InitFrom, export, open_weights, start_from
+from lit_mm.training.parts import LLMPart, LoRA, Parts, apply_parts
+from tests.conftest import tiny_llm, tiny_vlm
+from tests.training.test_module import fit
+
+
+def other_vlm(**sizes):
+    """The same shapes, other weights."""
+    vlm = tiny_vlm(**sizes)
+    with torch.no_grad():
+        for parameter in vlm.parameters():
+            parameter.add_(1.0)
+    return vlm
+
+
+def same(ours, theirs, prefix="") -> bool:
+    expected = theirs.state_dict()
+    return all(torch.equal(v, expected[k]) for k, v in ours.state_dict().items() if k.startswith(prefix))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("hand-off") / "export"
+    export(tiny_vlm(), tokenizer, folder)
+    return folder
+
+
+def test_an_export_comes_back_whole(exported):
+    vlm = other_vlm()
+    start_from(vlm, InitFrom(str(exported)))
+    assert same(vlm, tiny_vlm())
+
+
+@pytest.mark.parametrize("part", ["encoder", "projector", "llm"])
+def test_one_part_alone_comes_from_a_source(exported, part):
+    vlm = other_vlm()
+    source = exported / "llm" if part == "llm" else exported / f"{part}.safetensors"
+    start_from(vlm, InitFrom(**{part: str(source)}))
+    others = [name for name in ("encoder", "projector", "llm") if name != part]
+    assert same(vlm, tiny_vlm(), f"{part}.")
+    assert all(same(vlm, other_vlm(), f"{name}.") for name in others)
+
+
+def test_a_part_of_its_own_beats_the_runs(exported, tmp_path):
+    save_file({k: v + 7 for k, v in load_file(exported / "projector.safetensors").items()}, tmp_path / "p.safetensors")
+    vlm = other_vlm()
+    start_from(vlm, InitFrom(str(exported), projector=str(tmp_path / "p.safetensors")))
+    assert same(vlm, tiny_vlm(), "llm.")
+    assert torch.equal(vlm.projector.layers[0].weight, tiny_vlm().projector.layers[0].weight + 7)
+
+
+def test_the_exported_llm_is_transformers_own(exported, tokenizer):
+    llm = AutoModelForCausalLM.from_pretrained(exported / "llm")
+    ids = torch.randint(0, 300, (1, 9))
+    assert torch.equal(llm(ids).logits, tiny_vlm().llm(ids).logits)
+    read = AutoTokenizer.from_pretrained(exported / "llm")
+    assert read.get_vocab() == tokenizer.get_vocab() and read.chat_template == tokenizer.chat_template
+
+
+def test_tied_embeddings_survive(tmp_path, tokenizer):
+    export(tiny_vlm(tie_word_embeddings=True), tokenizer, tmp_path / "tied")
+    vlm = other_vlm(tie_word_embeddings=True)
+    start_from(vlm, InitFrom(str(tmp_path / "tied")))
+    assert same(vlm, tiny_vlm(tie_word_embeddings=True))
+    assert vlm.llm.lm_head.weight is vlm.llm.model.embed_tokens.weight
+
+
+def test_adapters_are_merged_on_export(tmp_path, tokenizer):
+    vlm = tiny_vlm()
+    apply_parts(vlm, Parts(llm=LLMPart(lora=LoRA(4, 8, 0.0))))
+    for name, parameter in vlm.llm.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    ids = torch.randint(0, 300, (1, 9))
+    expected = vlm.llm.eval()(ids).logits
+    export(vlm, tokenizer, tmp_path / "merged")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged/llm")(ids).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert not torch.allclose(found, tiny_vlm().llm(ids).logits, atol=1e-2)
+
+
+def test_an_export_overwrites_nothing(exported, tokenizer):
+    with pytest.raises(FileExistsError, match="is not empty"):
+        export(tiny_vlm(), tokenizer, exported)
+
+
+def test_a_run_and_its_checkpoint_are_sources(instruction_set, tmp_path):
+    lit, trainer = fit(instruction_set, tmp_path, max_steps=1, limit_val_batches=0)
+    run = tmp_path / "lightning_logs/version_0"
+    trainer.save_checkpoint(run / "checkpoints/last.ckpt")
+    for source in (run, tmp_path / "lightning_logs", run / "checkpoints/last.ckpt"):
+        vlm = other_vlm()
+        start_from(vlm, InitFrom(str(source)))
+        assert same(vlm, lit.vlm), source
+    assert not same(lit.vlm, tiny_vlm())
+
+
+def test_missing_and_unexpected_names_are_listed(exported, tmp_path):
+    tensors = load_file(exported / "projector.safetensors")
+    weight = tensors.pop("layers.0.weight")
+    save_file({**tensors, "layers.9.weight": weight}, tmp_path / "p.safetensors")
+    init = InitFrom(projector=str(tmp_path / "p.safetensors"))
+    with pytest.raises(ValueError, match=r"1 missing: projector.layers.0.weight; 1 unexpected: projector.layers.9.wei"):
+        start_from(other_vlm(), init)
+    init.allow_missing, init.allow_unexpected = ["projector.layers.0.*"], ["projector.layers.9.*"]
+    vlm = other_vlm()
+    start_from(vlm, init)
+    assert torch.equal(vlm.projector.layers[0].weight, other_vlm().projector.layers[0].weight)
+    assert torch.equal(vlm.projector.layers[2].weight, tiny_vlm().projector.layers[2].weight)
+
+
+def test_another_shape_is_refused(exported, tmp_path):
+    tensors = load_file(exported / "projector.safetensors") | {"layers.2.bias": torch.zeros(31)}
+    save_file(tensors, tmp_path / "p.safetensors")
+    with pytest.raises(ValueError, match=r"layers.2.bias is \[31\], expected \[32\]"):
+        start_from(other_vlm(), InitFrom(projector=str(tmp_path / "p.safetensors")))
+
+
+def test_adapters_in_a_source_are_named_as_such(tmp_path):
+    vlm = tiny_vlm()
+    apply_parts(vlm, Parts(llm=LLMPart(lora=LoRA(4, 8, 0.0))))
+    torch.save({"state_dict": {f"vlm.{k}": v for k, v in vlm.state_dict().items()}}, tmp_path / "lora.ckpt")
+    with pytest.raises(ValueError, match=r"does not fit the llm \(adapters: `export` merges them\)"):
+        start_from(other_vlm(), InitFrom(str(tmp_path / "lora.ckpt")))
+
+
+@pytest.mark.parametrize(("source", "message"), [("nowhere", "no file or folder"), (".", "expected a run")])
+def test_no_source(tmp_path, source, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        open_weights(str(tmp_path / source))
+
+
+def test_a_pickle_is_not_run(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "harm"), "w"))
+
+    torch.save({"state_dict": Harm()}, tmp_path / "bad.ckpt")
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        open_weights(str(tmp_path / "bad.ckpt"))
+    assert not (tmp_path / "harm").exists()
+
+
+def test_the_published_towers_names(tmp_path):
+    """ConvLLaVA publishes its towers as transformers' ConvNextModel with five stages."""
+    dims, depths = [8, 16, 24, 32, 40], [1, 1, 2, 1, 2]
+    torch.manual_seed(2)
+    theirs = ConvNextModel(ConvNextConfig(hidden_sizes=dims, depths=depths, num_stages=5, layer_norm_eps=1e-6)).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    theirs.save_pretrained(tmp_path)
+    encoder = ConvNeXtEncoder(
+        "convnext_atto", [ExtraStage(2, 40)], overrides={"depths": depths[:4], "dims": dims[:4], "conv_mlp": False}
+    ).eval()
+    vlm = tiny_vlm()
+    vlm.encoder, vlm.projector = encoder, MatryoshkaProjector(40, 32, [4, 1])
+    start_from(vlm, InitFrom(encoder=str(tmp_path)))
+    pixels = torch.randn(1, 3, 128, 128)
+    assert torch.allclose(encoder(pixels), theirs(pixels).last_hidden_state, atol=1e-4)
+
+
+def test_the_published_llavas_names(tmp_path):
+    """LLaVA's and ConvLLaVA's models: the LLM's names as they are, the projector inside, perhaps a tower."""
+    vlm = tiny_vlm()
+    llm = dict(vlm.llm.state_dict())
+    projector = {
+        f"model.mm_projector.{name.removeprefix('layers.')}": t for name, t in vlm.projector.state_dict().items()
+    }
+    save_file({k: v.contiguous() for k, v in {**llm, **projector}.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_llama"}))
+    found = other_vlm()
+    start_from(found, InitFrom(projector=str(tmp_path), llm=str(tmp_path)))
+    assert same(found, vlm, "llm.") and same(found, vlm, "projector.") and same(found, other_vlm(), "encoder.")
+
+
+def test_the_fixture_differs():
+    """Or every test above would pass without copying."""
+    assert not any(same(other_vlm(), tiny_vlm(), part) for part in ("encoder.", "projector.", "llm."))
+    assert isinstance(other_vlm(), MatryoshkaVLM) and tiny_llm().source == "LlamaConfig"
