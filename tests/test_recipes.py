@@ -116,6 +116,7 @@ def build(parser):
         patch.setattr(f"{module}.load_config", lambda llm, _: published(llm.source))
         patch.setattr(f"{module}.load_llm", lambda llm, *_: bare_llm(llm.source, llm.dtype))
         patch.setattr(LitMatryoshka, "inputs", None)  # what the data would need of it
+        patch.setattr("timm.models.convnext.trunc_normal_", lambda tensor, **_: tensor)  # slow on `meta`, too
         yield cache(built)
 
 
