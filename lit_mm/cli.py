@@ -48,6 +48,15 @@ class SaveConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
+class Checkpoints(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, but last.ckpt is the end of the run, whatever was saved on the way."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning leaves out the steps after the last of `every_n_train_steps`; the next stage starts here."""
+        if self.save_last and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
 class LitMMTrainer(Trainer):
     """Lightning's Trainer with this project's own verbs."""
 
@@ -109,7 +118,7 @@ class LitMMCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Checkpoints and the bar, each with its own section, and what the data get of the model."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
         kept = {"save_last": True, "save_on_exception": True, "enable_version_counter": False}  # after Ctrl-C, too
         parser.set_defaults({f"checkpoint.{name}": value for name, value in kept.items()})
         parser.add_lightning_class_args(Progress, "progress")
@@ -141,7 +150,7 @@ class LitMMCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Leave out the bar and the checkpoints where the config switches them off."""
-        off = {Progress: "enable_progress_bar", ModelCheckpoint: "enable_checkpointing"}
+        off = {Progress: "enable_progress_bar", Checkpoints: "enable_checkpointing"}
         kept = [callback for callback in callbacks if config.get(off.get(type(callback), "")) is not False]
         return super()._instantiate_trainer(config, kept)
 

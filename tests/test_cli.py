@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from lit_mm.__main__ import HELP, main
+from lit_mm.cli import LitMMCLI
 from tests.conftest import ROOT, TOKENIZER, conversation
 from tests.data.test_video import render
 
@@ -166,6 +167,14 @@ def test_wrong_key_in_the_yaml_is_named(run, experiment, tmp_path):
     failed, _, error = run("fit", *experiment, "--config", str(tmp_path / "wrong.yaml"))
     assert failed
     assert "sorce" in error
+
+
+def test_the_last_checkpoint_is_the_end_of_the_run(experiment, instruction_set, monkeypatch):
+    """Three steps, of which Lightning would keep two."""
+    monkeypatch.setattr("sys.argv", ["lit_mm"])
+    LitMMCLI(["fit", *experiment, "--checkpoint.every_n_train_steps=2", "--trainer.limit_val_batches=0"])
+    last = torch.load(instruction_set / "runs/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 3
 
 
 @pytest.mark.slow

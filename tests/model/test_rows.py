@@ -290,6 +290,18 @@ def test_the_start_up_check_tries_masked_groups_too(monkeypatch):
         check_packing(vlm, "branch")
 
 
+def test_the_start_up_check_under_autocast_knows_rounding_from_a_leak(monkeypatch):
+    vlm, real = tiny_vlm(num_hidden_layers=6), attention._of_group
+    vlm.llm.set_attn_implementation(NAME)
+    with torch.autocast("cpu", torch.bfloat16):
+        check_packing(vlm, "branch")
+        monkeypatch.setattr(
+            attention, "_of_group", lambda group, q, k, v, *rest: real(group, q, k.roll(1, 0), v, *rest)
+        )
+        with pytest.raises(RuntimeError, match=r"set model\.attention to loop"):
+            check_packing(vlm, "branch")
+
+
 def test_layer_checkpointing_keeps_every_gradient():
     vlm, mixed = plain_vlm64(), random_samples(1)
     plain = gradients(vlm(packed(batch_of(*mixed))).total, vlm)
