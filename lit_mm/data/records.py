@@ -26,12 +26,31 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 Kind = Literal["image", "video"]
-ItemFormat = Literal["conversations", "question", "messages"]
+ItemFormat = str
+"""`conversations`, `question`, `messages`, or the name that `add_format` was given."""
 
 MARKERS: dict[Kind, str] = {"image": "<image>", "video": "<video>"}
 """Where an image or a video stands in a turn's text."""
 SHOWN_BY: dict[ItemFormat, str] = {"conversations": "conversations", "messages": "messages", "question": "text"}
 """The field that shows an item's format; the first that holds something decides."""
+TRANSLATED: dict[ItemFormat, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+
+def add_format(name: str, shown_by: str, translate: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Read another format of items, everywhere where the others are read.
+
+    Args:
+        name: What a set's `items` may call it.
+        shown_by: A field that items of this format have, and no others.
+        translate: An item -> the same as LLaVA writes it (`conversations`, `image`, `id`), which is then
+            checked like any other. What it raises makes the record a bad one.
+
+    Raises:
+        ValueError: Another format has the name or the field.
+    """
+    if name in SHOWN_BY or shown_by in SHOWN_BY.values():
+        raise ValueError(f"add_format {name}, shown by {shown_by}: taken by one of {SHOWN_BY}")
+    SHOWN_BY[name], TRANSLATED[name] = shown_by, translate
 
 
 class RecordError(ValueError):
@@ -152,7 +171,15 @@ def parse(where: str, item: Any, format: ItemFormat | None = None) -> Record:
         RecordError: Anything in it that is not as it should be.
     """
     readers = {"conversations": _conversation, "question": _question, "messages": _messages}
-    return readers[_format(where, item, format)](where, item)
+    name = _format(where, item, format)
+    return readers[name](where, item) if name in readers else parse(where, _translated(where, name, item))
+
+
+def _translated(where: str, name: ItemFormat, item: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return TRANSLATED[name](item)
+    except Exception as error:  # whatever the reader of a format trips over
+        raise RecordError(where, "malformed item", f"items {name}: {type(error).__name__}: {error}") from error
 
 
 def id_of(item: Any) -> Any:
@@ -162,6 +189,8 @@ def id_of(item: Any) -> Any:
 
 
 def _format(where: str, item: Any, format: ItemFormat | None) -> ItemFormat:
+    if format and format not in SHOWN_BY:
+        raise ValueError(f"items {format}: expected one of {', '.join(SHOWN_BY)}")
     possible = [format] if format else list(SHOWN_BY)
     present = [name for name in possible if isinstance(item, dict) and SHOWN_BY[name] in item]
     if present:

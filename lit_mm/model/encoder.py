@@ -55,7 +55,9 @@ class Encoder(nn.Module):
 
     @property
     def stages(self) -> list[nn.Module]:
-        """The trunk's stages, or a ViT's blocks, nearest to the pixels first."""
+        """The trunk's stages, or a ViT's blocks, nearest to the pixels first; one that has none is one."""
+        if not hasattr(self, "trunk"):
+            return [self]
         modules = dict(self.trunk.named_modules())
         listed = (modules.get(info["module"]) for info in self.trunk.feature_info)
         return [module for module in listed if module is not None and any(True for _ in module.parameters())]
@@ -63,7 +65,7 @@ class Encoder(nn.Module):
     @property
     def smallest(self) -> tuple[int, ...]:
         """One grid cell, or the only size that a backbone takes."""
-        patches: Any = getattr(self.trunk, "patch_embed", None)
+        patches: Any = getattr(getattr(self, "trunk", None), "patch_embed", None)
         return tuple(patches.img_size) if getattr(patches, "strict_img_size", False) else (self.stride, self.stride)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:

@@ -36,8 +36,8 @@ class InitFrom:
     """Weights to start from, part by part.
 
     Each source is a run's folder (`runs/stage_1`, or one `version_0` of it), a checkpoint, a folder
-    that `export` wrote, a safetensors file, or a Hugging Face folder, published LLaVA and
-    ConvLLaVA models included.
+    that `export` wrote, a safetensors file, or a Hugging Face folder (safetensors or
+    pytorch_model*.bin), published LLaVA and ConvLLaVA models included.
 
     Args:
         run: For all parts.
@@ -101,6 +101,8 @@ def open_weights(source: str) -> Weights:
         return Weights(path, _of_export(path))
     if files := sorted(path.glob("*.safetensors")):
         return Weights(path, renamed(_safetensors(files)))
+    if files := sorted(path.glob("pytorch_model*.bin")):
+        return Weights(path, renamed({name: read for file in files for name, read in _of_checkpoint(file).items()}))
     raise FileNotFoundError(f"init_from: {source}: expected a run, a checkpoint, safetensors or a folder of them")
 
 

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 
+from lit_mm.data import records
 from lit_mm.data.records import BadRecords, Media, RecordError, id_of, parse
 from tests.conftest import conversation
 
@@ -302,3 +303,41 @@ def test_half_of_a_surrogate_pair_is_a_bad_record():
     turns = json.loads('[{"from": "human", "value": "hi \\ud800 there"}, {"from": "gpt", "value": "yes"}]')
     with pytest.raises(RecordError, match=r"w: not Unicode: conversations\[0\]\.value"):
         parse("w", {"conversations": turns})
+
+
+@pytest.fixture
+def queries(monkeypatch):
+    """A format of one's own, for one test."""
+    monkeypatch.setattr(records, "SHOWN_BY", dict(records.SHOWN_BY))
+    monkeypatch.setattr(records, "TRANSLATED", {})
+
+    def translate(item):
+        turns = [{"from": "human", "value": item["query"]}, {"from": "gpt", "value": item["answers"][0]}]
+        return {"id": item["key"], "conversations": turns}
+
+    records.add_format("queries", "query", translate)
+
+
+def test_another_format_is_read_as_llavas(queries):
+    record = records.parse("a.json, record 3", {"key": 7, "query": "what?", "answers": ["this"]})
+    assert record.id == 7 and [turn.text for turn in record.turns] == ["what?", "this"]
+    assert records.parse("a", {"key": 7, "query": "what?", "answers": ["this"]}, "queries").turns == record.turns
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"query": "what?", "answers": ["this"]}, "a.json, record 3: malformed item: items queries: KeyError: 'key'"),
+        ({"key": 1, "query": 3, "answers": ["this"]}, "conversations\\[0\\].value"),
+    ],
+)
+def test_what_another_format_trips_over_is_a_bad_record(queries, item, message):
+    with pytest.raises(records.RecordError, match=message):
+        records.parse("a.json, record 3", item)
+
+
+def test_formats_are_not_taken_twice_nor_guessed(queries):
+    with pytest.raises(ValueError, match="taken by one of"):
+        records.add_format("others", "conversations", dict)
+    with pytest.raises(ValueError, match="items nothing: expected one of conversations, messages, question, queries"):
+        records.parse("a", {"query": "?"}, "nothing")

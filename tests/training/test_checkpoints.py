@@ -189,3 +189,14 @@ def test_the_fixture_differs():
     """Or every test above would pass without copying."""
     assert not any(same(other_vlm(), tiny_vlm(), part) for part in ("encoder.", "projector.", "llm."))
     assert isinstance(other_vlm(), MatryoshkaVLM) and tiny_llm().source == "LlamaConfig"
+
+
+def test_older_models_in_bin_files(tmp_path):
+    """LLaVA-1.5 is published as pytorch_model-00001-of-00002.bin, …."""
+    state = dict(tiny_vlm().llm.state_dict())
+    names = sorted(state)
+    for number, own in enumerate((names[:5], names[5:])):
+        torch.save({name: state[name] for name in own}, tmp_path / f"pytorch_model-0000{number}-of-00002.bin")
+    found = other_vlm()
+    start_from(found, InitFrom(llm=str(tmp_path)))
+    assert same(found, tiny_vlm(), "llm.")

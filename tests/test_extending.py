@@ -1,0 +1,59 @@
+"""The README's two extensions, as they stand there, in one run."""
+
+import json
+import re
+import sys
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, TOKENIZER, draw
+from tests.test_cli import lit_mm
+
+
+def blocks() -> list[str]:
+    """Python of the README, in order: an encoder, a data format."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_each_extension_is_short():
+    assert len(blocks()) == 2
+    assert all(len(block.splitlines()) <= 20 for block in blocks())
+
+
+@pytest.mark.slow
+def test_a_run_with_ones_own_encoder_and_format(tmp_path, monkeypatch):
+    for block in blocks():
+        name = re.match(r"# (\w+)\.py", block)[1]
+        (tmp_path / f"{name}.py").write_text(block)
+    draw(tmp_path / "a.png", (64, 64), "red")
+    items = [{"image": "a.png", "query": "what color is it?", "answers": ["red", "dark red"]}] * 4
+    (tmp_path / "train.json").write_text(json.dumps(items))
+    config = {
+        "model": {
+            "scales": [16, 4, 1],
+            "encoder": {"class_path": "my_encoder.PatchEncoder", "init_args": {"width": 32}},
+            "llm": {
+                "source": "LlamaConfig",
+                "sizes": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48},
+                "tokenizer": TOKENIZER,
+                "template": "plain",
+            },
+        },
+        "data": {
+            "class_path": "my_data.MyInstructions",
+            "init_args": {
+                "train": str(tmp_path / "train.json"),
+                "image_root": str(tmp_path),
+                "batch_size": 2,
+                "image": {"size": 64},
+            },
+        },
+        "trainer": {"accelerator": "cpu", "max_steps": 2, "default_root_dir": str(tmp_path / "runs")},
+    }
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    result = lit_mm("fit", "--config", str(tmp_path / "my.yaml"))
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "runs/version_0/checkpoints/last.ckpt").is_file()
+    assert sys.version_info >= (3, 11)
