@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from lit_mm.data.records import RecordError
 from lit_mm.model.encoder import ConvNeXtEncoder, ExtraStage
 from lit_mm.model.llm import LLM, load_llm, load_tokenizer
 from lit_mm.model.projector import MatryoshkaProjector
@@ -113,3 +114,14 @@ def tiny_vlm64(**options) -> MatryoshkaVLM:
 
 def rms_norm(module: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return module.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + module.variance_epsilon)
+
+
+def kept_of(bad, items, check) -> list:
+    """`check(item)` of every item that raises no RecordError; `bad` gets the others."""
+    kept = []
+    for item in items:
+        try:
+            kept.append(check(item))
+        except RecordError as error:
+            bad.add(error)
+    return kept

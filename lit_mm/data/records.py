@@ -20,7 +20,7 @@ from __future__ import annotations
 import base64
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -141,16 +141,6 @@ class BadRecords:
         """Count one skipped record under its reason; the first message is kept as the example."""
         self.counts[reason] += 1
         self.examples.setdefault(reason, example)
-
-    def keep(self, items: Iterable[Any], check: Callable[[Any], Any]) -> list[Any]:
-        """`check(item)` of every item that raises no RecordError."""
-        kept = []
-        for item in items:
-            try:
-                kept.append(check(item))
-            except RecordError as error:
-                self.add(error)
-        return kept
 
     def report(self, name: str, total: int) -> str | None:
         """What was skipped out of `total` records and why; None if nothing."""

@@ -8,7 +8,7 @@ import pytest
 
 from lit_mm.data import records
 from lit_mm.data.records import BadRecords, Media, RecordError, id_of, parse
-from tests.conftest import conversation
+from tests.conftest import conversation, kept_of
 
 
 def item(**changes):
@@ -283,15 +283,17 @@ def test_the_format_can_be_named():
 
 def test_skipping_counts_and_reports():
     bad = BadRecords("skip")
-    kept = bad.keep(
-        [("f, record 0", item()), ("f, record 1", item(image=3)), ("f, record 2", item(image=4))], lambda i: parse(*i)
+    kept = kept_of(
+        bad,
+        [("f, record 0", item()), ("f, record 1", item(image=3)), ("f, record 2", item(image=4))],
+        lambda i: parse(*i),
     )
     assert len(kept) == 1
     report = bad.report("f", 3)
     assert "f: skipped 2 of 3 records" in report
     assert "2 × malformed image path, first: f, record 1" in report
     with pytest.raises(RecordError):
-        BadRecords("error").keep([("f, record 1", item(image=3))], lambda i: parse(*i))
+        kept_of(BadRecords("error"), [("f, record 1", item(image=3))], lambda i: parse(*i))
 
 
 def test_errors_survive_worker_processes():

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from lit_mm.data import sources
 from lit_mm.data.records import BadRecords, RecordError, parse
 from lit_mm.data.sources import open_source
-from tests.conftest import ROOT, conversation
+from tests.conftest import ROOT, conversation, kept_of
 
 VARIED = [
     {"id": "a", "text": 'brackets ] } , in "text" \\ and \\" escapes\n\t'},
@@ -156,7 +156,7 @@ def test_bad_lines_are_bad_records(tmp_path):
     lines = [b'{"question_id": 1, "text": "a"}', b"", b'{"text": ', b'{"text": "\xff"}', b'{"text": "b"}']
     source = open_source(write(tmp_path / "a.jsonl", b"\n".join(lines)), tmp_path / "cache")
     bad = BadRecords("skip")
-    kept = bad.keep(range(len(source)), lambda number: parse(*source[number]))
+    kept = kept_of(bad, range(len(source)), lambda number: parse(*source[number]))
     assert [record.turns[0].text for record in kept] == ["a", "b"]
     assert bad.counts == {"not valid JSON": 1, "not UTF-8 text": 1}
     assert bad.examples["not valid JSON"].startswith(f"{tmp_path}/a.jsonl, line 3: not valid JSON: expected an object")
@@ -662,7 +662,7 @@ def test_bad_samples_are_bad_records(tmp_path, members, reason, detail):
     (tmp_path / "a.tar").write_bytes(shard(members | pair("1")))
     source = open_source(str(tmp_path / "a.tar"), tmp_path / "cache")
     bad = BadRecords("skip")
-    [kept] = bad.keep(range(len(source)), lambda number: parse(*source[number]))
+    [kept] = kept_of(bad, range(len(source)), lambda number: parse(*source[number]))
     assert kept.id == "1"
     assert detail in bad.examples[reason]
 
