@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import random
 import signal
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from lit_mm.data.records import RecordError
+from lit_mm.model.counts import counts_of
 from lit_mm.model.rows import Batch, Drawn, FrameSets, Images, Packing, Question, every_level, pack
 
 GRACE = 3
@@ -37,10 +39,12 @@ class Visual:
     Args:
         key: Equal for what is the same.
         pixels: uint8 [frames, 3, H, W]; one frame for an image.
+        video: Which of both.
     """
 
     key: Hashable
     pixels: Tensor
+    video: bool = False
 
 
 @dataclass
@@ -339,11 +343,28 @@ def close_loaders() -> None:
 
 
 class ResumableLoader(DataLoader):
-    """A loader whose place is (epoch, batches trained): Lightning restores it before the first batch."""
+    """A loader whose place is (epoch, batches trained): Lightning restores it before the first batch.
+
+    Attributes:
+        waited: Seconds that this process has spent waiting for batches, or making them itself.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.waited = 0.0
         OPEN.add(self)
+
+    def __iter__(self) -> Any:
+        return self._timed(super().__iter__())  # which starts the processes now, not with the first batch
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
 
     def close(self) -> None:
         """End the processes, which otherwise live as long as anything remembers the loader."""
@@ -419,6 +440,7 @@ class Batches(Dataset):
         if batch.token_ids:
             parts = batch.token_ids, batch.targets, batch.image_index
             batch.rows = pack(*parts, self.scales, batch.drawn, self.packing, batch.kept, batch.images.over_time)
+        batch.counts = counts_of(batch, self.scales)
         return batch
 
     def _stand_in(self, record: int) -> list[Sample]:
@@ -446,8 +468,10 @@ def collate(samples: Sequence[Sample], time_scales: Sequence[int] = ()) -> Batch
         own = [places[v.key] + frame for v in sample.visuals for frame in range(len(v.pixels))]
         index += own if sample.token_ids is not None else []
         questions += [replace(q, image_index=[own[i] for i in q.image_index]) for q in sample.questions]
+    images = group_by_size([visual.pixels for visual in visuals.values()], time_scales)
+    images.frames = sum(len(visual.pixels) for visual in visuals.values() if visual.video)
     return Batch(
-        images=group_by_size([visual.pixels for visual in visuals.values()], time_scales),
+        images=images,
         token_ids=[sample.token_ids for sample in samples if sample.token_ids is not None],
         targets=[sample.targets for sample in samples if sample.targets is not None],
         image_index=torch.tensor(index, dtype=torch.long),

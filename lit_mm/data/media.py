@@ -70,7 +70,10 @@ class MediaFolder:
         """
         loaded = [self._load(record, medium) for medium in record.media]
         keys = [self._key(record, number, medium) for number, medium in enumerate(record.media)]
-        visuals = [Visual(key, pixels) for key, (pixels, _) in zip(keys, loaded, strict=True)]
+        visuals = [
+            Visual(key, pixels, medium.kind == "video")
+            for key, (pixels, _), medium in zip(keys, loaded, record.media, strict=True)
+        ]
         return visuals, [labels for _, labels in loaded]
 
     def _shown(self, record: Record, medium: Media) -> Shown:

@@ -155,9 +155,14 @@ class FlexLayout(Layout):
         return flex(query, key, value, block_mask=self.mask, scale=scaling, enable_gqa=grouped).transpose(1, 2)
 
 
+def causal_pairs(queries: int, before: int = 0) -> int:
+    """Pairs that causal attention of `queries` tokens needs with `before` tokens in the KV cache."""
+    return queries * before + queries * (queries + 1) // 2
+
+
 def attended_pairs(segments: Sequence[Segment]) -> int:
     """How many pairs of a query and a key that it sees the segments have: what attention must compute."""
-    return sum(length * prefix + length * (length + 1) // 2 for _, prefix, _, length in segments)
+    return sum(causal_pairs(length, prefix) for _, prefix, _, length in segments)
 
 
 def layout_of(segments: Sequence[Segment], mechanism: str) -> Layout:

@@ -30,13 +30,14 @@ import torch
 from timm.layers import Attention, Conv2dSame
 from timm.models.vision_transformer import Block as ViTBlock
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_mm.model.attention import Segment, attended_pairs
+from lit_mm.model.attention import Segment, attended_pairs, causal_pairs
+from lit_mm.model.counts import counts_of
 from lit_mm.model.encoder import ConvNeXtEncoder, Encoder, TimmEncoder
 from lit_mm.model.llm import packing_of
-from lit_mm.model.rows import IGNORED, Batch, at_time
+from lit_mm.model.rows import Batch
 from lit_mm.model.vlm import MatryoshkaVLM
 
 Size = tuple[int, int]
@@ -145,11 +146,6 @@ class Answer:
         return self.decode / self.further if self.further else 0.0
 
 
-def causal_pairs(queries: int, before: int = 0) -> int:
-    """Pairs that causal attention of `queries` tokens needs with `before` tokens in the KV cache."""
-    return queries * before + queries * (queries + 1) // 2
-
-
 def nested_segments(prefix: int, text: int, scales: Sequence[int]) -> list[Segment]:
     """The segments of a packed row of one sample with one image: `prefix` tokens, then per scale the
     image's tokens and `text` tokens."""
@@ -182,6 +178,14 @@ class Costs:
         self.language = LanguageCosts(vlm.llm, "llm" in self.checkpointed)
         self.parameters = {part: Parameters.of(getattr(vlm, part)) for part in ("encoder", "projector", "llm")}
         self.known: dict[Size, ModelFlops] = {}
+
+    @classmethod
+    def if_known(cls, vlm: MatryoshkaVLM, checkpointed: Collection[Literal["encoder", "llm"]] = ()) -> Costs | None:
+        """Of a model, or None for an LLM whose costs are not known here."""
+        try:
+            return cls(vlm, checkpointed)
+        except ValueError:
+            return None
 
     def image(self, size: Size) -> ModelFlops:
         """Encoder and projector on one image, whose sides are padded up to the stride.
@@ -223,17 +227,18 @@ class Costs:
     def step(self, batch: Batch, encodings: int = 0) -> ModelFlops:
         """Forward and backward pass of a training step on one rank, without the optimizer's.
 
-        Only shapes are read, save for a batch without rows (`model.attention: loop`), whose image ids
-        are counted: a GPU has to wait for that. Padding is not counted.
+        Only shapes and `Batch.counts` are read, no device is asked. Padding is not counted.
 
         Args:
-            batch: The batch.
+            batch: The batch; one without rows (`model.attention: loop`) must be counted, or on the CPU.
             encodings: As in `MatryoshkaVLM.forward`: how often the encoder runs at least.
         """
         groups = [(len(group), cast(Size, tuple(group.shape[-2:]))) for group in batch.images.groups]
         blank = cast(Size, tuple(self.encoder.smallest))
         runs = [(len(rows.token_ids), rows.pairs, len(rows.targets)) for rows in batch.rows]
-        runs = runs or list(_loop_runs(batch, self.scales))
+        if not runs:
+            counts = batch.counts or counts_of(batch, self.scales)
+            runs = [(counts.text + counts.visual, counts.pairs, counts.targets)]
         texts = sum((self.text(*run, visual=len(groups) > 0) for run in runs), ModelFlops())
         if len(batch.rows) > 1 and texts.llm.backward:  # the vlm computes the LLM's activations anew, row after row
             texts = replace(texts, llm=replace(texts.llm, recompute=texts.llm.recompute + texts.llm.forward))
@@ -489,14 +494,3 @@ def _size_after(layer: nn.Conv2d, size: Size) -> Size:
         return cast(Size, tuple(-(-side // step) for side, step in zip(size, layer.stride, strict=True)))
     each = zip(size, cast(Size, layer.padding), layer.dilation, layer.kernel_size, layer.stride, strict=True)
     return cast(Size, tuple((side + 2 * pad - far * (k - 1) - 1) // step + 1 for side, pad, far, k, step in each))
-
-
-def _loop_runs(batch: Batch, scales: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Tokens, pairs and targets of each sample at each drawn level, as `MatryoshkaVLM.loop` has them."""
-    kept: list[Tensor | None] = [*batch.kept] or [None] * len(batch.token_ids)
-    for level in batch.drawn:
-        time, scale = divmod(level.number, len(scales))
-        for ids, targets, own in zip(batch.token_ids, batch.targets, kept, strict=True):
-            positions, images = at_time(ids, own, time)
-            tokens = int(positions.sum()) + int(images.sum()) * (scales[scale] - 1)
-            yield tokens, causal_pairs(tokens), int((targets[positions][1:] != IGNORED).sum())

@@ -59,11 +59,13 @@ class Images:
         groups: uint8 pixels [n, 3, H, W], one tensor a size; empty without images.
         order: [N] where image i stands in the concatenation of the groups.
         over_time: The frame sets at every time scale, finest first; none without time scales.
+        frames: How many of the N are frames of videos.
     """
 
     groups: list[Tensor]
     order: Tensor
     over_time: list[FrameSets] = field(default_factory=list)
+    frames: int = 0
 
 
 @dataclass
@@ -134,6 +136,48 @@ class Rows:
 
 
 @dataclass
+class Prompts:
+    """Questions at one level.
+
+    Args:
+        text: Positions of text of all prompts together.
+        visual: Positions of visual tokens.
+        pairs: Pairs of a query and a key that causal attention sees.
+    """
+
+    text: int = 0
+    visual: int = 0
+    pairs: int = 0
+
+
+@dataclass
+class Counts:
+    """What a batch holds, in numbers, all drawn levels together (see `lit_mm.model.counts`).
+
+    Args:
+        text: Positions of text that the LLM computes.
+        visual: Positions of visual tokens.
+        targets: Positions with a loss.
+        padding: Positions that only fill samples up to the longest (`loop`).
+        pairs: Pairs of a query and a key that attention sees.
+        shown: [scales] how often an image, or a set of frames, stands there with so many tokens.
+        shown_pixels: Pixels of what visual tokens stand for, each image as often as it stands there.
+        prompts: [levels] the questions at every level; empty without questions.
+        asked: (number, height, width) of the images that the questions show, each as often as it is asked about.
+    """
+
+    text: int = 0
+    visual: int = 0
+    targets: int = 0
+    padding: int = 0
+    pairs: int = 0
+    shown: list[int] = field(default_factory=list)
+    shown_pixels: int = 0
+    prompts: list[Prompts] = field(default_factory=list)
+    asked: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+@dataclass
 class Batch:
     """Samples with their images.
 
@@ -151,6 +195,7 @@ class Batch:
             empty without time scales.
         where: File and record of every sample.
         supervised: Number of targets, each counted once however many scales there are; counted here.
+        counts: What is in it, counted before it went to a device; None where nobody did.
     """
 
     images: Images
@@ -165,6 +210,7 @@ class Batch:
     kept: list[Tensor] = field(default_factory=list)
     where: list[str] = field(default_factory=list)
     supervised: int = -1
+    counts: Counts | None = None
 
     def __post_init__(self) -> None:
         if self.supervised < 0:
@@ -389,6 +435,11 @@ def at_time(ids: Tensor, kept: Tensor | None, time: int) -> tuple[Tensor, Tensor
     """Which positions [T] of a sample stand at a time scale, and which [K] of its images."""
     stays = torch.ones_like(ids, dtype=torch.bool) if kept is None else kept >= time
     return stays, stays[ids == IMAGE]
+
+
+def in_sets(index: Tensor, images: Images, time: int) -> Tensor:
+    """Numbers [K] of images -> of their sets of frames at a time scale."""
+    return images.over_time[time].number[index] if images.over_time else index
 
 
 def expand(values: Tensor, token_ids: Tensor, scale: int) -> Tensor:

@@ -26,6 +26,7 @@ from lit_mm.model.rows import (
     at_time,
     behind_an_image,
     expand,
+    in_sets,
     levels_of_kinds,
     stack,
 )
@@ -337,8 +338,3 @@ def mean_over(sets: FrameSets, tokens: Tensor) -> Tensor:
     exact = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     sums = exact.new_zeros(len(sets.sizes), *tokens.shape[1:]).index_add_(0, sets.number, exact)
     return (sums / sets.sizes.to(exact)[:, None, None]).to(tokens.dtype)
-
-
-def in_sets(index: Tensor, images: Images, time: int) -> Tensor:
-    """Numbers [K] of images -> of their sets of frames at a time scale."""
-    return images.over_time[time].number[index] if images.over_time else index
