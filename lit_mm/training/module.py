@@ -20,6 +20,7 @@ from lit_mm.data.conversation import Conversation
 from lit_mm.data.sets import ModelInputs
 from lit_mm.evaluation.metrics import AnswerAccuracy
 from lit_mm.model.attention import NAME
+from lit_mm.model.costs import Costs
 from lit_mm.model.encoder import Encoder
 from lit_mm.model.llm import LLM, load_config, load_llm, load_tokenizer, packing_of
 from lit_mm.model.projector import (
@@ -163,6 +164,7 @@ class LitMatryoshka(LightningModule):
         if self._trainer is not None and self.trainer.precision == "bf16-true":
             self.vlm.to(torch.bfloat16)
         self.groups, self.table = parameter_groups(self.vlm, self.parts), parts_table(self.vlm, self.parts)
+        self.costs = Costs.if_known(self.vlm, self.activation_checkpointing)  # a sharded model can not be asked
         self.vlm.in_step = is_sharded(self._trainer)
         if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             shard(self.vlm, self.trainer.strategy.device_mesh["data_parallel"], self.trainer.strategy, direct)
