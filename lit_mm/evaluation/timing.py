@@ -1,57 +1,99 @@
-"""What an answer takes on this machine: medians of repetitions, random weights, one answer at a time.
+"""What an answer takes on this machine, one at a time: encoding, the first token, each further one.
 
-Encoding, the time to the first token (encoding, and the LLM over the prompt) and the time of each
-further token are measured apart, each after a warm-up; on a GPU with CUDA events. The LLM is called
-step by step with its KV cache, without what `generate` does around it.
+Medians and quartiles of repetitions behind a warm-up; on a GPU by CUDA events. The LLM is called step
+by step with its KV cache, without what `generate` does around it.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lit_mm.model.vlm import MatryoshkaVLM
-from lit_mm.profile.experiment import Experiment, Size
 
 WARM_UP, REPETITIONS = 2, 10
 
 
+class Stopwatch:
+    """Moments on a device's own clock. Marking one waits for nothing; on a GPU it is an event in its queue."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        """Now, or on a GPU when all that was asked of it so far is done."""
+        if not self.on_gpu:
+            self.marks.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self.marks.append(event)
+
+    @property
+    def done(self) -> bool:
+        """Whether the last mark lies behind, so that it can be read without waiting."""
+        return not self.on_gpu or not self.marks or self.marks[-1].query()
+
+    def read(self) -> list[float]:
+        """Milliseconds between each mark and the next."""
+        if self.on_gpu:
+            self.marks[-1].synchronize()
+            return [first.elapsed_time(second) for first, second in zip(self.marks, self.marks[1:], strict=False)]
+        return [1000 * (second - first) for first, second in zip(self.marks, self.marks[1:], strict=False)]
+
+
 class AnswerTimer:
-    """Times answers of one experiment.
+    """Times answers of a model, which is on one device as a whole.
 
     Args:
-        experiment: The experiment; its model is built with random weights.
+        vlm: The model, in evaluation mode.
         prompt: Tokens of the question.
-        new_tokens: Tokens of the answer.
-        device: Where; null: a GPU if there is one.
+        new_tokens: Tokens of the answer, at least 2.
+        repetitions: How many answers are timed.
     """
 
-    def __init__(self, experiment: Experiment, prompt: int, new_tokens: int, device: str | None = None) -> None:
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.vlm: MatryoshkaVLM = experiment.build(self.device)
-        self.frames, self.prompt, self.new_tokens = experiment.frames, prompt, new_tokens
+    def __init__(self, vlm: MatryoshkaVLM, prompt: int, new_tokens: int, repetitions: int = REPETITIONS) -> None:
+        self.vlm, self.prompt, self.new_tokens, self.repetitions = vlm, prompt, new_tokens, repetitions
+        self.device = next(vlm.parameters()).device
 
-    @torch.inference_mode()
-    def __call__(self, size: Size, visual: int) -> dict[str, Any]:
-        """Figures of one scale: milliseconds, and on a GPU the peak of allocated bytes."""
-        pixels = torch.randint(256, (self.frames, 3, *size), dtype=torch.uint8, device=self.device)
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        further = self._times(self._further, lambda: self._first(self._encode(pixels, visual)))
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, visual: int) -> dict[str, Any]:
+        """Figures of one scale: milliseconds, and on a GPU the peak of allocated bytes, weights included.
+
+        Args:
+            pixels: uint8 [n, 3, H, W], the images or frames that are asked about.
+            visual: Visual tokens that the LLM gets of them.
+        """
+        pixels = pixels.to(self.device)
+        on_gpu = self.device.type == "cuda"
+        for _ in range(WARM_UP):
+            self._answer(pixels, visual).read()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        times = [self._answer(pixels, visual).read() for _ in range(self.repetitions)]
         return {
-            "device": torch.cuda.get_device_name()
-            if self.device == "cuda"
-            else f"CPU (threads: {torch.get_num_threads()})",
-            "encode_ms": quartiles(self._times(lambda: self._encode(pixels, visual))),
-            "first_token_ms": quartiles(self._times(lambda: self._first(self._encode(pixels, visual)))),
-            "further_token_ms": quartiles([each / max(1, self.new_tokens - 1) for each in further]),
-            "peak_bytes": torch.cuda.max_memory_allocated() if self.device == "cuda" else None,
+            "encode_ms": quartiles([encode for encode, _, _ in times]),
+            "first_token_ms": quartiles([encode + first for encode, first, _ in times]),
+            "further_token_ms": quartiles([further / max(1, self.new_tokens - 1) for *_, further in times]),
+            "peak_bytes": torch.cuda.max_memory_allocated(self.device) if on_gpu else None,
         }
+
+    def _answer(self, pixels: Tensor, visual: int) -> Stopwatch:
+        """Marks before and behind encoding, the first token and all further ones."""
+        watch = Stopwatch(self.device)
+        watch.mark()
+        tokens = self._encode(pixels, visual)
+        watch.mark()
+        token, past = self._first(tokens)
+        watch.mark()
+        self._further(token, past)
+        watch.mark()
+        return watch
 
     def _encode(self, pixels: Tensor, visual: int) -> Tensor:
         """Pixels [n, 3, H, W] -> visual tokens [1, visual, D], as many as a scale has.
@@ -65,7 +107,7 @@ class AnswerTimer:
         """Visual tokens -> the first new token and the KV cache."""
         embed = cast(torch.nn.Module, self.vlm.llm.get_input_embeddings())
         text = embed(torch.zeros(1, self.prompt, dtype=torch.long, device=self.device))
-        embeddings = torch.cat([tokens, text], dim=1)
+        embeddings = torch.cat([tokens.to(text.dtype), text], dim=1)
         output = cast(Any, self.vlm.llm)(inputs_embeds=embeddings, use_cache=True, logits_to_keep=1)
         return output.logits.argmax(-1), output.past_key_values
 
@@ -73,23 +115,6 @@ class AnswerTimer:
         for _ in range(self.new_tokens - 1):
             output = cast(Any, self.vlm.llm)(input_ids=token, past_key_values=past, use_cache=True, logits_to_keep=1)
             token = output.logits.argmax(-1)
-
-    def _times(self, run: Callable[..., object], prepare: Callable[[], tuple[Any, ...]] = tuple) -> list[float]:
-        """Milliseconds of each repetition; what `prepare` makes for each is not timed."""
-        return [self._time(run, *prepare()) for _ in range(WARM_UP + REPETITIONS)][WARM_UP:]
-
-    def _time(self, run: Callable[..., object], *prepared: Any) -> float:
-        if self.device != "cuda":
-            began = time.perf_counter()
-            run(*prepared)
-            return 1000 * (time.perf_counter() - began)
-        torch.cuda.synchronize()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run(*prepared)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
 
 
 def quartiles(times: list[float]) -> dict[str, float]:

@@ -8,13 +8,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from rich.console import Console
 
+from lit_mm.evaluation.devices import device_name
+from lit_mm.evaluation.timing import AnswerTimer
 from lit_mm.model.llm import DType
 from lit_mm.profile.experiment import Experiment, Size, read_model
-from lit_mm.profile.figures import figures_of
+from lit_mm.profile.figures import Timer, figures_of
 from lit_mm.profile.report import draw, image, tables
-from lit_mm.profile.timing import AnswerTimer
 
 ABOUT = """\
 What every visual token costs: FLOPs of encoder, projector and LLM, KV cache, weights, and how much of
@@ -46,8 +48,20 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _figures(experiment: Experiment, options: argparse.Namespace) -> dict[str, Any]:
-    timer = AnswerTimer(experiment, options.prompt, options.new_tokens) if options.measure else None
+    timer = _timer(experiment, options.prompt, options.new_tokens) if options.measure else None
     return figures_of(experiment, options.prompt, options.new_tokens, timer)
+
+
+def _timer(experiment: Experiment, prompt: int, new_tokens: int) -> Timer:
+    """Times random images with random weights, on a GPU if there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    answer = AnswerTimer(experiment.build(device.type), prompt, new_tokens)
+
+    def measured(size: Size, visual: int) -> dict[str, Any]:
+        pixels = torch.randint(256, (experiment.frames, 3, *size), dtype=torch.uint8)
+        return {"device": device_name(device), **answer(pixels, visual)}
+
+    return measured
 
 
 def _write(found: list[dict[str, Any]], options: argparse.Namespace) -> None:

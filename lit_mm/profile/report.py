@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from lit_mm.evaluation.units import in_bytes, in_flops, unit_of
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -100,7 +102,7 @@ def draw(experiments: Sequence[Figures]) -> Figure:
         options: dict[str, Any] = {"squeeze": False, "sharey": "row", "gridspec_kw": {"width_ratios": bars}}
         axes = figure.subplots(2 if measured else 1, len(panels), **options)
     highest = max(row["total_flops"] for _, at in panels for row in at["scales"])
-    factor, unit = _scale_of(highest)
+    factor, unit = unit_of(highest)
     for number, (own, at) in enumerate(panels):
         _draw_flops(axes[0][number], at, factor)
         axes[0][number].set_title(own["name"] if at is own["sizes"][0] else "", fontweight="bold", loc="left", pad=22)
@@ -171,18 +173,6 @@ def _add_legend(figure: Figure, first: Figures) -> None:
     figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=9, handlelength=1.2, columnspacing=1.4)
 
 
-def in_flops(count: float) -> str:
-    """`3.78 T`: four digits at most."""
-    factor, unit = _scale_of(count)
-    return f"{count / factor:.4g} {unit}".rstrip() if count else "0"
-
-
-def in_bytes(count: float) -> str:
-    """`320 MiB`."""
-    power = min(3, max(0, (int(count).bit_length() - 1) // 10))
-    return f"{count / 1024**power:.4g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
-
-
 def image(at: Figures) -> str:
     """`1536×1536`, height first."""
     several = f"{at['images']} × " if at["images"] > 1 else ""
@@ -198,13 +188,6 @@ def _tokens(row: Figures) -> str:
 def _flops_of(row: Figures) -> list[str]:
     names = ["encoder_flops", "projector_flops", "prefill_flops", "decode_flops_per_token", "total_flops"]
     return [in_flops(row[name]) for name in names]
-
-
-def _scale_of(count: float) -> tuple[float, str]:
-    for factor, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if count >= factor:
-            return factor, unit
-    return 1.0, ""
 
 
 def _spread(times: dict[str, float]) -> str:
