@@ -102,7 +102,6 @@ class LitMMCLI(LightningCLI):
                     StopBetweenBatches(),
                     SkippedRecords(),
                     MemoryAdvice(),
-                    TokenEfficiency(),
                     AnswerWriter(),
                 ],
                 "default_root_dir": "runs",
@@ -117,11 +116,12 @@ class LitMMCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Checkpoints and the bar, each with its own section, and what the data get of the model."""
+        """Checkpoints, the bar and what is measured, each with its own section; what the data get of the model."""
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         kept = {"save_last": True, "save_on_exception": True, "enable_version_counter": False}  # after Ctrl-C, too
         parser.set_defaults({f"checkpoint.{name}": value for name, value in kept.items()})
         parser.add_lightning_class_args(Progress, "progress")
+        parser.add_lightning_class_args(TokenEfficiency, "token_efficiency")
         parser.link_arguments("model.inputs", "data.init_args.inputs", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:

@@ -1,136 +1,236 @@
-"""What every visual token buys: accuracy against visual tokens, as a picture, a table and a JSON."""
+"""What every visual token costs and buys: counted in training, judged in validation and test.
+
+Training     tokens, images, speed, memory, MFU, every `trainer.log_every_n_steps` steps
+Validation   accuracy and cost of every level, as scalars, a picture and a table
+Test         the same as accuracy_tokens.png and accuracy_tokens.json, and a table in the terminal
+
+A training step is never waited for: what is counted comes with the batch, ranks share one small
+tensor per report, and times on a GPU are read from events that lie behind (`meter`, `part_times`).
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
-from rich.table import Table
+from lightning.pytorch.utilities import rank_zero_info
 
-from lit_mm.evaluation.metrics import majority_share
-from lit_mm.model.projector import ClipScale, Scale
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-COLOURS = ["#1f5fa8", "#c8641e", "#3a8f4d", "#8a4fa3", "#a33f4f"]
-"""Of the lines, one a time scale."""
+from lit_mm.callbacks.efficiency_report import Result, draw, markdown, show, table
+from lit_mm.callbacks.judgement import Judgement
+from lit_mm.callbacks.meter import GIB, PARTS, Clock, Meter, Numbers, over_ranks, report, training_flops
+from lit_mm.callbacks.part_times import OTHER, PartTimes
+from lit_mm.callbacks.tensorboard_page import open_page, writers
+from lit_mm.evaluation.devices import PeakMemory, arithmetic_of, device_name, peak_flops
+from lit_mm.model.rows import Batch
 
 
 class TokenEfficiency(Callback):
-    """At the end of a test, write accuracy at every scale beside the majority answer's share.
+    """Logs what visual tokens cost and buy, to every logger and in pictures and tables to TensorBoard.
 
-    `accuracy_tokens.png` and `accuracy_tokens.json` go to the run's folder, the picture to
-    TensorBoard as well, a table to the terminal.
+    Groups: `tokens/` and `images/` per step over all ranks, `speed/` over all ranks, `parts/` of one
+    step in each interval on rank 0, `memory/` the most of any rank, `scale/` of every level.
+    MFU is the FLOPs that the model needs (lit_mm.model.costs; what checkpointing computes again is
+    not counted) by the time, as a share of the devices' peak; that of a part by the time of this part
+    alone, forward and backward.
     """
+
+    def __init__(self, peak_tflops: float | None = None) -> None:
+        """Set up.
+
+        Args:
+            peak_tflops: The most TFLOP/s that a device can do in the precision of the run, for MFU;
+                null: by the device's name, and no MFU for an unknown device.
+        """
+        self.peak_tflops = peak_tflops
+        self.clock = Clock()
+        self.last: Result | None = None
+
+    # training
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing is counted yet."""
+        lit: Any = pl_module
+        self.clock, self.meter = Clock(), Meter(lit.scales, lit.vlm.encoder.stride, lit.costs)
+        self.memory, self.parts = PeakMemory(lit.device), PartTimes(lit.device)
+        self.watched: Numbers | None = None
+        self.due = True
+        self.peak = self.peak_of(trainer)
+        if lit.costs is None:
+            rank_zero_info(f"no FLOPs and no MFU: costs of {type(lit.vlm.llm).__name__} are not known")
+        elif self.peak is None:
+            name = device_name(lit.device)
+            rank_zero_info(f"no MFU: the peak of {name} is not known, token_efficiency.peak_tflops tells it")
+
+    def peak_of(self, trainer: Trainer) -> float | None:
+        """FLOP/s of this rank's device, None if unknown."""
+        if self.peak_tflops is not None:
+            return 1e12 * self.peak_tflops
+        return peak_flops(device_name(trainer.strategy.root_device), arithmetic_of(str(trainer.precision)))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lay out TensorBoard's page."""
+        self.reported = trainer.global_step
+        open_page(trainer, pl_module, utilisation=bool(self.peak and pl_module.costs))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Start the clock; watch the parts in the first step of each interval."""
+        lit: Any = pl_module
+        self.clock.start(trainer.train_dataloader)
+        self.meter.add(batch)
+        if self.due:
+            self.due, self.watched = False, training_flops(lit.costs.step(batch)) if lit.costs else {}
+            self.parts.start(lit.vlm)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        """The backward pass begins with the LLM's."""
+        self.parts.mark("llm")
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """And ends."""
+        self.parts.mark(OTHER)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Stop the clock, and report when Lightning does."""
+        self.parts.stop()
+        self.clock.end()
+        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and step % every == 0 and step > self.reported:
+            self._report(trainer, pl_module, step - self.reported)
+
+    def _report(self, trainer: Trainer, lit: Any, steps: int) -> None:
+        own = {**self.meter.take(), **self.clock.take(), **self.memory.take()}
+        own["peak_flops"] = float("nan") if self.peak is None else self.peak
+        numbers, self.reported = over_ranks(lit, own), trainer.global_step
+        values = report(numbers, steps, trainer.world_size, lit.scales)
+        log(trainer, values | self._parts() | _learning_rates(trainer))
+
+    def _parts(self) -> Numbers:
+        """Of the step that was watched, if it is over on the device."""
+        times = self.parts.take()
+        if times is None:
+            return {}
+        self.due = True
+        found = {f"parts/{part}_ms": times.get(part, 0.0) for part in (*PARTS, OTHER)}
+        flops, total = self.watched or {}, sum((self.watched or {}).values())
+        for part in PARTS if total else ():
+            found[f"parts/{part}_FLOPs_share"] = flops[f"{part}_flops"] / total
+            if self.peak and times.get(part):
+                found[f"parts/{part}_MFU"] = flops[f"{part}_flops"] / (times[part] / 1000) / self.peak
+        return found
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Writing it is no training."""
+        self.clock.paused = True
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nor are tables and new loaders."""
+        self.clock.paused = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the last validation's table."""
+        if self.last:
+            show(table(self.last))
+
+    # validation and test
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing is judged yet; training's peak of memory is kept."""
+        self.clock.paused = True
+        if trainer.state.fn == "fit":
+            self.memory.note()
+        self.judgement = Judgement(pl_module, "val")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing is judged yet."""
-        self.expected: list[str] = []
+        self.judgement = Judgement(pl_module, "test")
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
+    ) -> None:
+        """Count the questions."""
+        self.judgement.add(batch)
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
     ) -> None:
-        """Remember the expected answers of what was judged."""
-        self.expected += [question.answer for question in batch.questions]
+        """Count the questions."""
+        self.judgement.add(batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring the ranks' questions together."""
+        self.judgement.gather(trainer)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring the ranks' answers together."""
-        if trainer.world_size > 1:
-            shares: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, self.expected)
-            self.expected = [answer for share in shares for answer in share]
+        """Bring the ranks' questions together."""
+        self.judgement.gather(trainer)
 
-    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Time every level, log scalars, picture and table."""
+        if not trainer.sanity_checking and trainer.is_global_zero and self.judgement.expected:
+            self.last = self._judged(trainer)
+        if trainer.state.fn == "fit":
+            self.memory.forget()
+        elif self.last:
+            show(table(self.last))
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the picture, the JSON and the table."""
-        result = self.result(trainer, cast(list[Scale], pl_module.levels))
+        """The same, and picture and JSON into the run's folder, the table to the terminal."""
+        if not trainer.is_global_zero:
+            return
+        result = self._judged(trainer)
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "accuracy_tokens.json").write_text(json.dumps(result, indent=2) + "\n")
-        figure = draw(result)
-        figure.savefig(folder / "accuracy_tokens.png")
-        if isinstance(trainer.logger, TensorBoardLogger):
-            trainer.logger.experiment.add_figure("test/accuracy against tokens", figure, trainer.global_step)
-        Console().print(table(result), f"Picture and figures: {folder}/accuracy_tokens.png and .json", sep="\n")
+        draw(result).savefig(folder / "accuracy_tokens.png")
+        show(table(result), f"Picture and figures: {folder}/accuracy_tokens.png and .json")
 
-    def result(self, trainer: Trainer, levels: list[Scale]) -> dict[str, Any]:
-        """What the JSON holds: accuracies in 0..1, finest level first."""
-        return {
-            "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
-            "questions": len(self.expected),
-            "majority_answer": majority_share(self.expected),
-            "scales": [_row(trainer, level) for level in levels],
+    def _judged(self, trainer: Trainer) -> Result:
+        result = self.judgement.result(trainer, self.peak_of(trainer))
+        step = step_of(trainer)
+        if self.judgement.split == "val":
+            log(trainer, scalars(result))
+        for writer in writers(trainer):
+            writer.add_figure(f"{result['split']}/accuracy against tokens", draw(result), step)
+            writer.add_text(f"{result['split']}/table", markdown(result), step)
+        return result
+
+
+def log(trainer: Trainer, values: Numbers) -> None:
+    """To every logger, at the step that Lightning itself logs at."""
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step_of(trainer))
+
+
+def step_of(trainer: Trainer) -> int:
+    """Optimizer steps before the one that is logged, as Lightning counts for its loggers."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def scalars(result: Result) -> Numbers:
+    """What of a validation is worth a curve."""
+    found: Numbers = {"val/accuracy_area": result["area"]} if result["area"] is not None else {}
+    for row in result["scales"]:
+        values = {
+            "visual_tokens": row["mean_visual_tokens"],
+            "prompt_tokens": row["prompt_tokens"],
+            "prefill_GFLOPs": row["prefill_flops"] / 1e9 if "prefill_flops" in row else None,
+            "KV_MiB": row["kv_bytes"] / 2**20 if "kv_bytes" in row else None,
+            **{name: row["measured"][name]["median"] for name in row["measured"] or {} if name.endswith("_ms")},
+            "peak_GiB": row["measured"]["peak_bytes"] / GIB if (row["measured"] or {}).get("peak_bytes") else None,
         }
+        found |= {f"scale/{name}@{row['scale']}": value for name, value in values.items() if value is not None}
+    return found
 
 
-def _row(trainer: Trainer, level: Scale) -> dict[str, Any]:
-    """`frames` and tokens of all of them together, for a level of video; tokens of an image otherwise."""
-    accuracy = {"accuracy": trainer.callback_metrics[f"test/accuracy@{level}"].item()}
-    if isinstance(level, ClipScale):
-        return {"frames": level.frames, "visual_tokens": level.frames * level.tokens, **accuracy}
-    return {"visual_tokens": level, **accuracy}
-
-
-def draw(result: dict[str, Any]) -> Figure:
-    """Accuracy (%) over visual tokens on a logarithmic axis, the majority answer as a dashed line."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    tokens = sorted({row["visual_tokens"] for row in result["scales"]})
-    majority = 100 * result["majority_answer"]
-    with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
-        axes = figure.add_subplot()
-    for (frames, line), colour in zip(_lines(result).items(), COLOURS * len(tokens), strict=False):
-        label = None if frames is None else f"{frames} sets of frames" if frames > 1 else "1 set of frames"
-        axes.plot(*zip(*line, strict=True), "o-", color=colour, linewidth=2, markersize=7, label=label, zorder=3)
-        for x, y in line:
-            axes.annotate(f"{y:.1f}", (x, y), (0, -16), textcoords="offset points", ha="center", color=colour)
-    if None not in _lines(result):
-        axes.legend(frameon=False, loc="lower right")
-    axes.axhline(majority, color="#888888", linestyle="--", linewidth=1.2)
-    axes.annotate(
-        f"majority answer {majority:.1f}",
-        (min(tokens), majority),
-        xytext=(0, 5),
-        textcoords="offset points",
-        color="#666666",
-    )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(tokens, [str(token) for token in tokens])
-    axes.minorticks_off()
-    axes.set_ylim(0, 102)
-    axes.grid(axis="y", color="#e5e5e5")
-    axes.set_xlabel("visual tokens per image" if None in _lines(result) else "visual tokens per video, at most")
-    axes.set_ylabel("accuracy (%)")
-    axes.set_title(f"One model, any token budget ({result['questions']:,} questions)", loc="left", fontsize=12)
-    return figure
-
-
-def _lines(result: dict[str, Any]) -> dict[int | None, list[tuple[int, float]]]:
-    """(tokens, accuracy in %) of each time scale; of None without any."""
-    lines: dict[int | None, list[tuple[int, float]]] = {}
-    for row in result["scales"]:
-        lines.setdefault(row.get("frames"), []).append((row["visual_tokens"], 100 * row["accuracy"]))
-    return lines
-
-
-def table(result: dict[str, Any]) -> Table:
-    """The same figures for the terminal."""
-    rows = Table(title=f"Test accuracy, {result['questions']:,} questions", title_justify="left")
-    rows.add_column("visual tokens", justify="right")
-    rows.add_column("accuracy (%)", justify="right")
-    for row in result["scales"]:
-        tokens, frames = row["visual_tokens"], row.get("frames")
-        name = f"{frames} x {tokens // frames} = {tokens}" if frames else str(tokens)
-        rows.add_row(name, f"{100 * row['accuracy']:.2f}")
-    rows.add_row("majority answer", f"{100 * result['majority_answer']:.2f}", style="dim")
-    return rows
+def _learning_rates(trainer: Trainer) -> Numbers:
+    """The highest of each part's groups."""
+    found: Numbers = {}
+    for group in trainer.optimizers[0].param_groups:
+        name = f"train/lr_{str(group.get('name', 'all')).split('_')[0]}"
+        found[name] = max(found.get(name, 0.0), float(group["lr"]))
+    return found

@@ -1,76 +1,531 @@
-"""The picture, the JSON and the table hold the figures that the trainer measured."""
+"""What is logged against slow counts, arithmetic and one process for two; pictures, tables and JSON."""
 
 import json
-from types import SimpleNamespace
+import math
+import time
+from collections import defaultdict
 
+import lightning
 import numpy as np
+import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
+from lightning_utilities.core.apply_func import apply_to_collection
 from PIL import Image
+from torch import Tensor
 
-from lit_mm.callbacks.token_efficiency import TokenEfficiency, draw, table
-from lit_mm.model.projector import ClipScale
+from lit_mm.callbacks import meter, token_efficiency
+from lit_mm.callbacks.efficiency_report import draw, markdown, table
+from lit_mm.callbacks.meter import Clock, Meter, percentile, report
+from lit_mm.callbacks.part_times import PartTimes
+from lit_mm.callbacks.token_efficiency import TokenEfficiency
+from lit_mm.data.datamodules import ImageInstructions
+from lit_mm.data.images import ImageOptions
+from lit_mm.data.sets import InstructionSet
+from lit_mm.evaluation.timing import Stopwatch
+from lit_mm.model.attention import NAME
+from lit_mm.model.costs import Costs
+from lit_mm.model.counts import counts_of
+from tests.conftest import instruction_set as made_set
+from tests.conftest import tiny_llm, tiny_vlm
+from tests.model.test_counts import slow_counts
+from tests.model.test_rows import SCALES, packed, random_samples
+from tests.model.test_vlm import batch_of
+from tests.training.sharded import Run, on_ranks, perform
+from tests.training.test_module import module
 
-SCALES = [16, 4, 1]
+
+class Spy(lightning.Callback):
+    """Keeps every training batch."""
+
+    def __init__(self):
+        self.batches = []
+
+    def on_train_batch_start(self, trainer, lit, batch, batch_idx):
+        self.batches.append(batch)
 
 
-def trainer(folder):
-    metrics = {
-        f"test/accuracy@{scale}": torch.tensor(value) for scale, value in zip(SCALES, (0.9, 0.7, 0.5), strict=True)
-    }
-    return SimpleNamespace(
-        callback_metrics=metrics,
-        world_size=1,
-        log_dir=str(folder),
-        default_root_dir="",
-        ckpt_path="x.ckpt",
-        logger=None,
-        global_step=0,
+def run(root, folder, callback=None, model=None, data=None, logger=None, **options):
+    """A short fit; (trainer, lit, data, training batches)."""
+    lightning.seed_everything(7, verbose=False)
+    lit, spy = module(**(model or {})), Spy()
+    files = {split: f"{root}/{'train' if split == 'train' else 'val'}.json" for split in ("train", "val", "test")}
+    source = ImageInstructions(
+        lit.inputs,
+        **files,
+        image_root=str(root),
+        image=ImageOptions("keep", None),
+        **{"batch_size": 4, **(data or {})},
     )
+    defaults = {"max_steps": 6, "log_every_n_steps": 3, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = lightning.Trainer(
+        **{**defaults, **options},
+        accelerator="cpu",
+        logger=logger or CSVLogger(folder),
+        callbacks=[callback or TokenEfficiency(), spy],
+        enable_model_summary=False,
+        reload_dataloaders_every_n_epochs=1,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(lit, source)
+    return trainer, lit, source, spy.batches
 
 
-def judged() -> TokenEfficiency:
-    """After two batches of a test."""
-    callback = TokenEfficiency()
-    callback.on_test_start(None, None)
-    for answers in (["yes", "yes", "no"], ["red"]):
-        batch = SimpleNamespace(questions=[SimpleNamespace(answer=answer) for answer in answers])
-        callback.on_test_batch_end(None, None, None, batch, 0)
-    return callback
+def logged(folder, having="speed/step_ms"):
+    """Rows of metrics.csv that have a name, as numbers."""
+    lines = next(folder.glob("**/metrics.csv")).read_text().splitlines()
+    rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    return [{name: float(value) for name, value in row.items() if value} for row in rows if row[having]]
 
 
-def test_json_and_picture(tmp_path, capsys):
-    judged().on_test_end(trainer(tmp_path), SimpleNamespace(levels=SCALES))
-    figures = json.loads((tmp_path / "accuracy_tokens.json").read_text())
-    assert figures["majority_answer"] == 0.5
-    assert figures["questions"] == 4
-    assert [row["visual_tokens"] for row in figures["scales"]] == SCALES
-    assert np.allclose([row["accuracy"] for row in figures["scales"]], [0.9, 0.7, 0.5])
-    picture = np.asarray(Image.open(tmp_path / "accuracy_tokens.png").convert("L"))
-    assert picture.shape == (600, 900)
-    assert (picture < 200).mean() > 0.005  # something is drawn
-    printed = capsys.readouterr().out
-    assert "90.00" in printed
-    assert "majority answer" in printed
+def slow(batches, packing):
+    """Text, visual, targets, padding of batches, spelled out."""
+    total = defaultdict(int)
+    for batch in batches:
+        sizes = [g.shape[-2] * g.shape[-1] for g in batch.images.groups for _ in g]
+        pixels = iter([[sizes[batch.images.order[i]]] for i in batch.image_index])
+        samples = []
+        for ids, targets in zip(batch.token_ids, batch.targets, strict=True):
+            visuals = [next(pixels) for token in ids if token == -200]
+            samples.append((ids.tolist(), targets.tolist(), [0] * len(ids), visuals))
+        found, _ = slow_counts(samples, [level.number for level in batch.drawn], [], packing)
+        for name, value in found.items():
+            total[name] += value
+        total["stills"] += len(sizes)
+    return total
+
+
+@pytest.mark.parametrize("packing", ["branch", "loop"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_report_is_the_mean_of_its_steps(instruction_set, tmp_path, packing, accumulate):
+    options = {"model": {"attention": packing, "scales_per_step": 2}, "accumulate_grad_batches": accumulate}
+    _, lit, _, batches = run(instruction_set, tmp_path, limit_val_batches=0, max_epochs=-1, **options)
+    rows = logged(tmp_path)
+    assert [row["step"] for row in rows] == [2, 5]  # steps 3 and 6, as Lightning counts
+    assert len(batches) == 6 * accumulate
+    for row, own in zip(rows, (batches[: 3 * accumulate], batches[3 * accumulate :]), strict=True):
+        expected = slow(own, packing)
+        assert row["tokens/visual"] == pytest.approx(expected["visual"] / 3)
+        assert row["tokens/text"] == pytest.approx(expected["text"] / 3)
+        assert row["tokens/target"] == pytest.approx(expected["targets"] / 3)
+        assert row["tokens/padding"] == pytest.approx(expected["padding"] / 3)
+        assert row["images/stills"] == pytest.approx(expected["stills"] / 3)
+        assert row["images/pixels_per_visual_token"] == pytest.approx(expected["shown_pixels"] / expected["visual"])
+        flops = sum(lit.costs.step(batch).total.training for batch in own)
+        assert row["speed/TFLOPS_per_device"] * row["speed/step_ms"] * 3 == pytest.approx(flops / 1e9)
+        positions = expected["visual"] + expected["text"]
+        assert row["speed/tokens_per_s"] * row["speed/step_ms"] * 3 / 1000 == pytest.approx(positions)
+    assert (sum(row["tokens/padding_share"] for row in rows) > 0) == (packing == "loop")
+
+
+def test_padding_of_images_and_tokens_per_image():
+    """One image of 60×50, encoded as 64×64, and one of 64×64, at all scales."""
+    sizes, numbers = {(60, 50): 1, (64, 64): 1}, Meter(SCALES, 16, None)
+    samples = [sample for sample in random_samples(0, 40) if len(sample[2]) == 1]
+    chosen = [next(s for s in samples if tuple(s[2][0].shape[1:]) == size) for size in sizes]
+    batch = packed(batch_of(*chosen))
+    batch.counts = counts_of(batch, SCALES)
+    numbers.add(batch)
+    found = report({**numbers.take(), "seconds": 1.0, "peak_flops": math.nan}, 1, 1, SCALES)
+    assert found["images/padding_share"] == pytest.approx(1 - (3000 + 4096) / (2 * 4096))
+    assert found["tokens/visual_per_image"] == pytest.approx(7)
+    assert found["tokens/visual_per_image_p95"] == 16
+    assert found["images/pixels_per_visual_token"] == pytest.approx(3 * (3000 + 4096) / 42)
+
+
+def test_percentiles_of_counted_values():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        values, times = [576, 144, 36, 9, 1], rng.integers(0, 20, 5)
+        times[rng.integers(5)] += 1
+        expected = np.percentile(np.repeat(values, times), 95, method="inverted_cdf")
+        assert percentile(values, times.tolist(), 95) == expected
+
+
+def test_a_training_step_reads_no_tensor():
+    """On `meta` nothing can be read: what would make a GPU wait ends in an error there."""
+    vlm = tiny_vlm()
+    vlm.llm.set_attn_implementation(NAME)
+    for packing in ("branch", "loop"):
+        batch = packed(batch_of(*random_samples(0)), packing)
+        batch.counts = counts_of(batch, SCALES)
+        batch = apply_to_collection(batch, Tensor, Tensor.to, "meta")
+        costs = Costs(vlm)
+        numbers = Meter(SCALES, 16, costs)
+        numbers.add(batch)
+        with pytest.raises(RuntimeError, match="meta"):
+            batch.token_ids[0].sum().item()
+        taken = numbers.take()
+        assert sum(taken[f"{part}_flops"] for part in meter.PARTS) == costs.step(batch).total.training
+    batch.counts = None
+    with pytest.raises(TypeError, match="meta"):
+        costs.step(batch)
+
+
+def test_nothing_of_a_step_is_waited_for(instruction_set, tmp_path, monkeypatch):
+    """The hooks of a step never ask a tensor for its value; the module's own do."""
+    inside, asked = [], []
+    for name in ("item", "tolist", "numpy", "cpu", "__float__", "__int__", "__bool__"):
+        original = getattr(Tensor, name)
+
+        def spied(self, *arguments, original=original, name=name, **named):
+            asked.extend([(inside[-1], name)] if inside else [])
+            return original(self, *arguments, **named)
+
+        monkeypatch.setattr(Tensor, name, spied)
+    callback = TokenEfficiency(peak_tflops=1.0)
+    for name in ("on_train_batch_start", "on_before_backward", "on_after_backward", "on_train_batch_end"):
+        original = getattr(callback, name)
+
+        def hook(*arguments, original=original, name=name):
+            inside.append(name)
+            original(*arguments)
+            inside.pop()
+
+        setattr(callback, name, hook)
+    run(instruction_set, tmp_path, callback, limit_val_batches=0, log_every_n_steps=2)
+    assert len(logged(tmp_path)) == 3
+    assert not asked
+
+
+def test_batches_that_nobody_counted_are_refused():
+    batch = packed(batch_of(*random_samples(0)))
+    with pytest.raises(ValueError, match=r"expected Batch.counts.*counts_of"):
+        Meter(SCALES, 16, None).add(batch)
+
+
+@pytest.fixture
+def hands(monkeypatch):
+    """A clock that is set by hand."""
+    now = [100.0]
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+    return now
+
+
+class Loader:
+    waited = 0.0
+
+
+def test_pauses_are_no_training(hands):
+    """Two steps of 2 s with 1 s between them, of which 0.4 is a wait; then validation; then a new loader."""
+    clock, loader = Clock(), Loader()
+    loader.waited = 7.0  # the first batch, before training began
+    clock.start(loader)
+    hands[0] += 2
+    clock.end()
+    hands[0] += 1
+    loader.waited += 0.4
+    clock.start(loader)
+    hands[0] += 2
+    clock.end()
+    assert clock.take() == {"seconds": pytest.approx(12), "waited": pytest.approx(7.4)}
+    clock.paused = True
+    hands[0] += 60
+    loader.waited += 0.5
+    clock.start(loader)
+    hands[0] += 2
+    clock.end()
+    assert clock.take() == {"seconds": pytest.approx(2.5), "waited": pytest.approx(0.5)}
+    clock.paused, fresh = True, Loader()
+    fresh.waited = 0.25
+    hands[0] += 9
+    clock.start(fresh)
+    assert clock.take() == {"seconds": pytest.approx(0.25), "waited": pytest.approx(0.25)}
+
+
+def test_a_loader_that_does_not_tell_is_no_wait_of_zero(hands):
+    clock = Clock()
+    clock.start(object())
+    hands[0] += 2
+    clock.end()
+    assert clock.take() == {"seconds": 2}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_slow_set_is_seen_as_waiting(instruction_set, tmp_path, monkeypatch, workers):
+    load = InstructionSet.__getitem__
+    monkeypatch.setattr(InstructionSet, "__getitem__", lambda self, number: (time.sleep(0.1), load(self, number))[1])
+    run(instruction_set, tmp_path, data={"num_workers": workers}, limit_val_batches=0, max_steps=3)
+    [row] = logged(tmp_path)
+    assert 0.7 < row["speed/data_wait_share"] <= 1
+    assert row["speed/step_ms"] > 300
+
+
+def test_parts_take_what_they_wait():
+    """Each part waits in its forward and its backward pass, and shows just that."""
+    vlm = tiny_vlm().train()
+    vlm.llm.set_attn_implementation(NAME)
+    batch = packed(batch_of(*random_samples(2)))
+    assert len(batch.images.groups) > 1  # encoder and projector take turns
+    groups = len(batch.images.groups)
+    slow_down(vlm.encoder.trunk.stem, 0.03)
+    slow_down(vlm.projector.layers, 0.02)
+    slow_down(vlm.llm.model.layers[0], 0.1)
+    times = PartTimes(torch.device("cpu"))
+    for _ in range(2):
+        times.start(vlm)
+        total = vlm(batch).total
+        times.mark("llm")
+        total.backward()
+        times.mark("other")
+        time.sleep(0.05)
+        times.stop()
+        found = times.take()
+    assert found["encoder"] == pytest.approx(60 * groups, rel=0.35)
+    assert found["projector"] == pytest.approx(40 * groups, rel=0.35)
+    assert found["llm"] == pytest.approx(200, rel=0.35)
+    assert found["other"] == pytest.approx(50, rel=0.35)
+    assert times.take() is None
+    assert not vlm.encoder._forward_hooks
+    assert not vlm.encoder._forward_pre_hooks
+
+
+class Wait(torch.autograd.Function):
+    """Does nothing, for a while."""
+
+    @staticmethod
+    def forward(ctx, x, seconds):
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        time.sleep(ctx.seconds)
+        return gradient, None
+
+
+def slow_down(layer, seconds):
+    def forward(*arguments, original=layer.forward, **named):
+        found = original(*arguments, **named)
+        if isinstance(found, tuple):
+            return Wait.apply(found[0], seconds), *found[1:]
+        return Wait.apply(found, seconds)
+
+    layer.forward = forward
+
+
+def test_text_alone_is_the_llms():
+    vlm = tiny_vlm().train()
+    vlm.llm.set_attn_implementation(NAME)
+    samples = [sample for sample in random_samples(0, 30) if not sample[2]]
+    times = PartTimes(torch.device("cpu"))
+    times.start(vlm)
+    total = vlm(packed(batch_of(*samples))).total
+    times.mark("llm")
+    total.backward()
+    times.stop()
+    assert set(times.take()) == {"other", "llm"}
+
+
+def test_events_of_a_gpu_are_read_when_they_lie_behind(monkeypatch):
+    """Fake events: nobody synchronizes before the last one is done."""
+    done, waited = [False], []
+
+    class Event:
+        made = 0
+
+        def __init__(self, enable_timing):
+            Event.made += 1
+            self.at = Event.made
+
+        def record(self):
+            pass
+
+        def query(self):
+            return done[0]
+
+        def synchronize(self):
+            waited.append(done[0])
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    times, vlm = PartTimes(torch.device("cuda")), tiny_vlm()
+    times.start(vlm)
+    times.mark("encoder")
+    times.stop()
+    assert times.take() is None
+    assert not waited
+    done[0] = True
+    assert times.take() == {"other": 1, "encoder": 1}
+    assert waited == [True]
+    assert Stopwatch(torch.device("cuda")).done
+
+
+def test_an_unknown_device_has_no_mfu(instruction_set, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        run(instruction_set, tmp_path, limit_val_batches=0)
+    assert not any("MFU" in name for row in logged(tmp_path) for name in row)
+    assert caplog.text.count("no MFU: the peak of") == 1
+    assert all(row["speed/TFLOPS_per_device"] > 0 for row in logged(tmp_path))
+
+
+def test_a_given_peak_and_a_known_device_have(instruction_set, tmp_path, monkeypatch):
+    run(instruction_set, tmp_path / "given", TokenEfficiency(peak_tflops=0.5), limit_val_batches=0)
+    monkeypatch.setattr(token_efficiency, "device_name", lambda device: "NVIDIA H200")
+    run(instruction_set, tmp_path / "known", limit_val_batches=0)
+    for folder, peak in (("given", 0.5), ("known", 66.9)):
+        for row in logged(tmp_path / folder):
+            assert row["speed/MFU"] == pytest.approx(row["speed/TFLOPS_per_device"] / peak)
+            shares = [row[f"parts/{part}_FLOPs_share"] for part in meter.PARTS]
+            assert sum(shares) == pytest.approx(1)
+            whole = [
+                row[f"parts/{part}_MFU"] * row[f"parts/{part}_ms"] / share
+                for part, share in zip(meter.PARTS, shares, strict=True)
+            ]
+            assert whole == pytest.approx([whole[0]] * 3)  # FLOPs of the step, by each part's share
+
+
+def test_an_llm_of_unknown_costs_is_counted_all_the_same(instruction_set, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("tests.training.test_module.tiny_llm", lambda: tiny_llm("MistralConfig", sliding_window=8))
+    with caplog.at_level("INFO"):
+        run(instruction_set, tmp_path, TokenEfficiency(peak_tflops=1.0))
+    assert "costs of MistralForCausalLM are not known" in caplog.text
+    assert "may not keep a plain KV cache" in caplog.text
+    [row, _] = logged(tmp_path)
+    assert row["speed/tokens_per_s"] > 0
+    assert not any("FLOP" in name or "MFU" in name for name in row)
+
+
+STEPS_OF_A_RUN = ("tokens/", "images/")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """The same batches in one process and shared between two, by every strategy; both log into a file."""
+    root = tmp_path_factory.mktemp("ranks")
+    runs = {name: watched(root / name, name) for name in ("auto", "ddp", "fsdp2", "fsdp1")}
+    perform(runs.pop("auto"))
+    on_ranks(2, list(runs.values()))
+    return root
+
+
+def watched(folder, strategy) -> Run:
+    folder.mkdir()
+    options = {"log_every_n_steps": 2, "logger": CSVLogger(folder)}
+    return Run(folder, strategy, trainer=options, watch=[TokenEfficiency(peak_tflops=2.0)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp1"])
+def test_two_ranks_count_what_one_process_counts(ranks, strategy):
+    alone, shared = logged(ranks / "auto"), logged(ranks / strategy)
+    assert len(alone) == len(shared) == 2
+    for one, two in zip(alone, shared, strict=True):
+        names = [name for name in one if name.startswith(STEPS_OF_A_RUN)]
+        assert len(names) >= 10
+        assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names})
+        flops = [row["speed/TFLOPS_per_device"] * row["speed/step_ms"] for row in (one, two)]
+        assert 2 * flops[1] == pytest.approx(flops[0])
+        assert two["speed/MFU"] == pytest.approx(two["speed/TFLOPS_per_device"] / 2)  # two devices of 2 TFLOP/s
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp1"])
+def test_two_ranks_judge_what_one_process_judges(ranks, strategy):
+    [one], [two] = (logged(ranks / name, "scale/prompt_tokens@16") for name in ("auto", strategy))
+    names = [name for name in one if name.startswith("scale/") and not name.split("@")[0].endswith("_ms")]
+    assert len(names) == 3 * 4
+    assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names})
+    assert one["scale/first_token_ms@4"] > 0
+    assert ("scale/first_token_ms@4" in two) == (strategy == "ddp")  # a sharded model is not timed
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """Fit, validate and test of a run: (its folder, the result in memory, what validation logged)."""
+    root, callback = tmp_path_factory.mktemp("judged"), TokenEfficiency(peak_tflops=3.0)
+    trainer, lit, data, _ = run(made_set.__wrapped__(root), root / "log", callback, val_check_interval=2, max_epochs=-1)
+    trainer.test(lit, data, verbose=False)
+    return root / "log", callback, trainer
+
+
+def test_json_holds_quality_cost_and_where_it_was_measured(judged):
+    folder, _, trainer = judged
+    found = json.loads(next(folder.glob("**/accuracy_tokens.json")).read_text())
+    assert [row["visual_tokens"] for row in found["scales"]] == [16, 4, 1]
+    for row in found["scales"]:
+        assert row["accuracy"] == trainer.callback_metrics[f"test/accuracy@{row['scale']}"].item()
+        assert row["mean_visual_tokens"] == row["visual_tokens"]  # every record shows one image
+        assert row["accuracy_per_tflop"] == 1e12 * row["accuracy"] / (row["encode_flops"] + row["prefill_flops"])
+        for name in ("encode_ms", "first_token_ms", "further_token_ms"):
+            assert 0 < row["measured"][name]["q1"] <= row["measured"][name]["median"] <= row["measured"][name]["q3"]
+        assert row["measured"]["peak_bytes"] is None  # there is no such figure on a CPU
+    assert found["timed"] | {"height": 0, "width": 0} == {
+        **{"images": 1, "height": 0, "width": 0, "new_tokens": 3, "batch_size": 1},
+        **{"repetitions": 5, "warm_up": 2},
+    }
+    own = found["run"]
+    assert own["batch_size"] | {"training_tokens": 0, "training_pixels": 0} == {
+        **{"training_records": 4, "training_tokens": 0, "training_pixels": 0, "evaluation_records": 4},
+    }
+    assert (own["attention"], own["precision"], own["peak_tflops"], own["devices"]) == ("branch", "32-true", 3.0, 1)
+    assert own["dtype"] == {"encoder": "float32", "projector": "float32", "llm": "float32"}
+    assert {"python", "torch", "transformers", "timm", "lightning", "lit_mm"} == set(own["versions"])
+    assert found["questions"] == 8
+    assert 0 < found["majority_answer"] < 1
+
+
+def test_validation_is_logged_at_every_level(judged):
+    folder, callback, _ = judged
+    rows = logged(folder, "scale/visual_tokens@16")
+    assert [row["step"] for row in rows] == [1, 3, 5]
+    for row in rows:
+        assert [row[f"scale/visual_tokens@{scale}"] for scale in (16, 4, 1)] == [16, 4, 1]
+        assert all(row[f"scale/{name}_ms@{scale}"] > 0 for name in ("encode", "first_token") for scale in (16, 4, 1))
+        assert row["scale/KV_MiB@16"] > row["scale/KV_MiB@1"] > 0
+    assert callback.last["scales"][0]["loss"] > 0
+
+
+def result(accuracies=(0.9, 0.7, 0.5), **figures):
+    rows = [
+        {"scale": str(scale), "visual_tokens": scale, "accuracy": accuracy, "measured": None, **figures}
+        for scale, accuracy in zip((16, 4, 1), accuracies, strict=True)
+    ]
+    return {
+        **{"split": "test", "questions": 4, "majority_answer": 0.5, "area": 0.7, "smallest_within_a_point": "16"},
+        **{"scales": rows, "timed": None, "run": {"device": "a device"}},
+    }
 
 
 def test_picture_and_table_show_every_scale(tmp_path):
-    result = judged().result(trainer(tmp_path), SCALES)
-    [axes] = draw(result).axes
-    assert list(axes.lines[0].get_xdata()) == SCALES
+    [axes] = draw(result()).axes
+    assert list(axes.lines[0].get_xdata()) == [16, 4, 1]
     assert np.allclose(axes.lines[0].get_ydata(), [90, 70, 50])
-    assert axes.lines[1].get_ydata()[0] == 50
-    assert table(result).row_count == 4
+    assert list(axes.lines[1].get_xydata()[0]) == [16, 90]  # the ring
+    assert axes.lines[2].get_ydata()[0] == 50
+    assert table(result()).row_count == 4
+    draw(result()).savefig(tmp_path / "picture.png")
+    picture = np.asarray(Image.open(tmp_path / "picture.png").convert("L"))
+    assert (picture < 200).mean() > 0.005  # something is drawn
+    assert "| 4 | 70.00 |" in markdown(result())
 
 
-def test_a_line_for_every_time_scale(tmp_path):
-    levels = [ClipScale(frames, tokens) for frames in (8, 2) for tokens in (4, 1)]
-    run = trainer(tmp_path)
-    accuracies = zip(levels, (0.9, 0.8, 0.6, 0.5), strict=True)
-    run.callback_metrics = {f"test/accuracy@{level}": torch.tensor(accuracy) for level, accuracy in accuracies}
-    result = judged().result(run, levels)
-    assert [row["visual_tokens"] for row in result["scales"]] == [32, 8, 8, 2]
-    [axes] = draw(result).axes
+def test_times_are_drawn_beside_accuracies():
+    times = {
+        name: {"median": value, "q1": value, "q3": value} for name, value in (("encode_ms", 3), ("first_token_ms", 5))
+    }
+    made = result(measured={**times, "further_token_ms": {"median": 2, "q1": 1, "q3": 3}, "peak_bytes": 2**30})
+    made["timed"] = {"images": 1, "height": 64, "width": 64}
+    _, axes = draw(made).axes
+    bars = [bar for container in axes.containers for bar in getattr(container, "patches", [])]
+    assert sorted({bar.get_height() for bar in bars}) == [2, 3]
+    assert "3 (0)" in markdown(made)
+    assert "1 GiB" in markdown(made)
+
+
+def test_a_line_for_every_time_scale():
+    made = result()
+    levels = [(8, 4, 0.9), (8, 1, 0.8), (2, 4, 0.6), (2, 1, 0.5)]
+    made["scales"] = [
+        {"scale": f"{f}x{t}", "frames": f, "visual_tokens": f * t, "accuracy": a, "measured": None}
+        for f, t, a in levels
+    ]
+    made["smallest_within_a_point"] = "8x4"
+    [axes] = draw(made).axes
     assert [line.get_label() for line in axes.lines[:2]] == ["8 sets of frames", "2 sets of frames"]
     assert [list(line.get_xdata()) for line in axes.lines[:2]] == [[32, 8], [8, 2]]
     assert np.allclose(axes.lines[1].get_ydata(), [60, 50])
-    assert next(iter(table(result).columns[0].cells)) == "8 x 4 = 32"
+    assert next(iter(table(made).columns[0].cells)) == "8 x 4 = 32"

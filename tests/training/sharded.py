@@ -16,6 +16,7 @@ import torch
 import torch.multiprocessing as mp
 from torch.utils.data import DataLoader
 
+from lit_mm.model.counts import counts_of
 from lit_mm.model.rows import Batch, Packing, Question, every_level, pack
 from lit_mm.training import strategies  # noqa: F401 (registers fsdp1 and fsdp2)
 from lit_mm.training.module import LitMatryoshka
@@ -52,6 +53,7 @@ class Run:
         parts: What trains.
         model: Further arguments of LitMatryoshka.
         trainer: Further arguments of the Trainer.
+        watch: Further callbacks.
         resume: The checkpoint to go on from.
         fails: An error that is expected, by a part of its text.
     """
@@ -61,6 +63,7 @@ class Run:
     parts: Parts = field(default_factory=lambda: Parts(Part(0.01), Part(0.01), LLMPart(0.01)))
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
+    watch: list[lightning.Callback] = field(default_factory=list)
     resume: Path | None = None
     fails: str | None = None
 
@@ -109,6 +112,7 @@ def rows_of(numbers: list[int], packing: Packing, ask: bool = False) -> Batch:
         index = list(range(first, first + len(images)))
         batch.questions.append(Question(first, "", torch.tensor(ids), index, "a"))
         first += len(images)
+    batch.counts = counts_of(batch, SCALES)
     return batch
 
 
@@ -123,7 +127,7 @@ def perform(run: Run) -> None:
         accelerator="cpu",
         devices=int(os.environ.get("WORLD_SIZE", "1")),
         strategy=run.strategy,
-        callbacks=[told],
+        callbacks=[told, *run.watch],
         default_root_dir=run.folder,
         **{**QUIET, **run.trainer},
     )

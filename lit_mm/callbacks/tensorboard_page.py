@@ -1,0 +1,94 @@
+"""What a run's page in TensorBoard shows beside its scalars: charts of all scales together, and HPARAMS."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from lit_mm.model.projector import Scale
+
+Layout = dict[str, dict[str, list[Any]]]
+
+
+def writers(trainer: Trainer) -> list[SummaryWriter]:
+    """Those of the trainer's TensorBoard loggers, on rank 0."""
+    loggers = trainer.loggers if trainer.is_global_zero else []
+    return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def layout(levels: Sequence[Scale], utilisation: bool) -> Layout:
+    """Groups of charts -> charts -> which scalars are its lines; with `utilisation` one for MFU."""
+
+    def chart(*names: str) -> list[Any]:
+        return ["Multiline", [f"^{re.escape(name)}$" for name in names]]
+
+    def of_levels(name: str) -> list[Any]:
+        return chart(*(f"{name}@{level}" for level in levels))
+
+    parts = ("encoder", "projector", "llm")
+    return {
+        "quality of every scale": {
+            "training loss": of_levels("train/loss"),
+            "validation loss": of_levels("val/loss"),
+            "validation accuracy": of_levels("val/accuracy"),
+        },
+        "cost of every scale": {
+            "time to the first token (ms)": of_levels("scale/first_token_ms"),
+            "time of a further token (ms)": of_levels("scale/further_token_ms"),
+        },
+        "speed": {
+            "tokens per second": chart(*(f"speed/{kind}_tokens_per_s" for kind in ("visual", "text", "target"))),
+            "tokens per step": chart(*(f"tokens/{kind}" for kind in ("visual", "text", "target", "padding"))),
+            "time in a step by part (ms)": chart(*(f"parts/{part}_ms" for part in (*parts, "other"))),
+            **({"MFU": chart("speed/MFU", *(f"parts/{part}_MFU" for part in parts))} if utilisation else {}),
+        },
+    }
+
+
+def settings(trainer: Trainer, lit: Any) -> dict[str, str | float]:
+    """What is worth telling runs apart by. TensorBoard orders names, capitals first, and shows the first five."""
+    budget = getattr(getattr(trainer, "datamodule", None), "budget", None)
+    limits = {name: getattr(budget, name, None) for name in ("records", "tokens", "pixels")}
+    rates = {part: "frozen" if own.frozen else own.lr for part, own in vars(lit.parts).items()}
+    found = {
+        "Scales": ", ".join(map(str, lit.scales)),
+        "Encoder": encoder_name(lit.vlm.encoder),
+        "LLM": lit.llm.source,
+        "LR": " / ".join(map(str, rates.values())),
+        "Batch": ", ".join(f"{limit} {name}" for name, limit in limits.items() if limit),
+        "time scales": ", ".join(map(str, lit.time_scales)),
+        "scales per step": str(lit.scales_per_step),
+        "sampling": lit.sampling,
+        **{f"lr {part}": rate for part, rate in rates.items()},
+        "optimizer": type(trainer.optimizers[0]).__name__,
+        "batches per step": trainer.accumulate_grad_batches,
+        "devices": trainer.world_size,
+        "precision": str(trainer.precision),
+        "attention": lit.packing,
+        "steps": lit.total_steps(),
+    }
+    return {name: value for name, value in found.items() if value != ""}
+
+
+def encoder_name(encoder: Any) -> str:
+    """`convnext_atto (ConvNeXtEncoder)`."""
+    trunk = getattr(getattr(encoder, "trunk", None), "pretrained_cfg", None) or {}
+    kind = type(encoder).__name__
+    return f"{trunk['architecture']} ({kind})" if trunk.get("architecture") else kind
+
+
+def open_page(trainer: Trainer, lit: Any, utilisation: bool) -> None:
+    """Lay the charts out and name the settings; HPARAMS shows the last value of each of the scalars that are
+    named here."""
+    names = [f"{split}/accuracy@{level}" for split in ("val", "test") for level in lit.levels]
+    final = dict.fromkeys(["val/loss", *names, "speed/tokens_per_s", *(["speed/MFU"] if utilisation else [])], 0)
+    for writer in writers(trainer):
+        writer.add_custom_scalars(layout(lit.levels, utilisation))
+        for part in hparams(settings(trainer, lit), final):
+            writer._get_file_writer().add_summary(part)  # add_hparams would write to a run of its own
