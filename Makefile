@@ -26,11 +26,14 @@ bench: install ## Time the nested training step, the encoder and data loading ag
 	$(RUN) experiments/benchmarks/encoder.py
 	$(RUN) experiments/benchmarks/data_loading.py
 
+# two processes, a thread each: files are dealt out whole, as some share what is slow to make
+TWO := --numprocesses 2 --dist loadfile
+
 test: install ## All tests
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(TWO)
 
 test-fast: install ## Tests without those marked slow
-	$(RUN) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(TWO) -m "not slow"
 
 lint: install ## Check style and format
 	$(RUN) -m ruff check .
