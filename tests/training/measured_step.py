@@ -51,6 +51,7 @@ CASES = {
     "accumulated": Case(checkpointing=True, accumulate=True),
     "sequential": Case(packing="sequential"),
     "bf16-mixed": Case(precision="bf16-mixed"),
+    "bf16-true": Case(precision="bf16-true", checkpointing=True),
 }
 FIRST = Case(samples=1, layers=1, vocabulary=100, answer=8)
 """Run before all others: what libraries keep from then on is not a step's."""
