@@ -32,8 +32,9 @@ class TokenEfficiency(Callback):
     """
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing is judged yet."""
+        """Nothing is judged yet; all ranks must ask for the folder, it is told by one to the others."""
         self.expected: list[str] = []
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
@@ -52,7 +53,7 @@ class TokenEfficiency(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the picture, the JSON and the table."""
         result = self.result(trainer, cast(list[Scale], pl_module.levels))
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = self.folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "accuracy_tokens.json").write_text(json.dumps(result, indent=2) + "\n")
         figure = draw(result)

@@ -28,10 +28,10 @@ def trainer(folder):
     )
 
 
-def judged() -> TokenEfficiency:
+def judged(folder) -> TokenEfficiency:
     """After two batches of a test."""
     callback = TokenEfficiency()
-    callback.on_test_start(None, None)
+    callback.on_test_start(trainer(folder), None)
     for answers in (["yes", "yes", "no"], ["red"]):
         batch = SimpleNamespace(questions=[SimpleNamespace(answer=answer) for answer in answers])
         callback.on_test_batch_end(None, None, None, batch, 0)
@@ -39,7 +39,7 @@ def judged() -> TokenEfficiency:
 
 
 def test_json_and_picture(tmp_path, capsys):
-    judged().on_test_end(trainer(tmp_path), SimpleNamespace(levels=SCALES))
+    judged(tmp_path).on_test_end(trainer(tmp_path), SimpleNamespace(levels=SCALES))
     figures = json.loads((tmp_path / "accuracy_tokens.json").read_text())
     assert figures["majority_answer"] == 0.5
     assert figures["questions"] == 4
@@ -54,7 +54,7 @@ def test_json_and_picture(tmp_path, capsys):
 
 
 def test_picture_and_table_show_every_scale(tmp_path):
-    result = judged().result(trainer(tmp_path), SCALES)
+    result = judged(tmp_path).result(trainer(tmp_path), SCALES)
     [axes] = draw(result).axes
     assert list(axes.lines[0].get_xdata()) == SCALES
     assert np.allclose(axes.lines[0].get_ydata(), [90, 70, 50])
@@ -67,7 +67,7 @@ def test_a_line_for_every_time_scale(tmp_path):
     run = trainer(tmp_path)
     accuracies = zip(levels, (0.9, 0.8, 0.6, 0.5), strict=True)
     run.callback_metrics = {f"test/accuracy@{level}": torch.tensor(accuracy) for level, accuracy in accuracies}
-    result = judged().result(run, levels)
+    result = judged(tmp_path).result(run, levels)
     assert [row["visual_tokens"] for row in result["scales"]] == [32, 8, 8, 2]
     [axes] = draw(result).axes
     assert [line.get_label() for line in axes.lines[:2]] == ["8 sets of frames", "2 sets of frames"]
