@@ -39,7 +39,7 @@ from lit_mm.training.optim import FusedAdamW, MuonAdamW
 from lit_mm.training.parts import Parts, apply_parts, parameter_groups, parts_table, with_parameters
 from lit_mm.training.resume import Place, check_order, seed_step, write_place
 from lit_mm.training.schedule import WarmupCosine
-from lit_mm.training.steps import clip, refuse_not_finite, set_options
+from lit_mm.training.steps import clip, refuse_hidden_scale, refuse_not_finite, set_options
 from lit_mm.training.strategies import is_sharded, shard
 
 
@@ -281,6 +281,7 @@ class LitMatryoshka(LightningModule):
     def on_train_start(self) -> None:
         """A run that goes on in the middle of an epoch must have the batches of the one that began it."""
         check_order(self.order, self._order(), self.place)
+        refuse_hidden_scale(self.trainer)
         set_options(self.trainer, self.options)
 
     def _trained(self) -> dict[str, int]:
@@ -363,10 +364,6 @@ class LitMatryoshka(LightningModule):
         optimizer = self.build_optimizer(with_parameters(self.groups, self.vlm))
         if isinstance(optimizer, MuonAdamW) and is_sharded(self.trainer):
             raise ValueError("model.optimizer MuonAdamW wants whole matrices: shard with FusedAdamW")
-        if self.trainer.precision == "16-mixed" and getattr(optimizer, "_step_supports_amp_scaling", False):
-            raise ValueError(
-                "trainer.precision 16-mixed: a fused optimizer hides the loss scale, use torch.optim.AdamW"
-            )
         self.options = [{n: v for n, v in group.items() if n != "params"} for group in optimizer.param_groups]
         scheduler = self.build_scheduler(optimizer, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -57,6 +57,17 @@ def refuse_not_finite(norm: Tensor, trainer: Trainer, recent: Sequence[tuple[lis
     )
 
 
+def refuse_hidden_scale(trainer: Trainer) -> None:
+    """Whether gradients can be clipped as they are.
+
+    Raises:
+        ValueError: They are multiplied by a scale that the optimizer takes out only as it steps.
+    """
+    [optimizer] = trainer.optimizers
+    if trainer.precision == "16-mixed" and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError("trainer.precision 16-mixed: a fused optimizer hides the loss scale, use torch.optim.AdamW")
+
+
 def set_options(trainer: Trainer, options: Sequence[dict[str, Any]]) -> None:
     """Learning rates and the optimizer's other options as they are configured now, whatever a checkpoint says."""
     [optimizer], [config] = trainer.optimizers, trainer.lr_scheduler_configs

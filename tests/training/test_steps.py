@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -12,6 +13,7 @@ from lit_mm.callbacks.memory import MemoryAdvice
 from lit_mm.model.llm import LLM, load_llm, load_tokenizer
 from lit_mm.training.optim import FusedAdamW
 from lit_mm.training.parts import LLMPart, LoRA, Part, Parts
+from lit_mm.training.steps import refuse_hidden_scale
 from tests.conftest import TOKENIZER, installed, tiny_llm
 from tests.training.test_module import fit, losses, module
 
@@ -108,11 +110,12 @@ def test_other_parts_are_not_resumed(instruction_set, tmp_path, monkeypatch):
 
 
 def test_a_fused_optimizer_is_refused_where_the_loss_is_scaled():
-    lit = module()
-    lit.configure_model()
-    lit._trainer = type("Scaled", (), {"precision": "16-mixed", "strategy": None})()
+    parameter = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
+    fused, plain = FusedAdamW(parameter), torch.optim.AdamW(parameter)
+    for optimizer, precision in ((plain, "16-mixed"), (fused, "bf16-mixed")):
+        refuse_hidden_scale(SimpleNamespace(optimizers=[optimizer], precision=precision))
     with pytest.raises(ValueError, match="16-mixed: a fused optimizer hides the loss scale"):
-        lit.configure_optimizers()
+        refuse_hidden_scale(SimpleNamespace(optimizers=[fused], precision="16-mixed"))
 
 
 def changed(parts: Parts | None, **options):
