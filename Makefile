@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench test test-fast lint types format clean
+.PHONY: help install demo bench notebooks test test-fast lint types format clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,16 +21,23 @@ demo: install ## Train on easy-VQA on two CPU cores and judge at 16, 4 and 1 vis
 	$(RUN) -m lit_mm fit --config experiments/quickstart.yaml
 	$(RUN) -m lit_mm test --config experiments/quickstart.yaml --ckpt_path last
 
-bench: install ## Time the nested training step, the encoder and data loading against their rivals (about 20 min)
+bench: install ## Time training steps, encoder, data loading and answers against rivals and limits (about 25 min)
 	$(RUN) experiments/benchmarks/nested_step.py
 	$(RUN) experiments/benchmarks/encoder.py
 	$(RUN) experiments/benchmarks/data_loading.py
+	$(RUN) experiments/benchmarks/latency.py
+
+notebooks: install ## Run the notebooks anew and keep what they show
+	$(RUN) notebooks/run.py
+
+# two processes, a thread each: files are dealt out whole, as some share what is slow to make
+TWO := --numprocesses 2 --dist loadfile
 
 test: install ## All tests
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(TWO)
 
 test-fast: install ## Tests without those marked slow
-	$(RUN) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(TWO) -m "not slow"
 
 lint: install ## Check style and format
 	$(RUN) -m ruff check .

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_mm.callbacks.memory import MemoryAdvice
 from lit_mm.callbacks.predictions import AnswerWriter
@@ -24,7 +25,7 @@ from lit_mm.callbacks.stopping import StopBetweenBatches
 from lit_mm.callbacks.token_efficiency import TokenEfficiency
 from lit_mm.data import clips, easy_vqa  # noqa: F401 (known to --data by their short names)
 from lit_mm.training import strategies  # noqa: F401 (likewise to --trainer.strategy)
-from lit_mm.training.checkpoints import InitFrom, export, start_from
+from lit_mm.training.checkpoints import SHARDED, InitFrom, check_new, export, start_from
 from lit_mm.training.module import LitMatryoshka
 
 PROGRAM = "python -m lit_mm"
@@ -49,7 +50,14 @@ class SaveConfig(SaveConfigCallback):
 
 
 class Checkpoints(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, but last.ckpt is the end of the run, whatever was saved on the way."""
+    """Lightning's ModelCheckpoint, but last.ckpt is the end of the run, whatever was saved on the way, and
+    a rank that fails alone does not wait for the others to save with it."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save where all ranks have stopped: by a signal, agreed upon, or gradients that are no numbers."""
+        together = isinstance(exception, KeyboardInterrupt | SIGTERMException | FloatingPointError)
+        if together or trainer.world_size == 1:
+            super().on_exception(trainer, pl_module, exception)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lightning leaves out the steps after the last of `every_n_train_steps`; the next stage starts here."""
@@ -72,6 +80,7 @@ class LitMMTrainer(Trainer):
             to: The folder to write: encoder.safetensors, projector.safetensors, and llm/ with the
                 tokenizer, adapters merged.
         """
+        check_new(Path(to))
         model.configure_model()
         start_from(model.vlm, InitFrom(ckpt_path))
         export(model.vlm, model.tokenizer, Path(to))
@@ -132,6 +141,12 @@ class LitMMCLI(LightningCLI):
         if config.get("ckpt_path"):
             if not Path(config.ckpt_path).exists():
                 raise FileNotFoundError(f"--ckpt_path: no checkpoint {config.ckpt_path} (expected a file, or `last`)")
+            sharded, strategy = (Path(config.ckpt_path) / SHARDED).is_file(), str(config.trainer.strategy).lower()
+            if sharded and self.config.subcommand != "export" and "fsdp" not in strategy:
+                raise ValueError(
+                    f"--ckpt_path: {config.ckpt_path} is sharded: give the trainer.strategy that wrote it, fsdp2 or "
+                    "fsdp1, on as many devices as you like, or `export` it"
+                )
             config.model.init_from = None  # all comes from the checkpoint, the sources may be gone
             if "weights_only" in config:
                 config.weights_only = True

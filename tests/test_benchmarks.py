@@ -83,3 +83,66 @@ def test_authors_loss_is_the_mean_over_scales(nested_step):
     nested = [torch.randn(1, scale, 64) for scale in nested_step.SCALES]
     theirs = nested_step.authors_loss(vlm, batch, nested)
     assert torch.allclose(theirs, vlm(batch, nested=nested).total, rtol=1e-5)
+
+
+def test_latency_writes_its_figures(tmp_path, monkeypatch, capsys):
+    bench = benchmark("latency", monkeypatch)
+    file = tmp_path / "out.json"
+    words = ["--size", "tiny", "--pixels", "128", "--new-tokens", "3", "--repetitions", "1", "--json", str(file)]
+    monkeypatch.setattr(bench, "MATRIX", {"cpu": 256})
+    monkeypatch.setattr(bench, "COPIED", 2**22)
+    bench.main(words)
+    made = json.loads(file.read_text())
+    order = [(part["name"], part["visual_tokens"]) for part in made["parts"]]
+    assert order == [("encode", None), *((name, n) for name in ("prefill", "decode") for n in (4, 1, 0))]
+    assert all(part["seconds"] > 0 and part["by_flops"] > 0 and part["by_bytes"] > 0 for part in made["parts"])
+    for row, part in zip(made["scales"], made["parts"][1:4], strict=True):
+        assert row["first_token"] == made["parts"][0]["seconds"] + part["seconds"]
+        assert row["answer"] > row["first_token"]
+    assert "down to none" in capsys.readouterr().out
+
+
+def test_limits_of_an_answer_by_hand(monkeypatch):
+    """A Llama of width 64 with two layers, 1,000 words and an untied head; SmolLM2's is tied."""
+    bench = benchmark("latency", monkeypatch)
+    answering = bench.Answering(bench.parsed(["--size", "tiny", "--pixels", "64", "--new-tokens", "3"]))
+    seconds = {"encode": 1.0, **{f"{name} {n}": 1.0 for name in ("prefill", "decode") for n in (1, 0)}}
+    _, one, none, further, _ = answering.parts(seconds, bench.Roof(1e9, 1e9))
+    layer, head = 4 * 64**2 + 3 * 64 * 128, 64 * 1000
+    weights = 4 * (2 * layer + head + 5 * 64)  # and the norms
+    assert (one.visual_tokens, one.bytes) == (1, weights + 4 * 65 * 2 * 2 * 64)
+    assert one.flops == 2 * (65 * 2 * layer + head) + 2 * 4 * 64 * 65 * 66 // 2
+    assert none.flops == 2 * (64 * 2 * layer + head) + 2 * 4 * 64 * 64 * 65 // 2
+    assert further.seconds == 0.5
+    assert further.flops == 2 * (2 * layer + head) + 2 * 4 * 64 * 66.5
+    assert further.bytes == weights + 4 * 66.5 * 2 * 2 * 64
+    assert one.limit == one.by_flops == one.flops / 1e9
+    assert further.limit == further.by_bytes == further.bytes / 1e9
+    assert bench.unread_bytes(answering.vlm) == 4 * head
+    with torch.device("meta"):
+        small = bench.build(bench.SIZES["small"], (64, 64), "meta", torch.float32)
+    assert bench.unread_bytes(small) == 0
+
+
+def test_decoding_leaves_the_cache_as_it_was(monkeypatch):
+    bench = benchmark("latency", monkeypatch)
+    answering = bench.Answering(bench.parsed(["--size", "tiny", "--pixels", "64", "--new-tokens", "5"]))
+    cache = answering.prefill(torch.randn(1, 9, 64)).past_key_values
+    keys = cache.layers[0].keys.clone()
+    answering.decode(cache)
+    assert cache.get_seq_length() == 9
+    assert torch.equal(cache.layers[0].keys, keys)
+
+
+def test_a_line_through_prefills_finds_what_made_them(monkeypatch):
+    bench = benchmark("latency", monkeypatch)
+    made = [bench.Part("prefill", 0, flops, 0, 0.02 + flops / 5e10, 0, 0) for flops in (1e9, 3e9, 9e9)]
+    assert bench.line_through(made) == pytest.approx({"beside": 0.02, "rate": 5e10, "worst": 0.0})
+
+
+def test_cpu_time_is_refused_with_several_threads(monkeypatch, capsys):
+    bench = benchmark("latency", monkeypatch)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(SystemExit):
+        bench.parsed(["--cpu-time"])
+    assert "2 threads, expected one thread" in capsys.readouterr().err

@@ -200,17 +200,19 @@ def encoder_operations(size: Size) -> float:
     return counter.get_total_flops()
 
 
-def measure(steps: dict[str, Callable[[], None]], repetitions: int, device: str) -> dict[str, float]:
-    """Median seconds of each step, in alternation."""
+def measure(
+    steps: dict[str, Callable[[], Any]], repetitions: int, device: str, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
+    """Median seconds of each step, in alternation, by a clock."""
     times: dict[str, list[float]] = {way: [] for way in steps}
     for repetition in range(repetitions + 1):
         for way, step in shuffled(steps, repetition):
-            start = time.perf_counter()
+            start = clock()
             step()
             if device == "cuda":
                 torch.cuda.synchronize()
             if repetition:
-                times[way].append(time.perf_counter() - start)
+                times[way].append(clock() - start)
     return {way: statistics.median(values) for way, values in times.items()}
 
 

@@ -19,6 +19,10 @@ class MemoryAdvice(Callback):
         """Remember the batch."""
         self.batch = batch
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What comes now is another batch."""
+        self.batch = None
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Advise, if that is what it is."""
         if isinstance(exception, torch.OutOfMemoryError) or "can't allocate memory" in str(exception):

@@ -146,8 +146,9 @@ class TokenEfficiency(Callback):
         self.judgement = Judgement(pl_module, "val")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing is judged yet."""
+        """Nothing is judged yet; all ranks must ask for the folder, it is told by one to the others."""
         self.judgement = Judgement(pl_module, "test")
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
@@ -182,8 +183,7 @@ class TokenEfficiency(Callback):
         """The same, and picture and JSON into the run's folder, the table to the terminal."""
         if not trainer.is_global_zero:
             return
-        result = self._judged(trainer)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        result, folder = self._judged(trainer), self.folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "accuracy_tokens.json").write_text(json.dumps(result, indent=2) + "\n")
         draw(result).savefig(folder / "accuracy_tokens.png")

@@ -16,12 +16,14 @@ from lit_mm.evaluation.timing import AnswerTimer
 from lit_mm.model.llm import DType
 from lit_mm.profile.experiment import Experiment, Size, read_model
 from lit_mm.profile.figures import Timer, figures_of
+from lit_mm.profile.memory import memory_table, plan_of
 from lit_mm.profile.report import draw, image, tables
+from lit_mm.training.memory import PRECISIONS
 
 ABOUT = """\
 What every visual token costs: FLOPs of encoder, projector and LLM, KV cache, weights, and how much of
-an answer is spent on the image. From shapes alone, in seconds: no weights, data or network, and no
-tokenizer of a pretrained LLM.
+an answer is spent on the image; with --gpus what training takes of each GPU's memory. From shapes
+alone, in seconds: no weights, data or network, and no tokenizer of a pretrained LLM.
 
   python -m lit_mm profile --config a.yaml --sizes 768 1024 1536x1100 --plot costs.png
   python -m lit_mm profile --config a.yaml --config overlay.yaml --model.scales [144,36] --and --config b.yaml
@@ -45,6 +47,9 @@ def main(arguments: Sequence[str]) -> None:
     options, rest = _options().parse_known_args(arguments)
     experiments = [_experiment(own, options.dtype) for own in _separated(rest)]
     _write([_figures(experiment, options) for experiment in experiments], options)
+    if options.gpus:
+        how = options.gpus, options.samples, options.precision, options.strategy
+        _console().print(memory_table({own.name: plan_of(own, *how) for own in experiments}, *how))
 
 
 def _figures(experiment: Experiment, options: argparse.Namespace) -> dict[str, Any]:
@@ -65,9 +70,7 @@ def _timer(experiment: Experiment, prompt: int, new_tokens: int) -> Timer:
 
 
 def _write(found: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # a file or a pipe has room for the whole table
+    console = _console()
     console.print(*tables(found), sep="\n")
     for own in found:
         for at in own["sizes"]:
@@ -77,6 +80,11 @@ def _write(found: list[dict[str, Any]], options: argparse.Namespace) -> None:
         options.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     if options.plot:
         draw(found).savefig(options.plot)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=160)  # a file or a pipe has room for whole tables
 
 
 def _own_options() -> argparse.ArgumentParser:
@@ -106,6 +114,12 @@ def _options() -> argparse.ArgumentParser:
         "--dtype", choices=get_args(DType), default="bfloat16", help="of weights and KV cache (bfloat16)"
     )
     whole.add_argument("--measure", action="store_true", help="time each scale on this machine, with random weights")
+    whole.add_argument(
+        "--gpus", type=_positive, metavar="N", help="plan the memory of training on so many: weights, gradients, …"
+    )
+    whole.add_argument("--samples", type=_positive, default=1, metavar="N", help="of each GPU's batch in that plan (1)")
+    whole.add_argument("--precision", choices=PRECISIONS, default="bf16-mixed", help="of that plan (bf16-mixed)")
+    whole.add_argument("--strategy", choices=["fsdp2", "ddp"], default="fsdp2", help="of that plan (fsdp2)")
     whole.add_argument("--json", type=_file, metavar="FILE", help="write all figures there")
     whole.add_argument("--plot", type=_file, metavar="FILE.png", help="draw tokens against FLOPs there")
     return parser

@@ -17,6 +17,7 @@ from typing import cast
 import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -119,9 +120,9 @@ def llm_weights(llm: LLM, source: str | None) -> Weights | None:
         return None
     folder = Path(llm.source).expanduser()
     if not folder.is_dir():
-        folder = Path(snapshot_download(llm.source, allow_patterns=["*.safetensors"]))
-    files = sorted(folder.glob("*.safetensors"))
-    return Weights(folder, _safetensors(files)) if files else None
+        folder = Path(snapshot_download(llm.source, allow_patterns=["*.safetensors", "pytorch_model*.bin"]))
+    found = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    return open_weights(str(folder)).of("llm") if found else None
 
 
 def newest_of(path: Path) -> Path:
@@ -242,7 +243,7 @@ def check_names(part: PartName, weights: Weights, expected: dict[str, Tensor], i
     Raises:
         ValueError: They do not, and no pattern allows it.
     """
-    given = {name for name in weights.tensors if not _is_copy(name, expected)}
+    given = {name for name in weights.tensors if not _is_copy(name, expected, weights)}
     differ = {"missing": set(expected) - given, "unexpected": given - set(expected)}
     allowed = {"missing": init.allow_missing, "unexpected": init.allow_unexpected}
     wrong = {
@@ -255,9 +256,12 @@ def check_names(part: PartName, weights: Weights, expected: dict[str, Tensor], i
         raise ValueError(f"init_from: {weights.where} does not fit the {part}{hint}: {said}")
 
 
-def _is_copy(name: str, expected: dict[str, Tensor]) -> bool:
-    """A head that is tied to the embeddings and stored with them, or rotary tables, which are computed."""
-    return name not in expected and (name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"))
+def _is_copy(name: str, expected: dict[str, Tensor], weights: Weights) -> bool:
+    """Rotary tables, which are computed, or a head that is tied to the embeddings and stored with them."""
+    if name in expected or name != "lm_head.weight":
+        return name not in expected and name.endswith("rotary_emb.inv_freq")
+    tables = [read for own, read in weights.tensors.items() if own.endswith("embed_tokens.weight")]
+    return len(tables) == 1 and torch.equal(tables[0](), weights.tensors[name]())
 
 
 def _listed(part: str, names: Sequence[str], most: int = 20) -> str:
@@ -279,6 +283,10 @@ def copy_weights(targets: dict[str, Tensor], weights: Weights) -> None:
                 raise ValueError(
                     f"init_from: {weights.where}: {name} is {list(given.shape)}, expected {list(target.shape)}"
                 )
+            if target.is_floating_point() and not given.is_floating_point():
+                raise ValueError(
+                    f"init_from: {weights.where}: {name} is {given.dtype}, expected floating point numbers"
+                )
             target.copy_(given)
 
 
@@ -297,14 +305,15 @@ def materialise(llm: PreTrainedModel, module: nn.Module, weights: Weights) -> No
     inside, head = set(module.modules()), llm.get_output_embeddings()
     table = cast(nn.Embedding, llm.get_input_embeddings())
     tied = head is not None and head.weight is table.weight
+    bare = [child for child in module.modules() if isinstance(child, LoraLayer) and _on_meta(child)]
     for name, child in llm.named_modules():
         if child in inside and _on_meta(child, recurse=False) and not (tied and child is head):
             child.to_empty(device="cpu", recurse=False)
             if child._buffers:
                 llm._init_weights(child)  # rotary tables, as transformers' own loading does
             _fill(child, f"{name}.".replace(".base_layer.", "."), weights)
-    if module is not llm:  # whose layers have theirs by then
-        start_adapters(module)
+    for layer in bare:
+        start_adapters(layer)
     if tied and head in inside:
         head.weight = table.weight
 
@@ -317,7 +326,18 @@ def _fill(module: nn.Module, prefix: str, weights: Weights) -> None:
     named = {f"{prefix}{name}": parameter for name, parameter in module.named_parameters(recurse=False)}
     if missing := [name for name in named if name not in weights.tensors and "lora_" not in name]:
         raise ValueError(f"llm: {weights.where} lacks {', '.join(missing)}")
-    copy_weights(cast(dict[str, Tensor], named), weights)
+    kept = {f"{prefix}{name}": buffer for name, buffer in module.named_buffers(recurse=False)}
+    copy_weights({**named, **{name: kept[name] for name in kept if name in weights.tensors}}, weights)
+
+
+def check_new(folder: Path) -> None:
+    """Whether nothing would be overwritten.
+
+    Raises:
+        FileExistsError: The folder is not empty.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"export: {folder} is not empty")
 
 
 def export(vlm: MatryoshkaVLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -328,8 +348,7 @@ def export(vlm: MatryoshkaVLM, tokenizer: PreTrainedTokenizerBase, folder: Path)
     Raises:
         FileExistsError: The folder is not empty.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"export: {folder} is not empty")
+    check_new(folder)
     folder.mkdir(parents=True, exist_ok=True)
     merge_adapters(vlm.llm)
     for part in ("encoder", "projector"):

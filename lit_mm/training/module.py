@@ -35,12 +35,12 @@ from lit_mm.model.projector import (
 from lit_mm.model.rows import Batch, Packing
 from lit_mm.model.vlm import Losses, MatryoshkaVLM
 from lit_mm.training.check import check_packing, stand_in
-from lit_mm.training.checkpoints import InitFrom, Weights, llm_weights, start_from
+from lit_mm.training.checkpoints import InitFrom, Weights, expected_names, llm_weights, start_from
 from lit_mm.training.optim import FusedAdamW, MuonAdamW
 from lit_mm.training.parts import Parts, apply_parts, parameter_groups, parts_table, with_parameters
 from lit_mm.training.resume import Place, check_order, seed_step, write_place
 from lit_mm.training.schedule import WarmupCosine
-from lit_mm.training.steps import clip, refuse_not_finite, set_options
+from lit_mm.training.steps import clip, refuse_hidden_scale, refuse_not_finite, set_options
 from lit_mm.training.strategies import is_sharded, shard
 
 
@@ -172,8 +172,11 @@ class LitMatryoshka(LightningModule):
     def _read_by_layer(self) -> Weights | None:
         """The LLM's weights, if it is to be built on `meta` and get them layer by layer as it is sharded."""
         sharded = self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
-        source = self.init_from.sources.get("llm")
-        return llm_weights(self.llm, source) if sharded else None
+        weights = llm_weights(self.llm, self.init_from.sources.get("llm")) if sharded else None
+        if weights is None:
+            return None
+        expected = expected_names(load_llm(self.llm, self.tokenizer, on_meta=True))
+        return weights if set(expected) <= set(weights.tensors) else None  # other names: transformers knows them
 
     def _build(self, on_meta: bool = False) -> MatryoshkaVLM:
         """The three parts, from the published or from random weights; the LLM without any if on_meta."""
@@ -257,7 +260,7 @@ class LitMatryoshka(LightningModule):
         if "_instantiator" not in checkpoint.get("hyper_parameters", {}):
             checkpoint.pop("hyper_parameters", None)
         if self._trainer is not None and "loops" in checkpoint:
-            checkpoint["order"] = self._order()
+            checkpoint["order"], checkpoint["trained"] = self._order(), self._trained()
             write_place(checkpoint, self.place, int(self.trainer.num_training_batches))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -269,13 +272,28 @@ class LitMatryoshka(LightningModule):
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if fitting and "place" not in checkpoint:
             raise ValueError(f"{self.trainer.ckpt_path}: says nothing of its place in the data, it cannot be resumed")
+        if fitting and checkpoint.get("trained") != self._trained():
+            raise ValueError(
+                f"{self.trainer.ckpt_path}: trained {checkpoint.get('trained')}, model.parts now trains "
+                f"{self._trained()}: a run is resumed as it was; --model.init_from begins another with its weights"
+            )
         if fitting:
             self.place, self.order = Place(**checkpoint["place"]), checkpoint["order"]
 
     def on_train_start(self) -> None:
         """A run that goes on in the middle of an epoch must have the batches of the one that began it."""
         check_order(self.order, self._order(), self.place)
+        refuse_hidden_scale(self.trainer)
         set_options(self.trainer, self.options)
+
+    def _trained(self) -> dict[str, int]:
+        """How many parameters are in each group, and of what rank its adapters are."""
+        rank = (
+            {"lora rank": self.parts.llm.lora.rank, "lora alpha": self.parts.llm.lora.alpha}
+            if self.parts.llm.lora
+            else {}
+        )
+        return {group["name"]: len(group["params"]) for group in self.groups} | rank
 
     def _order(self) -> dict[str, Any]:
         """What decides the batches, if the data can tell."""
@@ -348,7 +366,7 @@ class LitMatryoshka(LightningModule):
         optimizer = self.build_optimizer(with_parameters(self.groups, self.vlm))
         if isinstance(optimizer, MuonAdamW) and is_sharded(self.trainer):
             raise ValueError("model.optimizer MuonAdamW wants whole matrices: shard with FusedAdamW")
-        self.options = [{name: group[name] for name in ("lr", "weight_decay")} for group in optimizer.param_groups]
+        self.options = [{n: v for n, v in group.items() if n != "params"} for group in optimizer.param_groups]
         scheduler = self.build_scheduler(optimizer, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

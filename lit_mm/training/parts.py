@@ -60,6 +60,13 @@ class Part:
     weight_decay: float | None = None
     layer_decay: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.frozen and self.from_stage is not None:
+            raise ValueError(f"parts: frozen and from_stage {self.from_stage} contradict each other, set one to null")
+        if self.lr < 0 or not 0 < self.layer_decay <= 1:
+            found = f"lr {self.lr}, layer_decay {self.layer_decay}"
+            raise ValueError(f"parts: lr must not be negative and layer_decay in 0..1, found {found}")
+
 
 @dataclass
 class LLMPart(Part):
@@ -121,7 +128,7 @@ def train_mode(module: nn.Module) -> None:
 
 def add_adapters(llm: PreTrainedModel, lora: LoRA) -> None:
     """Inject trainable adapters in place and freeze all else; the adapters start as zero and are
-    float32 whatever the weights are.
+    float32 whatever the weights are (but for trainer.precision bf16-true, which converts everything).
 
     Raises:
         ValueError: No layer has a name that is targeted.

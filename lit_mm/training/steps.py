@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 
 def clip(trainer: Trainer, optimizer: Optimizer, most: float | None, algorithm: str | None) -> Tensor:
@@ -56,10 +57,26 @@ def refuse_not_finite(norm: Tensor, trainer: Trainer, recent: Sequence[tuple[lis
     )
 
 
+def refuse_hidden_scale(trainer: Trainer) -> None:
+    """Whether gradients can be clipped as they are.
+
+    Raises:
+        ValueError: They are multiplied by a scale that the optimizer takes out only as it steps.
+    """
+    [optimizer] = trainer.optimizers
+    if trainer.precision == "16-mixed" and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError("trainer.precision 16-mixed: a fused optimizer hides the loss scale, use torch.optim.AdamW")
+
+
 def set_options(trainer: Trainer, options: Sequence[dict[str, Any]]) -> None:
-    """Learning rates and weight decays as they are configured now, whatever a checkpoint says."""
+    """Learning rates and the optimizer's other options as they are configured now, whatever a checkpoint says."""
     [optimizer], [config] = trainer.optimizers, trainer.lr_scheduler_configs
-    for group, configured in zip(optimizer.param_groups, options, strict=True):
-        group["lr"] *= configured["lr"] / group["initial_lr"] if configured["lr"] != group["initial_lr"] else 1
-        group["initial_lr"], group["weight_decay"] = configured["lr"], configured["weight_decay"]
-    config.scheduler.base_lrs = [configured["lr"] for configured in options]
+    scheduler: Any = config.scheduler
+    for number, (group, configured) in enumerate(zip(optimizer.param_groups, options, strict=True)):
+        peak = configured["lr"]
+        if isinstance(scheduler, LambdaLR):
+            rate = peak * scheduler.lr_lambdas[number](scheduler.last_epoch)
+        else:
+            rate = group["lr"] * (peak / group["initial_lr"] if peak != group["initial_lr"] else 1)
+        group.update(configured, lr=rate, initial_lr=peak)
+    scheduler.base_lrs = [configured["lr"] for configured in options]

@@ -10,7 +10,10 @@ block) of the encoder, the projector; embeddings, stem, last norm and output hea
 
 from __future__ import annotations
 
+import shutil
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -33,10 +36,35 @@ from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.checkpoints import Weights, materialise
 
 warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view")  # nothing changes it in place
-warnings.filterwarnings("ignore", message="Detected an existing checkpoint")  # last.ckpt is meant to be replaced
 
 
-class FSDP2(ModelParallelStrategy):
+class WholeCheckpoints(Strategy):
+    """A checkpoint replaces the one before when it is complete: a killed run leaves no folder of both."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write beside, then rename."""
+        final = Path(self.broadcast(filepath))
+        part = final.with_name(f"{final.name}.part")
+        self._on_rank_zero(remove, part)
+        super().save_checkpoint(checkpoint, part, storage_options)
+        self._on_rank_zero(remove, final)
+        self._on_rank_zero(part.rename, final)
+
+    def _on_rank_zero(self, act: Callable[[Path], Any], path: Path) -> None:
+        self.barrier()
+        if self.is_global_zero:
+            act(path)
+        self.barrier()
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+class FSDP2(WholeCheckpoints, ModelParallelStrategy):
     """Parameters, gradients and optimizer states shared out among all devices (`fully_shard`)."""
 
     def __init__(self, save_distributed_checkpoint: bool = True) -> None:
@@ -54,7 +82,7 @@ class FSDP2(ModelParallelStrategy):
         super().setup_environment()
 
 
-class FSDP1(FSDPStrategy):
+class FSDP1(WholeCheckpoints, FSDPStrategy):
     """Likewise with FullyShardedDataParallel. Every process builds the whole model on its CPU first."""
 
     def __init__(self, save_distributed_checkpoint: bool = True) -> None:

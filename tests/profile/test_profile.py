@@ -16,6 +16,7 @@ from lit_mm.evaluation.units import in_bytes, in_flops
 from lit_mm.model.costs import causal_pairs
 from lit_mm.model.projector import nested_shapes
 from lit_mm.profile.experiment import Experiment, pooled_again, read_model
+from lit_mm.profile.memory import plan_of
 from tests.conftest import ROOT, tiny_vlm
 
 VICUNA = {"source": "lmsys/vicuna-7b-v1.5", "template": "vicuna_v1"}
@@ -251,3 +252,18 @@ def test_units():
     assert [in_flops(n) for n in (0, 7, 943963766784, 3.7758e12, 12e15)] == ["0", "7", "944 G", "3.776 T", "12 P"]
     assert [in_bytes(n) for n in (512, 2**20, 320 * 2**20, 13.5 * 2**30)] == ["512 B", "1 MiB", "320 MiB", "13.5 GiB"]
     assert in_bytes(sum(p.nbytes for p in tiny_vlm().parameters())).endswith("KiB")
+
+
+def test_gpus_plans_the_memory_of_training(capsys):
+    """Weights in float32, AdamW's two moments: 12 bytes a parameter that trains, half of them on each of two GPUs."""
+    adamw = ["--model.optimizer", "lit_mm.FusedAdamW"]
+    experiment = Experiment("quickstart", read_model([QUICKSTART], adamw), [], "bfloat16")
+    count = sum(parameter.numel() for parameter in experiment.build().parameters())
+    one = plan_of(experiment, 1, 2, "32-true", "fsdp2")
+    assert (
+        0 <= one.parameters - 4 * count < 1000 and 0 <= one.optimizer - 8 * count < 1000
+    )  # rotary tables; step counts
+    two = plan_of(experiment, 2, 2, "32-true", "fsdp2")
+    assert two.sharded and not one.sharded and 0.5 <= two.optimizer / one.optimizer < 0.52
+    main(["profile", "--config", QUICKSTART, *adamw, "--gpus", "2"])
+    assert "GiB on each of 2 GPUs (fsdp2), 1 samples each, bf16-mixed" in capsys.readouterr().out

@@ -54,6 +54,7 @@ class Run:
         model: Further arguments of LitMatryoshka.
         trainer: Further arguments of the Trainer.
         watch: Further callbacks.
+        test: Whether a test follows, on what validation has.
         resume: The checkpoint to go on from.
         fails: An error that is expected, by a part of its text.
     """
@@ -64,6 +65,7 @@ class Run:
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     watch: list[lightning.Callback] = field(default_factory=list)
+    test: bool = False
     resume: Path | None = None
     fails: str | None = None
 
@@ -97,6 +99,8 @@ class Samples(lightning.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         ranks, rank = self.trainer.world_size, self.trainer.global_rank
         return DataLoader(QUESTIONS[rank::ranks], batch_size=None, collate_fn=partial(self.rows_of, ask=True))
+
+    test_dataloader = val_dataloader
 
 
 def rows_of(numbers: list[int], packing: Packing, ask: bool = False) -> Batch:
@@ -141,6 +145,8 @@ def perform(run: Run) -> None:
     trainer.save_checkpoint(run.folder / "after.ckpt")
     values = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     torch.save({"losses": told.losses, "val": values}, run.folder / f"told{trainer.global_rank}.pt")
+    if run.test:
+        trainer.test(lit, Samples(lit.packing), verbose=False)
 
 
 class Teller(lightning.Callback):

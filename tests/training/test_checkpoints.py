@@ -128,6 +128,18 @@ def test_another_shape_is_refused(exported, tmp_path):
         start_from(other_vlm(), InitFrom(projector=str(tmp_path / "p.safetensors")))
 
 
+def test_whole_numbers_are_no_weights(exported, tmp_path):
+    tensors = load_file(exported / "projector.safetensors") | {"layers.2.bias": torch.zeros(32, dtype=torch.int8)}
+    save_file(tensors, tmp_path / "p.safetensors")
+    with pytest.raises(ValueError, match=r"layers.2.bias is torch.int8, expected floating point"):
+        start_from(other_vlm(), InitFrom(projector=str(tmp_path / "p.safetensors")))
+
+
+def test_an_untied_head_is_not_dropped_for_a_tied_one(exported):
+    with pytest.raises(ValueError, match=r"1 unexpected: llm.lm_head.weight"):
+        start_from(other_vlm(tie_word_embeddings=True), InitFrom(str(exported)))
+
+
 def test_adapters_in_a_source_are_named_as_such(tmp_path):
     vlm = tiny_vlm()
     apply_parts(vlm, Parts(llm=LLMPart(lora=LoRA(4, 8, 0.0))))

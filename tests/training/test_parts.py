@@ -195,6 +195,10 @@ def test_mistakes_are_named():
         apply_parts(tiny_vlm(), Parts(encoder=Part(from_stage=6)))
     with pytest.raises(ValueError, match="nothing would train"):
         Parts(Part(frozen=True), Part(frozen=True), LLMPart(frozen=True))
+    with pytest.raises(ValueError, match="frozen and from_stage 3 contradict each other"):
+        Part(frozen=True, from_stage=3)
+    with pytest.raises(ValueError, match=r"layer_decay in 0\.\.1, found lr 1e-05, layer_decay 0"):
+        Part(1e-5, layer_decay=0.0)
     with pytest.raises(ValueError, match="goes with neither frozen nor from_stage"):
         Parts(llm=LLMPart(frozen=True, lora=LoRA()))
     with pytest.raises(ValueError, match=r"[Tt]arget.*no_such_layer"):

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -10,7 +11,9 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback
 
 from lit_mm.callbacks.memory import MemoryAdvice
 from lit_mm.model.llm import LLM, load_llm, load_tokenizer
+from lit_mm.training.optim import FusedAdamW
 from lit_mm.training.parts import LLMPart, LoRA, Part, Parts
+from lit_mm.training.steps import refuse_hidden_scale
 from tests.conftest import TOKENIZER, installed, tiny_llm
 from tests.training.test_module import fit, losses, module
 
@@ -80,9 +83,45 @@ def test_a_rate_given_now_beats_the_checkpoints(instruction_set, tmp_path, monke
     assert decays["llm"] == 0.7 and decays["llm_no_decay"] == 0.0 == decays["encoder_other"]
 
 
-def changed(parts: Parts, **options):
+def test_other_options_and_another_length_are_those_of_now(instruction_set, tmp_path, monkeypatch):
+    """AdamW's betas too; and of a longer run the schedule from its first step on, though the rate had been zero."""
+    _, trainer = fit(instruction_set, tmp_path / "a", limit_val_batches=0, max_steps=2)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
+    seen = []
+    monkeypatch.setattr("tests.training.test_module.module", partial(changed, None))
+    watch = LambdaCallback(
+        on_before_optimizer_step=lambda trainer, lit, optimizer: seen.append(optimizer.param_groups[0]["lr"])
+    )
+    options = {"limit_val_batches": 0, "max_steps": 6, "callbacks": [watch]}
+    _, longer = fit(instruction_set, tmp_path / "b", tmp_path / "two.ckpt", **options)
+    assert longer.optimizers[0].param_groups[0]["betas"] == (0.5, 0.6)
+    resumed, seen[:] = list(seen), []
+    fit(instruction_set, tmp_path / "c", **options)
+    assert resumed == pytest.approx(seen[2:]) and resumed[0] > 0
+
+
+def test_other_parts_are_not_resumed(instruction_set, tmp_path, monkeypatch):
+    _, trainer = fit(instruction_set, tmp_path / "a", limit_val_batches=0, max_steps=2)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    monkeypatch.setattr("tests.training.test_module.module", partial(changed, Parts(Part(frozen=True))))
+    with pytest.raises(ValueError, match=r"trained \{'encoder_other': .* --model.init_from begins another"):
+        fit(instruction_set, tmp_path / "b", tmp_path / "two.ckpt", limit_val_batches=0)
+
+
+def test_a_fused_optimizer_is_refused_where_the_loss_is_scaled():
+    parameter = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
+    fused, plain = FusedAdamW(parameter), torch.optim.AdamW(parameter)
+    for optimizer, precision in ((plain, "16-mixed"), (fused, "bf16-mixed")):
+        refuse_hidden_scale(SimpleNamespace(optimizers=[optimizer], precision=precision))
+    with pytest.raises(ValueError, match="16-mixed: a fused optimizer hides the loss scale"):
+        refuse_hidden_scale(SimpleNamespace(optimizers=[fused], precision="16-mixed"))
+
+
+def changed(parts: Parts | None, **options):
     lit = module(**options)
-    lit.parts = parts
+    lit.build_optimizer = partial(FusedAdamW, betas=(0.5, 0.6))
+    lit.parts = parts or lit.parts
     return lit
 
 

@@ -21,12 +21,14 @@ from tests.training.sharded import Run, on_ranks, perform
 EVERYTHING = Parts(Part(0.01), Part(0.01), LLMPart(0.01))
 STAGE_1 = Parts(Part(0.01, from_stage=5), Part(0.01), LLMPart(frozen=True))
 ADAPTERS = Parts(Part(frozen=True), Part(0.01), LLMPart(0.01, lora=LoRA(4, 8, 0.0)))
+HEAD = Parts(Part(frozen=True), Part(0.01), LLMPart(0.01, lora=LoRA(4, 8, 0.0, ["q_proj", "lm_head"])))
 RECOMPUTED = {"activation_checkpointing": ["encoder", "llm"]}
 CLIPPED = {"gradient_clip_val": 0.1}
 CASES = {
     "all": (EVERYTHING, {}, {}),
     "stage 1": (STAGE_1, {}, {}),
     "lora": (ADAPTERS, {}, {}),
+    "lora head": (HEAD, {}, {}),
     "clipped": (EVERYTHING, {}, CLIPPED),
     "clipped values": (EVERYTHING, {}, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
     "recomputed": (EVERYTHING, RECOMPUTED, {}),
@@ -65,7 +67,7 @@ def folder(tmp_path_factory) -> Path:
         perform(run_of(root / "auto" / case, "auto", case))
     tied = {"llm": LLM(str(root / "tied"), tokenizer=TOKENIZER, template="plain")}
     load_llm(tiny_llm(tie_word_embeddings=True), load_tokenizer(tiny_llm())).save_pretrained(root / "tied")
-    reads = {"read": ("lora", read), "read tied": ("all", tied)}
+    reads = {"read": ("lora", read), "read tied": ("all", tied), "read head": ("lora head", read)}
     for name, (case, model) in reads.items():
         perform(run_of(root / "auto" / name, "auto", case, model=dict(model)))
     runs = [run_of(root / strategy / case, strategy, case) for strategy, case in EXACT]
@@ -136,7 +138,7 @@ def test_in_bf16_losses_stay_near(folder, strategy, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["read", "read tied"])
+@pytest.mark.parametrize("case", ["read", "read tied", "read head"])
 def test_an_llm_read_layer_by_layer_is_the_one_transformers_loads(folder, case):
     """Built on `meta`, its weights from several safetensors files, adapters beside them, or a tied head."""
     assert_same_weights(folder / "fsdp2" / case, folder / "auto" / case)
@@ -147,6 +149,7 @@ def test_an_llm_read_layer_by_layer_is_the_one_transformers_loads(folder, case):
 @pytest.mark.slow
 def test_saved_on_two_ranks_and_resumed_on_two_and_on_one(folder):
     assert (folder / "fsdp2/half/after.ckpt/.metadata").is_file()
+    assert not (folder / "fsdp2/half/after.ckpt.part").exists()
     assert len(list((folder / "fsdp2/half/after.ckpt").glob("*.distcp"))) == 2
     assert_same_weights(folder / "fsdp2/resumed", folder / "fsdp2/whole", 0)
     assert_same_weights(folder / "fsdp2/resumed on one", folder / "fsdp2/whole")

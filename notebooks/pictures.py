@@ -1,0 +1,294 @@
+"""The drawings of the notebooks: figures in, small PNGs out. Numbers come from the cells that call them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+import matplotlib
+import numpy as np
+from IPython.display import Image as Shown
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from PIL import Image
+from torch import Tensor
+
+SCALES = ["#1f5fa8", "#2f8f83", "#8a9a2b", "#d9822b", "#b5403a"]
+"""Of the scales, finest first; as often again as needed."""
+PREFIX, QUESTION, ANSWER = "#4a525c", "#c9ced5", "#8c95a1"
+ENCODER, VISUAL, TEXT = "#1f5fa8", "#d9822b", "#d3d7dc"
+MARK = "#ffe600"
+warnings.filterwarnings("ignore", message="IProgress not found")  # of progress bars, which no cell draws
+matplotlib.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
+
+
+def show(figure: Figure) -> Shown:
+    """A figure as a PNG of at most 192 colours, so that a notebook stays small."""
+    drawn, kept = BytesIO(), BytesIO()
+    figure.savefig(drawn, dpi=110)
+    Image.open(drawn).convert("RGB").quantize(192).save(kept, "png", optimize=True)
+    return Shown(kept.getvalue())
+
+
+def photo_of(pixels: Tensor, side: int = 330) -> np.ndarray:
+    """uint8 pixels [1, 3, H, W] -> [h, w, 3] of about the size at which it is shown."""
+    image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+    image.thumbnail((side, side))
+    return np.asarray(image)
+
+
+def nested_sets(pixels: Tensor, sets: Sequence[Tensor], shapes: Sequence[tuple[int, int]], number: int) -> Shown:
+    """The photo and each set of tokens in its colours; one token of the last scale but one is followed
+    through all of them: `number`, counted in reading order."""
+    figure = Figure(figsize=(9.6, 7.0), layout="constrained")
+    places = figure.subplots(-(-(len(sets) + 1) // 3), 3, squeeze=False).ravel()
+    height, width = pixels.shape[-2:]
+    places[0].imshow(photo_of(pixels), extent=(0, width, height, 0))
+    places[0].set_title(f"{height} × {width} pixels", loc="left")
+    rows, columns = shapes[-2]
+    row, column = divmod(number, columns)
+    box = column * width / columns, row * height / rows, width / columns, height / rows
+    for axes, tokens, (down, across) in zip(places[1:], sets, shapes, strict=False):
+        axes.imshow(tokens.view(down, across, 3).clip(0, 1), extent=(0, width, height, 0), interpolation="nearest")
+        _grid_lines(axes, np.linspace(0, height, down + 1), np.linspace(0, width, across + 1))
+        inside = down * across // (rows * columns)
+        family = f", {inside} in the box" if inside else ""
+        axes.set_title(f"{_count(down * across)} ({down} × {across}){family}", loc="left")
+    for axes in places:
+        axes.axis("off")
+    for axes in places[: len(sets)]:  # the last set has tokens larger than the box
+        axes.add_patch(Rectangle(box[:2], *box[2:], fill=False, edgecolor=MARK, linewidth=3, clip_on=False, zorder=3))
+    return show(figure)
+
+
+def cut_sets(photos: Sequence[tuple[Tensor, Sequence[tuple[Tensor, tuple[list[int], list[int]]]]]], cell: int) -> Shown:
+    """A row for every photo: itself, and its sets of tokens as boxes between cuts, in cells."""
+    heights = [cuts[0][-1] for _, ((_, cuts), *_) in photos]
+    columns = 1 + len(photos[0][1])
+    figure = Figure(figsize=(9.6, 9.6 / columns * sum(heights) / max(w for w in _widths(photos)) + 0.9))
+    figure.set_layout_engine("constrained")
+    places = figure.subplots(len(photos), columns, gridspec_kw={"height_ratios": heights}, squeeze=False)
+    for (pixels, sets), line in zip(photos, places, strict=True):
+        high, wide = pixels.shape[-2:]
+        line[0].imshow(photo_of(pixels), extent=(0, wide / cell, high / cell, 0))
+        line[0].set_title(f"{high} × {wide} pixels", loc="left")
+        for axes, (tokens, (down, across)) in zip(line[1:], sets, strict=True):
+            colours = tokens.view(len(down) - 1, len(across) - 1, 3).clip(0, 1).numpy()
+            axes.pcolormesh(across, down, colours)
+            _grid_lines(axes, down, across)
+            axes.set_title(f"{tokens.shape[1]} = {len(down) - 1} × {len(across) - 1}", loc="left")
+        for axes in line:
+            axes.set(xlim=(0, sets[0][1][1][-1]), ylim=(sets[0][1][0][-1], 0), aspect="equal")
+            axes.axis("off")
+    return show(figure)
+
+
+def _widths(photos: Sequence[Any]) -> list[int]:
+    return [sets[0][1][1][-1] for _, sets in photos]
+
+
+def _grid_lines(axes: Axes, down: Sequence[float], across: Sequence[float]) -> None:
+    width = 3.0 / max(1.0, len(down) ** 0.5)
+    axes.hlines(down, across[0], across[-1], color="white", linewidth=width)
+    axes.vlines(across, down[0], down[-1], color="white", linewidth=width)
+
+
+def colours_of(kinds: np.ndarray) -> np.ndarray:
+    """[L] kinds -> [L, 3]: -3 prefix, -2 question, -1 answer, else the scale whose visual token it is."""
+    table = [matplotlib.colors.to_rgb(colour) for colour in [PREFIX, QUESTION, ANSWER, *SCALES * 3]]
+    return np.array(table)[kinds + 3]
+
+
+def packed_row(kinds: np.ndarray, positions: np.ndarray, scales: Sequence[int]) -> Shown:
+    """Above, the row as it lies in memory; below, every branch at the positions that the LLM is told."""
+    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+    above, below = figure.subplots(2, 1, gridspec_kw={"height_ratios": [1, len(scales) + 1]})
+    starts = branch_starts(kinds, positions)
+    _strip(above, kinds, (0, len(kinds)), (0, 1))
+    above.vlines(starts, 0, 1, color="white", linewidth=2)
+    above.set(yticks=[], xlim=(0, len(kinds)), xlabel="place in the row")
+    above.set_title(f"In memory: one row of {len(kinds):,} positions", loc="left")
+    for number, (start, end) in enumerate(zip([0, *starts], [*starts, len(kinds)], strict=True)):
+        _strip(below, kinds[start:end], (positions[start], positions[end - 1] + 1), (number + 0.4, number - 0.4))
+    below.set_yticks(range(len(scales) + 1), ["prefix", *map(_count, scales)])
+    for label, colour in zip(below.get_yticklabels(), [PREFIX, *SCALES * 3], strict=False):
+        label.set(color=colour, fontweight="bold")
+    below.set(xlabel="position id", xlim=(0, positions.max() + 1), ylim=(len(scales) + 0.5, -0.5))
+    below.set_title("As the LLM reads it: a branch a scale, each behind the prefix", loc="left")
+    below.axvline(positions[starts[0]], color="#9aa3ad", linewidth=1, linestyle=":", zorder=0)
+    below.legend(handles=_kinds(), frameon=False, loc="lower right")
+    for axes in (above, below):
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+    return show(figure)
+
+
+def branch_starts(kinds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Where a branch begins: behind the prefix, and wherever positions go back."""
+    return np.flatnonzero((np.diff(positions) < 1) | (np.diff(kinds == -3) != 0)) + 1
+
+
+def _strip(axes: Axes, kinds: np.ndarray, across: tuple[float, float], down: tuple[float, float]) -> None:
+    axes.imshow(colours_of(kinds)[None], aspect="auto", extent=(*across, *down), interpolation="nearest")
+
+
+def _count(tokens: int) -> str:
+    return f"{tokens} token{'s' * (tokens > 1)}"
+
+
+def _kinds() -> list[Patch]:
+    text = [("prefix", PREFIX), ("question", QUESTION), ("answer: the targets", ANSWER)]
+    return [Patch(color=colour, label=name) for name, colour in [*text, ("visual tokens, a colour a scale", SCALES[0])]]
+
+
+def attention(sees: np.ndarray, moved: np.ndarray, kinds: np.ndarray) -> Shown:
+    """Two matrices [queries, keys] side by side, in the colours of the keys."""
+    figure = Figure(figsize=(9.6, 5.0), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.set(title="On paper", xlabel="… that position", ylabel="this position sees …")
+    right.set(title="In a model", xlabel="… that position changes", ylabel="this output moves if …")
+    for axes, pairs in ((left, sees), (right, moved)):
+        axes.imshow(np.where(pairs[..., None], colours_of(kinds), 1.0), interpolation="antialiased")
+        _strip(axes, kinds, (0, len(kinds)), (-0.015 * len(kinds), -0.045 * len(kinds)))
+        axes.set(xlim=(0, len(kinds)), ylim=(len(kinds), -0.05 * len(kinds)), aspect="equal")
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+    for scale in range(kinds.max() + 1):
+        own = np.flatnonzero(kinds == scale)
+        place = (own[-1] + 0.07 * len(kinds), own[len(own) // 2] + 0.012 * len(kinds))
+        colour = SCALES[scale % len(SCALES)]
+        left.annotate(_count(len(own)), place, color=colour, fontweight="bold", annotation_clip=False)
+    return show(figure)
+
+
+def bars(models: Sequence[dict[str, Any]], columns: int = 3) -> Shown:
+    """A panel a model: FLOPs to the first token at every scale, by part, and above it the encoder's share.
+
+    Each has a `name` and `answers`: (tokens, FLOPs of encoder and projector, of the LLM on the whole
+    prompt, of the LLM on the text alone) at every scale.
+    """
+    figure, places = _panels(len(models), columns, 2.9)
+    for axes, model in zip(places, models, strict=True):
+        shares = [f"{image / (image + prompt):.0%}" for _, image, prompt, _ in model["answers"]]
+        _stacks(axes, model["answers"], shares, 1e12)
+        axes.set_title(model["name"], loc="left", pad=12)
+    for axes in places[::columns]:
+        axes.set_ylabel("TFLOPs to the first token")
+    for axes in places[-columns:]:
+        axes.set_xlabel("visual tokens")
+    _name_parts(figure, "text of the prompt", "encoder, its share above", "LLM on visual tokens")
+    return show(figure)
+
+
+def _stacks(axes: Axes, answers: Sequence[tuple[int, int, int, int]], labels: Sequence[str], unit: float) -> None:
+    for place, ((_, image, prompt, text), label) in enumerate(zip(answers, labels, strict=True)):
+        stacked = np.array([text, image, prompt - text]) / unit
+        bottoms = np.cumsum([0, *stacked[:-1]])
+        axes.bar([place] * 3, stacked, 0.7, bottoms, color=[TEXT, ENCODER, VISUAL])
+        axes.annotate(label, (place, stacked.sum()), (0, 3), textcoords="offset points", ha="center", fontsize=9)
+    axes.set_xticks(range(len(answers)), [f"{tokens:,}" for tokens, *_ in answers])
+    axes.tick_params(length=0)
+    axes.margins(y=0.12)
+
+
+def _name_parts(figure: Figure, *names: str) -> None:
+    handles = [Patch(color=colour, label=name) for name, colour in zip(names, (TEXT, ENCODER, VISUAL), strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+
+
+def eaten(models: Sequence[dict[str, Any]], columns: int = 3) -> Shown:
+    """A panel a model: how many times fewer FLOPs than at its finest scale, of the LLM and with the encoder."""
+    figure, places = _panels(len(models), columns, 2.7, sharey=True)
+    for axes, model in zip(places, models, strict=True):
+        tokens, image, prompt, _ = (np.array(column, float) for column in zip(*model["answers"], strict=True))
+        alone, whole = prompt[0] / prompt, (image + prompt)[0] / (image + prompt)
+        axes.fill_between(tokens, whole, alone, color=ENCODER, alpha=0.16, linewidth=0)
+        axes.plot(tokens, alone, "o--", color=VISUAL, label="the LLM's prefill alone")
+        axes.plot(tokens, whole, "o-", color=ENCODER, linewidth=2, label="with the encoder")
+        for line, colour in ((alone, VISUAL), (whole, ENCODER)):
+            place = (tokens[-1], line[-1])
+            axes.annotate(f" {line[-1]:.1f}×", place, (6, -3), textcoords="offset points", color=colour)
+        axes.set(xscale="log", yscale="log", title=model["name"])
+        axes.set_xticks(tokens, [f"{int(n):,}" for n in tokens])
+        axes.set_yticks([1, 2, 5, 10, 20, 50], ["1×", "2×", "5×", "10×", "20×", "50×"])
+        axes.minorticks_off()
+        axes.invert_xaxis()
+        axes.title.set(horizontalalignment="left", x=0)
+        axes.margins(x=0.18)
+        axes.grid(axis="y", color="#e5e5e5")
+    for axes in places[::columns]:
+        axes.set_ylabel("fewer FLOPs")
+    for axes in places[-columns:]:
+        axes.set_xlabel("visual tokens")
+    figure.legend(*places[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return show(figure)
+
+
+def _panels(count: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    rows = -(-count // columns)
+    figure = Figure(figsize=(9.6, height * rows + 0.3), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **options).ravel()[:count])
+
+
+def against_resolution(lines: dict[str, list[tuple[int, int, float, float]]]) -> Shown:
+    """Two panels over the side in pixels: tokens; FLOPs of the encoder and to the first token.
+
+    Each line has points (side, tokens, FLOPs of encoder and projector, FLOPs to the first token).
+    """
+    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (name, points), colour in zip(lines.items(), SCALES, strict=False):
+        sides, tokens, image, whole = (np.array(column, float) for column in zip(*points, strict=True))
+        left.plot(sides, tokens, "o-", color=colour, linewidth=2, label=name)
+        right.plot(sides, whole / 1e12, "o-", color=colour, linewidth=2)
+        right.plot(sides, image / 1e12, "o:", color=colour, markersize=4)
+    left.set_title("Visual tokens", loc="left")
+    right.set_title("TFLOPs to the first token; dotted: the encoder's", loc="left")
+    ticks = _apart(sorted({side for points in lines.values() for side, *_ in points}))
+    for axes in (left, right):
+        axes.set(xscale="log", yscale="log", xlabel="side of the image in pixels")
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axes.yaxis.set_major_formatter("{x:,g}")
+        axes.grid(color="#ededed")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return show(figure)
+
+
+def _apart(ticks: Sequence[int]) -> list[int]:
+    """Largest first, those with room for their label."""
+    kept: list[int] = []
+    for tick in reversed(ticks):
+        if not kept or kept[-1] > 1.25 * tick:
+            kept.append(tick)
+    return kept
+
+
+def finished_run(result: dict[str, Any], answers: Sequence[tuple[int, int, int, int]]) -> Shown:
+    """Accuracy against tokens beside what an answer costs, in the order and form of `bars`."""
+    figure, (left, right) = _panels(2, 2, 3.5)
+    _accuracies(left, result)
+    _stacks(right, answers, [f"{(image + prompt) / 1e6:.1f}" for _, image, prompt, _ in answers], 1e6)
+    right.set_title("MFLOPs of an answer", loc="left")
+    right.set_xlabel("visual tokens")
+    _name_parts(figure, "text", "encoder and projector", "LLM on visual tokens")
+    return show(figure)
+
+
+def _accuracies(axes: Axes, result: dict[str, Any]) -> None:
+    tokens = [row["visual_tokens"] for row in result["scales"]]
+    accuracy = [100 * row["accuracy"] for row in result["scales"]]
+    axes.plot(tokens, accuracy, "o-", color=ENCODER, linewidth=2, markersize=7)
+    for x, y in zip(tokens, accuracy, strict=True):
+        axes.annotate(f"{y:.1f}", (x, y), (0, -16), textcoords="offset points", ha="center", color=ENCODER)
+    majority = 100 * result["majority_answer"]
+    axes.axhline(majority, color="#888888", linestyle="--", linewidth=1.2)
+    axes.annotate(f"majority answer {majority:.1f}", (tokens[0], majority), (0, 5), textcoords="offset points")
+    axes.set(xscale="log", xlabel="visual tokens", ylim=(0, 102), xlim=(1.2 * max(tokens), min(tokens) / 1.2))
+    axes.set_xticks(tokens, [str(n) for n in tokens])
+    axes.minorticks_off()
+    axes.grid(axis="y", color="#e5e5e5")
+    axes.set_title(f"Accuracy in %, {result['questions']:,} questions", loc="left")

@@ -1,0 +1,26 @@
+"""Run the notebooks anew and keep what they show: python notebooks/run.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent
+
+
+def executed(path: Path) -> nbformat.NotebookNode:
+    """A notebook with what its cells put out now.
+
+    Raises:
+        CellExecutionError: A cell fails.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    folder = {"metadata": {"path": str(path.parent)}}
+    return NotebookClient(notebook, timeout=600, record_timing=False, resources=folder).execute()
+
+
+if __name__ == "__main__":
+    for path in sorted(FOLDER.glob("*.ipynb")):
+        nbformat.write(executed(path), path)

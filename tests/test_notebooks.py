@@ -1,0 +1,64 @@
+"""The notebooks run, and what they show in the repository is what running them shows, in kind."""
+
+import json
+from base64 import b64decode
+from importlib import import_module
+from io import BytesIO
+
+import nbformat
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT
+
+FOLDER = ROOT / "notebooks"
+PICTURES = {"1_nested_tokens": 4, "2_cost": 4}
+
+
+def read(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def kinds(cell) -> list[list[str]]:
+    """What a cell has put out: `stdout`, or the formats of what it shows."""
+    return [[output.name] if "name" in output else sorted(output.data) for output in cell.outputs]
+
+
+def test_every_notebook_is_tested():
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(PICTURES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_notebook_runs_and_shows_what_the_repository_has(name, tmp_path, monkeypatch):
+    for variable, value in {"LIT_MM_NOTEBOOKS": "tiny", "PYTHONPATH": ROOT, "IPYTHONDIR": tmp_path}.items():
+        monkeypatch.setenv(variable, str(value))
+    monkeypatch.syspath_prepend(str(FOLDER))
+    now = import_module("run").executed(FOLDER / f"{name}.ipynb")  # raises what a cell raises
+    assert [kinds(cell) for cell in code(now)] == [kinds(cell) for cell in code(read(name))]
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_notebook_in_the_repository_is_whole_and_small(name):
+    cells = code(read(name))
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert {output.get("name", "stdout") for output in outputs} == {
+        "stdout"
+    }  # no warnings, which name a machine's paths
+    pictures = [b64decode(output.data["image/png"]) for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == PICTURES[name]
+    assert max(map(len, pictures)) <= 100_000
+    assert all(Image.open(BytesIO(picture)).width > 900 for picture in pictures)
+    assert (FOLDER / f"{name}.ipynb").stat().st_size <= 400_000
+
+
+def test_the_curve_is_that_of_the_results():
+    """The shipped figures stand in RESULTS.md, with their command."""
+    run = json.loads((FOLDER / "accuracy_tokens.json").read_text())
+    figures = " / ".join(f"{100 * row['accuracy']:.2f}" for row in run["scales"])
+    assert f"{figures} %" in (ROOT / "experiments/RESULTS.md").read_text()
