@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing import event_accumulator
 
 from lit_mm.__main__ import HELP, main
 from lit_mm.cli import LitMMCLI
@@ -177,6 +178,12 @@ def test_the_last_checkpoint_is_the_end_of_the_run(experiment, instruction_set, 
     assert last["global_step"] == 3
 
 
+def logged_steps(folder, scalar):
+    """Steps of TensorBoard's events."""
+    events = event_accumulator.EventAccumulator(str(folder)).Reload()
+    return [event.step for event in events.Scalars(scalar)]
+
+
 @pytest.mark.slow
 def test_a_run_and_what_follows_share_a_folder(experiment, instruction_set):
     """fit, test, predict, resume and a second fit, as a user would run them."""
@@ -194,6 +201,8 @@ def test_a_run_and_what_follows_share_a_folder(experiment, instruction_set):
     figures = json.loads((first / "accuracy_tokens.json").read_text())
     assert [row["visual_tokens"] for row in figures["scales"]] == [16, 4, 1]
     assert figures["questions"] == 8
+    assert figures["step"] == 3
+    assert logged_steps(first, "test/accuracy@16") == logged_steps(first, "val/accuracy@16")[-1:] == [2]
     assert (first / "accuracy_tokens.png").read_bytes().startswith(b"\x89PNG")
 
     ask = instruction_set / "ask.jsonl"

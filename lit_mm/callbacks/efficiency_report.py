@@ -128,7 +128,7 @@ def markdown(result: Result) -> str:
 
 
 def _title(result: Result) -> str:
-    return f"{SPLITS[result['split']]} accuracy, {result['questions']:,} questions"
+    return f"{SPLITS[result['split']]} at step {result['step']:,}: accuracy on {result['questions']:,} questions"
 
 
 def _caption(result: Result) -> str:

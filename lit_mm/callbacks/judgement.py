@@ -16,8 +16,6 @@ from lit_mm.evaluation.metrics import majority_share
 from lit_mm.evaluation.timing import WARM_UP, AnswerTimer
 from lit_mm.model.rows import Batch
 
-REPETITIONS = 5
-"""Answers that are timed at every level, behind a warm-up."""
 MOST_NEW_TOKENS = 8
 
 
@@ -27,10 +25,11 @@ class Judgement:
     Args:
         lit: The LitMatryoshka that is judged.
         split: Which data it is judged on.
+        repetitions: Answers that are timed at every level, behind a warm-up.
     """
 
-    def __init__(self, lit: Any, split: Literal["val", "test"]) -> None:
-        self.lit, self.split = lit, split
+    def __init__(self, lit: Any, split: Literal["val", "test"], repetitions: int) -> None:
+        self.lit, self.split, self.repetitions = lit, split, repetitions
         self.expected: list[str] = []
         self.asked = Asked(lit.levels)
 
@@ -64,6 +63,7 @@ class Judgement:
         timed = self._time(trainer, rows)
         return {
             "split": self.split,
+            "step": self.lit.place.steps,
             "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
             "questions": len(self.expected),
             "majority_answer": majority_share(self.expected),
@@ -93,14 +93,16 @@ class Judgement:
         pixels, new_tokens = torch.zeros(images, 3, height, width, dtype=torch.uint8), self._new_tokens()
         for row in rows:
             visual = round(row["mean_visual_tokens"])
-            timer = AnswerTimer(self.lit.vlm, round(row["prompt_tokens"]) - visual, new_tokens, REPETITIONS)
+            timer = AnswerTimer(self.lit.vlm, round(row["prompt_tokens"]) - visual, new_tokens, self.repetitions)
             with trainer.precision_plugin.val_step_context():
                 row["measured"] = timer(pixels, visual)
         described = {"images": images, "height": height, "width": width, "new_tokens": new_tokens, "batch_size": 1}
-        return described | {"repetitions": REPETITIONS, "warm_up": WARM_UP}
+        return described | {"repetitions": self.repetitions, "warm_up": WARM_UP}
 
     def _not_timed(self) -> str:
         """Why not; empty if they are."""
+        if not self.repetitions:
+            return "token_efficiency.repetitions is 0"
         if self.lit.vlm.in_step:
             return "the model is sharded over ranks"
         if self.lit.costs is None:

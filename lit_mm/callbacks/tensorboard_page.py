@@ -46,6 +46,8 @@ def layout(levels: Sequence[Scale], utilisation: bool) -> Layout:
             "tokens per second": chart(*(f"speed/{kind}_tokens_per_s" for kind in ("visual", "text", "target"))),
             "tokens per step": chart(*(f"tokens/{kind}" for kind in ("visual", "text", "target", "padding"))),
             "time in a step by part (ms)": chart(*(f"parts/{part}_ms" for part in (*parts, "other"))),
+            "share of time waiting for data": chart("speed/data_wait_share"),
+            "peak memory (GiB)": chart(*(f"memory/{kind}_GiB" for kind in ("allocated", "reserved", "process"))),
             **({"MFU": chart("speed/MFU", *(f"parts/{part}_MFU" for part in parts))} if utilisation else {}),
         },
     }

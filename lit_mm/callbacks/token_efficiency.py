@@ -1,8 +1,9 @@
 """What every visual token costs and buys: counted in training, judged in validation and test.
 
 Training     tokens, images, speed, memory, MFU, every `trainer.log_every_n_steps` steps
-Validation   accuracy and cost of every level, as scalars, a picture and a table
-Test         the same as accuracy_tokens.png and accuracy_tokens.json, and a table in the terminal
+Validation   accuracy and cost of every level, as scalars, a picture and a table; at the end of a fit the
+             last one's as accuracy_tokens_val.png and .json and as a table in the terminal
+Test         the same as accuracy_tokens.png and .json
 
 A training step is never waited for: what is counted comes with the batch, ranks share one small
 tensor per report, and times on a GPU are read from events that lie behind (`meter`, `part_times`).
@@ -37,16 +38,27 @@ class TokenEfficiency(Callback):
     alone, forward and backward.
     """
 
-    def __init__(self, peak_tflops: float | None = None) -> None:
+    def __init__(self, peak_tflops: float | None = None, repetitions: int = 5) -> None:
         """Set up.
 
         Args:
             peak_tflops: The most TFLOP/s that a device can do in the precision of the run, for MFU;
                 null: by the device's name, and no MFU for an unknown device.
+            repetitions: Answers that are timed at every level behind each validation and test, one at a
+                time; 0: none.
+
+        Raises:
+            ValueError: repetitions is 1, of which there are no quartiles, or negative.
         """
-        self.peak_tflops = peak_tflops
+        if repetitions < 0 or repetitions == 1:
+            raise ValueError(f"token_efficiency.repetitions: expected 0 or at least 2, found {repetitions}")
+        self.peak_tflops, self.repetitions = peak_tflops, repetitions
         self.clock = Clock()
         self.last: Result | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """All ranks must ask for the run's folder, one tells it to the others."""
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir)
 
     # training
 
@@ -132,9 +144,9 @@ class TokenEfficiency(Callback):
         self.clock.paused = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the last validation's table."""
+        """The last validation's result into files and the terminal."""
         if self.last:
-            show(table(self.last))
+            self._finish(self.last)
 
     # validation and test
 
@@ -143,12 +155,11 @@ class TokenEfficiency(Callback):
         self.clock.paused = True
         if trainer.state.fn == "fit":
             self.memory.note()
-        self.judgement = Judgement(pl_module, "val")
+        self.judgement = Judgement(pl_module, "val", self.repetitions)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing is judged yet; all ranks must ask for the folder, it is told by one to the others."""
-        self.judgement = Judgement(pl_module, "test")
-        self.folder = Path(trainer.log_dir or trainer.default_root_dir)
+        """Nothing is judged yet."""
+        self.judgement = Judgement(pl_module, "test", self.repetitions)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
@@ -177,17 +188,12 @@ class TokenEfficiency(Callback):
         if trainer.state.fn == "fit":
             self.memory.forget()
         elif self.last:
-            show(table(self.last))
+            self._finish(self.last)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same, and picture and JSON into the run's folder, the table to the terminal."""
-        if not trainer.is_global_zero:
-            return
-        result, folder = self._judged(trainer), self.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "accuracy_tokens.json").write_text(json.dumps(result, indent=2) + "\n")
-        draw(result).savefig(folder / "accuracy_tokens.png")
-        show(table(result), f"Picture and figures: {folder}/accuracy_tokens.png and .json")
+        if trainer.is_global_zero:
+            self._finish(self._judged(trainer))
 
     def _judged(self, trainer: Trainer) -> Result:
         result = self.judgement.result(trainer, self.peak_of(trainer))
@@ -198,6 +204,17 @@ class TokenEfficiency(Callback):
             writer.add_figure(f"{result['split']}/accuracy against tokens", draw(result), step)
             writer.add_text(f"{result['split']}/table", markdown(result), step)
         return result
+
+    def _finish(self, result: Result) -> None:
+        """Picture and JSON into the run's folder, the table to the terminal."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / FILES[result["split"]]
+        file.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+        draw(result).savefig(file.with_suffix(".png"))
+        show(table(result), f"Picture and figures: {file}.png and .json")
+
+
+FILES = {"val": "accuracy_tokens_val", "test": "accuracy_tokens"}
 
 
 def log(trainer: Trainer, values: Numbers) -> None:

@@ -264,7 +264,7 @@ class LitMatryoshka(LightningModule):
             write_place(checkpoint, self.place, int(self.trainer.num_training_batches))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from the checkpoint's place.
+        """Go on from the checkpoint's place; what is judged there is logged at its last step.
 
         Raises:
             ValueError: It has none: this version did not write it.
@@ -277,8 +277,11 @@ class LitMatryoshka(LightningModule):
                 f"{self.trainer.ckpt_path}: trained {checkpoint.get('trained')}, model.parts now trains "
                 f"{self._trained()}: a run is resumed as it was; --model.init_from begins another with its weights"
             )
+        self.place = Place(**checkpoint.get("place", {}))
         if fitting:
-            self.place, self.order = Place(**checkpoint["place"]), checkpoint["order"]
+            self.order = checkpoint["order"]
+        elif self._trainer is not None:
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped = max(0, self.place.steps - 1)
 
     def on_train_start(self) -> None:
         """A run that goes on in the middle of an epoch must have the batches of the one that began it."""

@@ -87,11 +87,11 @@ def test_scalars(page, browser):
 @pytest.mark.slow
 def test_charts_of_all_scales(page, browser):
     browser.open(f"{page[0]}#custom_scalars")
-    text = browser.wait_for("training loss", "validation accuracy", "tokens per second", "time in a step by part (ms)")
+    text = browser.wait_for("training loss", "validation accuracy", "tokens per second", "peak memory (GiB)")
     assert "MFU" in text
     assert browser.wait(LONGEST % (STEPS - 1)) >= STEPS - 1
-    matches = browser.wait(LINES % 9)
-    assert set(matches) == {"Matches (3)", "Matches (4)"}  # lines of a chart: scales, kinds of tokens, parts
+    matches = browser.wait(LINES % 11)
+    assert set(matches) == {"Matches (1)", "Matches (3)", "Matches (4)"}  # scales, kinds of tokens, parts
 
 
 @pytest.mark.slow

@@ -496,6 +496,28 @@ def test_json_holds_quality_cost_and_where_it_was_measured(judged):
     assert 0 < found["majority_answer"] < 1
 
 
+def test_the_last_validation_of_a_fit_is_kept_as_well(judged):
+    folder, *_ = judged
+    found = json.loads(next(folder.glob("**/accuracy_tokens_val.json")).read_text())
+    assert (found["split"], found["step"]) == ("val", 6)
+    assert found["area"] == logged(folder, "val/accuracy_area")[-1]["val/accuracy_area"]
+    assert next(folder.glob("**/accuracy_tokens_val.png")).read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_is_timed_where_nobody_wants_it(instruction_set, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        run(instruction_set, tmp_path, TokenEfficiency(repetitions=0))
+    assert "answers are not timed: token_efficiency.repetitions is 0" in caplog.text
+    [row] = logged(tmp_path, "scale/prompt_tokens@16")
+    assert not any("_ms@" in name for name in row)
+
+
+@pytest.mark.parametrize("repetitions", [1, -1])
+def test_too_few_repetitions_are_refused(repetitions):
+    with pytest.raises(ValueError, match=f"repetitions: expected 0 or at least 2, found {repetitions}"):
+        TokenEfficiency(repetitions=repetitions)
+
+
 def test_validation_is_logged_at_every_level(judged):
     folder, callback, _ = judged
     rows = logged(folder, "scale/visual_tokens@16")
@@ -513,8 +535,8 @@ def result(accuracies=(0.9, 0.7, 0.5), **figures):
         for scale, accuracy in zip((16, 4, 1), accuracies, strict=True)
     ]
     return {
-        **{"split": "test", "questions": 4, "majority_answer": 0.5, "area": 0.7, "smallest_within_a_point": "16"},
-        **{"scales": rows, "timed": None, "run": {"device": "a device"}},
+        **{"split": "test", "step": 2800, "questions": 4, "majority_answer": 0.5, "area": 0.7},
+        **{"smallest_within_a_point": "16", "scales": rows, "timed": None, "run": {"device": "a device"}},
     }
 
 
@@ -525,6 +547,7 @@ def test_picture_and_table_show_every_scale(tmp_path):
     assert list(axes.lines[1].get_xydata()[0]) == [16, 90]  # the ring
     assert axes.lines[2].get_ydata()[0] == 50
     assert table(result()).row_count == 4
+    assert table(result()).title == "Test at step 2,800: accuracy on 4 questions"
     draw(result()).savefig(tmp_path / "picture.png")
     picture = np.asarray(Image.open(tmp_path / "picture.png").convert("L"))
     assert (picture < 200).mean() > 0.005  # something is drawn
