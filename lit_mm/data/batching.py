@@ -9,6 +9,7 @@ Batches        plan -> samples -> Batch, packed
 from __future__ import annotations
 
 import atexit
+import os
 import random
 import signal
 import time
@@ -351,7 +352,7 @@ class ResumableLoader(DataLoader):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.waited = 0.0
+        self.waited, self.owner = 0.0, os.getpid()
         OPEN.add(self)
 
     def __iter__(self) -> Any:
@@ -367,7 +368,10 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def close(self) -> None:
-        """End the processes, which otherwise live as long as anything remembers the loader."""
+        """End the processes, which otherwise live as long as anything remembers the loader. A process that was
+        forked has inherited the loader, not its processes."""
+        if getattr(self, "owner", None) != os.getpid():
+            return
         iterator: Any = getattr(self, "_iterator", None)
         if hasattr(iterator, "_shutdown_workers"):
             if iterator._worker_pids_set:  # or torch takes their end for an accident

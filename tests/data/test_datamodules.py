@@ -1,6 +1,7 @@
 """ImageInstructions on files on disk: what comes out, and what is refused before training."""
 
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -183,6 +184,22 @@ def test_an_error_in_a_worker_keeps_its_message(make, instruction_set):
     data.setup("fit")
     with pytest.raises(RecordError, match=r"record 2 \(id 2\): truncated image: image images/2\.png"):
         list(data.train_dataloader())
+
+
+def test_a_forked_process_leaves_its_parents_workers_alone(make):
+    """It may find the parent's loader among its garbage, as a loader's process of the next epoch does."""
+    data = make(num_workers=2)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    next(iter(loader))
+    workers = loader._iterator._workers
+    forked = multiprocessing.get_context("fork").Process(target=loader.close)
+    forked.start()
+    forked.join(60)
+    assert forked.exitcode == 0
+    assert [worker.exitcode for worker in workers] == [None, None]
+    loader.close()
+    assert all(not worker.is_alive() for worker in workers)
 
 
 def test_pad_mode_gives_every_image_the_same_grid(make):
