@@ -26,9 +26,11 @@ bench: install ## Time training steps, encoder, data loading and answers against
 	$(RUN) experiments/benchmarks/encoder.py
 	$(RUN) experiments/benchmarks/data_loading.py
 	$(RUN) experiments/benchmarks/latency.py
+	$(RUN) experiments/benchmarks/watching.py
 
-notebooks: install ## Run the notebooks anew and keep what they show
+notebooks: install ## Run the notebooks anew and keep what they show; the README's picture, too
 	$(RUN) notebooks/run.py
+	$(RUN) notebooks/front.py
 
 # two processes, a thread each: files are dealt out whole, as some share what is slow to make
 TWO := --numprocesses 2 --dist loadfile

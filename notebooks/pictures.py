@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -26,11 +27,17 @@ matplotlib.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.
 
 
 def show(figure: Figure) -> Shown:
-    """A figure as a PNG of at most 192 colours, so that a notebook stays small."""
-    drawn, kept = BytesIO(), BytesIO()
-    figure.savefig(drawn, dpi=110)
-    Image.open(drawn).convert("RGB").quantize(192).save(kept, "png", optimize=True)
+    """A figure for a notebook."""
+    kept = BytesIO()
+    write(figure, kept)
     return Shown(kept.getvalue())
+
+
+def write(figure: Figure, to: BytesIO | Path) -> None:
+    """As a PNG of at most 192 colours, so that it stays small."""
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=110)
+    Image.open(drawn).convert("RGB").quantize(192).save(to, "png", optimize=True)
 
 
 def photo_of(pixels: Tensor, side: int = 330) -> np.ndarray:
@@ -53,7 +60,7 @@ def nested_sets(pixels: Tensor, sets: Sequence[Tensor], shapes: Sequence[tuple[i
     box = column * width / columns, row * height / rows, width / columns, height / rows
     for axes, tokens, (down, across) in zip(places[1:], sets, shapes, strict=False):
         axes.imshow(tokens.view(down, across, 3).clip(0, 1), extent=(0, width, height, 0), interpolation="nearest")
-        _grid_lines(axes, np.linspace(0, height, down + 1), np.linspace(0, width, across + 1))
+        grid_lines(axes, np.linspace(0, height, down + 1), np.linspace(0, width, across + 1))
         inside = down * across // (rows * columns)
         family = f", {inside} in the box" if inside else ""
         axes.set_title(f"{_count(down * across)} ({down} × {across}){family}", loc="left")
@@ -78,7 +85,7 @@ def cut_sets(photos: Sequence[tuple[Tensor, Sequence[tuple[Tensor, tuple[list[in
         for axes, (tokens, (down, across)) in zip(line[1:], sets, strict=True):
             colours = tokens.view(len(down) - 1, len(across) - 1, 3).clip(0, 1).numpy()
             axes.pcolormesh(across, down, colours)
-            _grid_lines(axes, down, across)
+            grid_lines(axes, down, across)
             axes.set_title(f"{tokens.shape[1]} = {len(down) - 1} × {len(across) - 1}", loc="left")
         for axes in line:
             axes.set(xlim=(0, sets[0][1][1][-1]), ylim=(sets[0][1][0][-1], 0), aspect="equal")
@@ -90,7 +97,8 @@ def _widths(photos: Sequence[Any]) -> list[int]:
     return [sets[0][1][1][-1] for _, sets in photos]
 
 
-def _grid_lines(axes: Axes, down: Sequence[float], across: Sequence[float]) -> None:
+def grid_lines(axes: Axes, down: Sequence[float], across: Sequence[float]) -> None:
+    """White lines between tokens."""
     width = 3.0 / max(1.0, len(down) ** 0.5)
     axes.hlines(down, across[0], across[-1], color="white", linewidth=width)
     axes.vlines(across, down[0], down[-1], color="white", linewidth=width)

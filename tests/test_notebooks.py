@@ -57,6 +57,19 @@ def test_a_notebook_in_the_repository_is_whole_and_small(name):
     assert (FOLDER / f"{name}.ipynb").stat().st_size <= 400_000
 
 
+def test_the_readmes_picture_shows_what_the_readme_says(monkeypatch):
+    """Bars as high as the table's figures of the same model; the file in the repository is as large as one made now."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    front, made = import_module("front"), []
+    monkeypatch.setattr(front, "write", lambda figure, to: made.append((figure, to)))
+    front.main()
+    [(figure, file)] = made
+    heights = [sum(bar.get_height() for bar in axes.patches) for axes in figure.axes[7:]]
+    table = [line.split("|") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| 1536²")]
+    assert [f"{heights[0]:.2f} T", f"{heights[-1]:.2f} T"] == [line[5].strip() for line in table]
+    assert Image.open(file).size == tuple(round(110 * side) for side in figure.get_size_inches())
+
+
 def test_the_curve_is_that_of_the_results():
     """The shipped figures stand in RESULTS.md, with their command."""
     run = json.loads((FOLDER / "accuracy_tokens.json").read_text())
