@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
+from lit_mm.evaluation.pictures import draw_times, spread
 from lit_mm.evaluation.units import in_bytes, in_flops
 
 if TYPE_CHECKING:
@@ -16,10 +16,9 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 """As `TokenEfficiency` writes it into its JSON."""
 
-COLOURS = ["#1f5fa8", "#c8641e", "#3a8f4d", "#8a4fa3", "#a33f4f"]
+LINES = ["#1f5fa8", "#c8641e", "#3a8f4d", "#8a4fa3", "#a33f4f"]
 """Of the lines, one a time scale."""
 SPLITS = {"val": "Validation", "test": "Test"}
-ENCODER, LLM = "#1f5fa8", "#3f8f83"
 
 
 def draw(result: Result) -> Figure:
@@ -40,7 +39,7 @@ def draw(result: Result) -> Figure:
 
 def _draw_accuracy(axes: Axes, result: Result) -> None:
     lines, tokens = _lines(result), sorted({row["visual_tokens"] for row in result["scales"]})
-    for (frames, line), colour in zip(lines.items(), COLOURS * len(tokens), strict=False):
+    for (frames, line), colour in zip(lines.items(), LINES * len(tokens), strict=False):
         label = None if frames is None else f"{frames} sets of frames" if frames > 1 else "1 set of frames"
         axes.plot(*zip(*line, strict=True), "o-", color=colour, linewidth=2, markersize=7, label=label, zorder=3)
         for x, y in line:
@@ -70,18 +69,9 @@ def _draw_majority(axes: Axes, result: Result, left: int) -> None:
 
 
 def _draw_times(axes: Axes, result: Result) -> None:
-    """Bars: encoding, and the LLM up to the first token; above them what each further token takes."""
+    """The time to the first token of every level, fewest tokens first, as in the panel above."""
     rows = [row for row in reversed(result["scales"]) if row["measured"]]
-    for place, row in enumerate(rows):
-        encode, first = (row["measured"][f"{name}_ms"] for name in ("encode", "first_token"))
-        labels = ("encoding", "LLM on the prompt") if not place else (None, None)
-        axes.bar(place, encode["median"], 0.7, color=ENCODER, label=labels[0], zorder=2)
-        rest = max(0.0, first["median"] - encode["median"])
-        axes.bar(place, rest, 0.7, encode["median"], color=LLM, label=labels[1], zorder=2)
-        spread = [[first["median"] - first["q1"]], [first["q3"] - first["median"]]]
-        axes.errorbar(place, first["median"], spread, color="#333333", capsize=3, linewidth=1, zorder=3)
-        further = f"+{row['measured']['further_token_ms']['median']:.3g}\na token"
-        axes.annotate(further, (place, first["q3"]), (0, 4), textcoords="offset points", ha="center", fontsize=9)
+    draw_times(axes, [row["measured"] for row in rows], ("encoding", "LLM on the prompt"))
     axes.set_xticks(range(len(rows)), [row["scale"] for row in rows])
     axes.tick_params(axis="x", length=0)
     axes.margins(y=0.42)
@@ -110,12 +100,6 @@ def table(result: Result) -> Table:
         rows.add_row(*line)
     rows.add_row("majority answer", f"{100 * result['majority_answer']:.2f}", style="dim")
     return rows
-
-
-def show(*things: Any) -> None:
-    """In the terminal; a file or a pipe has room for whole tables."""
-    console = Console()
-    (console if console.is_terminal else Console(width=160)).print(*things, sep="\n")
 
 
 def markdown(result: Result) -> str:
@@ -164,10 +148,6 @@ def _line(row: dict[str, Any]) -> list[str]:
         flops,
         f"{row['accuracy_per_tflop']:,.{2 if row['accuracy_per_tflop'] < 100 else 0}f}" if flops else "",
         in_bytes(row["kv_bytes"]) if "kv_bytes" in row else "",
-        *(_spread(seen[f"{part}_ms"]) if seen else "" for part in ("encode", "first_token", "further_token")),
+        *(spread(seen[f"{part}_ms"]) if seen else "" for part in ("encode", "first_token", "further_token")),
         in_bytes(seen["peak_bytes"]) if seen.get("peak_bytes") else "",
     ]
-
-
-def _spread(times: dict[str, float]) -> str:
-    return f"{times['median']:.3g} ({times['q3'] - times['q1']:.2g})"

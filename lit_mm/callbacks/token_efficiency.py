@@ -19,12 +19,13 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_mm.callbacks.efficiency_report import Result, draw, markdown, show, table
+from lit_mm.callbacks.efficiency_report import Result, draw, markdown, table
 from lit_mm.callbacks.judgement import Judgement
 from lit_mm.callbacks.meter import GIB, PARTS, Clock, Meter, Numbers, over_ranks, report, training_flops
 from lit_mm.callbacks.part_times import OTHER, PartTimes
 from lit_mm.callbacks.tensorboard_page import open_page, writers
 from lit_mm.evaluation.devices import PeakMemory, arithmetic_of, device_name, peak_flops
+from lit_mm.evaluation.pictures import print_whole
 from lit_mm.model.rows import Batch
 
 
@@ -211,7 +212,7 @@ class TokenEfficiency(Callback):
         file = self.folder / FILES[result["split"]]
         file.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
         draw(result).savefig(file.with_suffix(".png"))
-        show(table(result), f"Picture and figures: {file}.png and .json")
+        print_whole(table(result), f"Picture and figures: {file}.png and .json")
 
 
 FILES = {"val": "accuracy_tokens_val", "test": "accuracy_tokens"}

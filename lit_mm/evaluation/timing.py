@@ -53,7 +53,7 @@ class AnswerTimer:
     Args:
         vlm: The model, in evaluation mode.
         prompt: Tokens of the question.
-        new_tokens: Tokens of the answer, at least 2.
+        new_tokens: Tokens of the answer; of a single one no further token's time is known.
         repetitions: How many answers are timed.
     """
 
@@ -68,6 +68,9 @@ class AnswerTimer:
         Args:
             pixels: uint8 [n, 3, H, W], the images or frames that are asked about.
             visual: Visual tokens that the LLM gets of them.
+
+        Raises:
+            ValueError: The images have fewer cells.
         """
         pixels = pixels.to(self.device)
         on_gpu = self.device.type == "cuda"
@@ -75,11 +78,12 @@ class AnswerTimer:
             self._answer(pixels, visual).read()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
+        further = self.new_tokens - 1
         times = [self._answer(pixels, visual).read() for _ in range(self.repetitions)]
         return {
             "encode_ms": quartiles([encode for encode, _, _ in times]),
             "first_token_ms": quartiles([encode + first for encode, first, _ in times]),
-            "further_token_ms": quartiles([further / max(1, self.new_tokens - 1) for *_, further in times]),
+            "further_token_ms": quartiles([t / further for *_, t in times]) if further else None,
             "peak_bytes": torch.cuda.max_memory_allocated(self.device) if on_gpu else None,
         }
 
@@ -101,7 +105,10 @@ class AnswerTimer:
         Frames are not averaged: which tokens they are makes no difference to the time."""
         encoder, projector = self.vlm.encoder, self.vlm.projector
         cells = projector.layers(encoder(encoder.normalise(pixels)).permute(0, 2, 3, 1))
-        return cells.flatten(0, 2)[None, :visual]
+        tokens = cells.flatten(0, 2)[None, :visual]
+        if tokens.shape[1] != visual:
+            raise ValueError(f"expected {visual} visual tokens, {len(pixels)} images have {tokens.shape[1]} cells")
+        return tokens
 
     def _first(self, tokens: Tensor) -> tuple[Tensor, Any]:
         """Visual tokens -> the first new token and the KV cache."""

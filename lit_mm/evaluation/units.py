@@ -11,7 +11,7 @@ def in_flops(count: float) -> str:
 
 def unit_of(count: float) -> tuple[float, str]:
     """1e12 and `T` for some tera."""
-    for factor, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+    for factor, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
         if count >= factor:
             return factor, unit
     return 1.0, ""

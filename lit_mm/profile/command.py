@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from rich.console import Console
 
 from lit_mm.evaluation.devices import device_name
+from lit_mm.evaluation.pictures import print_whole
 from lit_mm.evaluation.timing import AnswerTimer
 from lit_mm.model.llm import DType
 from lit_mm.profile.experiment import Experiment, Size, read_model
@@ -33,6 +33,7 @@ Several experiments are separated by --and and compared in one table and one pic
 
 
 PROGRAM = "python -m lit_mm profile"
+PICTURES = (".png", ".pdf", ".svg")
 USAGE = f"{PROGRAM} --config FILE [--config FILE …] [--sizes SIZE …] [--and --config FILE …] [options]"
 
 
@@ -47,9 +48,13 @@ def main(arguments: Sequence[str]) -> None:
     options, rest = _options().parse_known_args(arguments)
     experiments = [_experiment(own, options.dtype) for own in _separated(rest)]
     _write([_figures(experiment, options) for experiment in experiments], options)
+    for own in experiments:
+        if own.model.llm.quantize:
+            note = f"llm.quantize {own.model.llm.quantize} is left out: weights and memory are those without it"
+            print_whole(f"{own.name}: {note}")
     if options.gpus:
         how = options.gpus, options.samples, options.precision, options.strategy
-        _console().print(memory_table({own.name: plan_of(own, *how) for own in experiments}, *how))
+        print_whole(memory_table([(own.name, plan_of(own, *how)) for own in experiments], *how))
 
 
 def _figures(experiment: Experiment, options: argparse.Namespace) -> dict[str, Any]:
@@ -70,21 +75,12 @@ def _timer(experiment: Experiment, prompt: int, new_tokens: int) -> Timer:
 
 
 def _write(found: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    console = _console()
-    console.print(*tables(found), sep="\n")
-    for own in found:
-        for at in own["sizes"]:
-            if at["note"]:
-                console.print(f"{own['name']}, {image(at)}: {at['note']}", soft_wrap=True)
+    print_whole(*tables(found))
+    print_whole(*(f"{own['name']}, {image(at)}: {at['note']}" for own in found for at in own["sizes"] if at["note"]))
     if options.json:
         options.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     if options.plot:
         draw(found).savefig(options.plot)
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=160)  # a file or a pipe has room for whole tables
 
 
 def _own_options() -> argparse.ArgumentParser:
@@ -121,7 +117,7 @@ def _options() -> argparse.ArgumentParser:
     whole.add_argument("--precision", choices=PRECISIONS, default="bf16-mixed", help="of that plan (bf16-mixed)")
     whole.add_argument("--strategy", choices=["fsdp2", "ddp"], default="fsdp2", help="of that plan (fsdp2)")
     whole.add_argument("--json", type=_file, metavar="FILE", help="write all figures there")
-    whole.add_argument("--plot", type=_file, metavar="FILE.png", help="draw tokens against FLOPs there")
+    whole.add_argument("--plot", type=_picture, metavar="FILE.png", help="draw tokens against FLOPs there")
     return parser
 
 
@@ -140,13 +136,22 @@ def _experiment(arguments: Sequence[str], dtype: DType) -> Experiment:
     own, overrides = _own_options().parse_known_args(arguments)
     if not own.config:
         raise ValueError("profile: each experiment needs --config FILE, before and behind every --and")
-    name = own.name or " + ".join(Path(file).stem for file in own.config)
-    return Experiment(name, read_model(own.config, overrides), own.sizes, dtype)
+    model = read_model(own.config, overrides)
+    return Experiment(own.name or name_of([Path(file) for file in own.config]), model, own.sizes, dtype)
+
+
+def name_of(files: Sequence[Path]) -> str:
+    """`base + m3/tune`: the configs as they lie beside the first one."""
+    home = files[0].parent
+    return " + ".join(
+        (file.relative_to(home).with_suffix("") if file.is_relative_to(home) else Path(file.stem)).as_posix()
+        for file in files
+    )
 
 
 def _size(text: str) -> Size:
-    height, _, width = text.lower().partition("x")
-    return _positive(height), _positive(width or height)
+    height, times, width = text.lower().partition("x")
+    return _positive(height), _positive(width if times else height)
 
 
 def _positive(text: str) -> int:
@@ -158,4 +163,13 @@ def _positive(text: str) -> int:
 def _file(text: str) -> Path:
     if not Path(text).parent.is_dir():
         raise argparse.ArgumentTypeError(f"no folder {Path(text).parent}")
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file, found the folder {text}")
     return Path(text)
+
+
+def _picture(text: str) -> Path:
+    file = _file(text)
+    if file.suffix not in PICTURES:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(PICTURES)}, found {text!r}")
+    return file

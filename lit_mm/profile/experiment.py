@@ -18,14 +18,13 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from lit_mm.model.costs import Size
 from lit_mm.model.encoder import Encoder
 from lit_mm.model.llm import DType, load_config, load_tokenizer
-from lit_mm.model.projector import MatryoshkaProjector, Scale, all_levels, nested_shapes
+from lit_mm.model.projector import MatryoshkaProjector, Scale, all_levels, checked_scales, nested_shapes
 from lit_mm.model.shapes import config_of
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.module import LitMatryoshka
-
-Size = tuple[int, int]
 
 
 @dataclass
@@ -45,6 +44,7 @@ class Experiment:
     dtype: DType
 
     def __post_init__(self) -> None:
+        checked_scales(self.model.scales)
         with torch.device("meta"):
             self.encoder: Encoder = self.model.encoder()
         self.llm = self._llm_config()
@@ -54,7 +54,7 @@ class Experiment:
         """The model with random weights, or without any on `meta`."""
         dtype = getattr(torch, self.dtype)
         with torch.device(device):
-            encoder: Encoder = self.encoder if device == "meta" else self.model.encoder(pretrained=False)
+            encoder: Encoder = self.model.encoder(**({"pretrained": False} if self.encoder.pretrained else {}))
             llm = AutoModelForCausalLM.from_config(self.llm, dtype=dtype)
             width = llm.get_input_embeddings().embedding_dim
             projector = MatryoshkaProjector(encoder.width, width, self.model.scales)
@@ -112,6 +112,7 @@ def read_model(files: Sequence[str], overrides: Sequence[str]) -> Any:
 
     Raises:
         FileNotFoundError: There is no such config.
+        ValueError: A config is no YAML, or no sections.
     """
     parser = ArgumentParser("python -m lit_mm profile", usage="%(prog)s --config FILE [--model.FIELD VALUE …]")
     parser.add_argument("--config", action=ActionConfigFile)
@@ -125,4 +126,10 @@ def read_model(files: Sequence[str], overrides: Sequence[str]) -> Any:
 def _sections(file: str) -> list[str]:
     if not Path(file).is_file():
         raise FileNotFoundError(f"--config: no file {file}")
-    return list(yaml.safe_load(Path(file).read_text()) or {})
+    try:
+        found = yaml.safe_load(Path(file).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {file}: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"--config {file}: expected sections such as model, found {type(found).__name__}")
+    return list(found)

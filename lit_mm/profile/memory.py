@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,7 +50,9 @@ def for_training(experiment: Experiment) -> MatryoshkaVLM:
     return vlm
 
 
-def memory_table(plans: dict[str, MemoryPlan], gpus: int, samples: int, precision: str, strategy: str) -> Table:
+def memory_table(
+    plans: Sequence[tuple[str, MemoryPlan]], gpus: int, samples: int, precision: str, strategy: str
+) -> Table:
     """Experiments' plans, a row each, in GiB."""
     among = f"each of {gpus} GPUs ({strategy})" if gpus > 1 else "one GPU"
     title = f"Training: GiB on {among}, {samples} samples each, {precision}; CUDA itself takes about 1 more"
@@ -57,7 +60,7 @@ def memory_table(plans: dict[str, MemoryPlan], gpus: int, samples: int, precisio
     table.add_column("experiment")
     for kind in (*KINDS, "all, at most", "in the"):
         table.add_column(kind, justify="right")
-    for name, found in plans.items():
+    for name, found in plans:
         sizes = [f"{getattr(found, kind) / 2**30:,.2f}" for kind in KINDS]
         table.add_row(name, *sizes, f"{found.total / 2**30:,.2f}", found.moment)
     return table

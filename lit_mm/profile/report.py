@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from lit_mm.evaluation.pictures import ENCODER, draw_times, spread
 from lit_mm.evaluation.units import in_bytes, in_flops, unit_of
 
 if TYPE_CHECKING:
@@ -16,16 +17,14 @@ if TYPE_CHECKING:
 Figures = dict[str, Any]
 """Of one experiment, as `figures_of` gives them."""
 
-PARTS = {
+COLOURS = {
     "text of the prompt": "#d3d7dc",
     "text of the answer": "#adb4be",
-    "encoder": "#1f5fa8",
+    "encoder": ENCODER,
     "projector": "#6fb1e0",
     "LLM on visual tokens": "#d9822b",
 }
 """Colours of what a bar is made of, from the bottom up."""
-WHOLE_PROMPT = "#3f8f83"
-"""The LLM's part of the time to the first token, text and image together."""
 
 
 def tables(experiments: Sequence[Figures]) -> list[Table]:
@@ -77,11 +76,11 @@ def timings_table(experiments: Sequence[Figures]) -> Table:
     """Medians in milliseconds, with the range of the middle half."""
     device = experiments[0]["sizes"][0]["scales"][0]["measured"]["device"]
     names = ["experiment", "image", "tokens", "encode ms", "first token ms", "further token ms", "peak memory"]
-    rows = _table(f"Measured on {device}, random weights (median, quartiles)", names, left=2)
+    rows = _table(f"Measured on {device}, random weights (median, interquartile range)", names, left=2)
     for own, at in _sizes(experiments):
         for row in at["scales"]:
             seen = row["measured"]
-            times = [_spread(seen[f"{name}_ms"]) for name in ("encode", "first_token", "further_token")]
+            times = [spread(seen[f"{name}_ms"]) for name in ("encode", "first_token", "further_token")]
             memory = in_bytes(seen["peak_bytes"]) if seen["peak_bytes"] else ""
             rows.add_row(own["name"], image(at), _tokens(row), *times, memory)
         rows.add_section()
@@ -125,7 +124,7 @@ def _draw_flops(axes: Axes, at: Figures, factor: float) -> None:
         bottom = 0.0
         for part, flops in _stacked(row, at["text_only"]).items():
             label = part if _labelled(axes, place) else None
-            axes.bar(place, flops / factor, 0.74, bottom, color=PARTS[part], label=label, zorder=2)
+            axes.bar(place, flops / factor, 0.74, bottom, color=COLOURS[part], label=label, zorder=2)
             bottom += flops / factor
         share = f"{100 * row['visual_share']:.0f} %"
         axes.annotate(share, (place, bottom), (0, 3), textcoords="offset points", ha="center", fontsize=9)
@@ -142,20 +141,12 @@ def _stacked(row: Figures, none: Figures) -> dict[str, int]:
     """What a bar is made of; what visual tokens add to the prompt and to each new token is the LLM's."""
     text = row["prefill_flops"] + row["decode_flops"] - none["prefill_flops"] - none["decode_flops"]
     flops = [none["prefill_flops"], none["decode_flops"], row["encoder_flops"], row["projector_flops"], text]
-    return dict(zip(PARTS, flops, strict=True))
+    return dict(zip(COLOURS, flops, strict=True))
 
 
 def _draw_times(axes: Axes, at: Figures) -> None:
-    for place, row in enumerate(at["scales"]):
-        encode, first = (row["measured"][f"{name}_ms"] for name in ("encode", "first_token"))
-        spread = [[first["median"] - first["q1"]], [first["q3"] - first["median"]]]
-        axes.bar(place, encode["median"], 0.74, color=PARTS["encoder"], zorder=2)
-        rest = max(0.0, first["median"] - encode["median"])
-        label = "LLM on the whole prompt" if _labelled(axes, place) else None
-        axes.bar(place, rest, 0.74, encode["median"], color=WHOLE_PROMPT, label=label, zorder=2)
-        axes.errorbar(place, first["median"], spread, color="#333333", capsize=3, linewidth=1, zorder=3)
-        further = f"+{row['measured']['further_token_ms']['median']:.3g}\na token"
-        axes.annotate(further, (place, first["q3"]), (0, 4), textcoords="offset points", ha="center", fontsize=8)
+    label = "LLM on the whole prompt" if _labelled(axes, 0) else None
+    draw_times(axes, [row["measured"] for row in at["scales"]], (None, label))
     _finish(axes, at)
     axes.margins(y=0.18)
 
@@ -188,10 +179,6 @@ def _tokens(row: Figures) -> str:
 def _flops_of(row: Figures) -> list[str]:
     names = ["encoder_flops", "projector_flops", "prefill_flops", "decode_flops_per_token", "total_flops"]
     return [in_flops(row[name]) for name in names]
-
-
-def _spread(times: dict[str, float]) -> str:
-    return f"{times['median']:.4g} ({times['q1']:.3g} to {times['q3']:.3g})"
 
 
 def _measured(experiments: Sequence[Figures]) -> bool:

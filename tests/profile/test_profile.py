@@ -167,6 +167,42 @@ def test_experiments_keep_their_own_options(run):
     assert [own["prompt_tokens"] for own in found] == [9, 9]
 
 
+def test_experiments_are_told_apart(run, tmp_path):
+    """Both of their configs are called `stage_3`; a table of memory has a row for each, as the others."""
+    chain = ("experiments/base.yaml", "experiments/convllava/stage_3.yaml")
+    calls = []
+    for size in ("768", "1024"):
+        files = *chain, f"experiments/convllava/{size}/stage_3.yaml", "experiments/llm/smollm2_135m.yaml"
+        calls += [word for file in files for word in ("--config", file)]
+        calls += ["--model.encoder.backbone", "convnext_atto", "--and"]
+    found, printed = run(*calls[:-1], "--gpus", "2")
+    names = [f"base + convllava/stage_3 + convllava/{size}/stage_3 + llm/smollm2_135m" for size in (768, 1024)]
+    assert [own["name"] for own in found] == names
+    memory = printed[printed.index("Training: GiB") :]
+    assert [memory.count(f"{size}/stage_3") for size in (768, 1024)] == [1, 1]
+
+
+def test_what_is_quantized_is_said_to_be_left_out(run):
+    quantized = {"llm.source": "HuggingFaceTB/SmolLM2-135M-Instruct", "llm.sizes": "{}", "llm.quantize": "4bit"}
+    overrides = [word for name, value in quantized.items() for word in (f"--model.{name}", value)]
+    _, printed = run("--config", QUICKSTART, *overrides)
+    assert "quickstart: llm.quantize 4bit is left out" in printed
+
+
+def test_a_single_token_has_no_further_one(run):
+    [own], printed = run("--config", QUICKSTART, "--measure", "--dtype", "float32", "--new-tokens", "1")
+    assert [row["measured"]["further_token_ms"] for row in own["sizes"][0]["scales"]] == [None] * 3
+    assert "further token ms" in printed
+
+
+def test_an_experiments_models_share_nothing(monkeypatch):
+    """What one figure freezes must not change the next."""
+    monkeypatch.chdir(ROOT)
+    experiment = Experiment("twice", read_model([QUICKSTART], []), [], "float32")
+    experiment.build().requires_grad_(False)
+    assert all(parameter.requires_grad for parameter in experiment.build().parameters())
+
+
 def test_video_pays_for_every_frame(run):
     video = str(ROOT / "experiments/video_quickstart.yaml")
     [own], printed = run("--config", video, "--model.time_scales", "[8,2]")
@@ -217,6 +253,12 @@ def test_times_hold_what_they_are_called(monkeypatch):
         (["--config", "nowhere.yaml"], "no file nowhere.yaml"),
         (["--config", QUICKSTART, "--sizes", "64y"], "expected a positive number, found '64y'"),
         (["--config", QUICKSTART, "--plot", "nowhere/x.png"], "no folder nowhere"),
+        (["--config", QUICKSTART, "--sizes", "768x"], "expected a positive number, found ''"),
+        (["--config", QUICKSTART, "--plot", "experiments"], "expected a file, found the folder experiments"),
+        (["--config", QUICKSTART, "--plot", "costs.xyz"], "expected one of .png, .pdf, .svg, found 'costs.xyz'"),
+        (["--config", QUICKSTART, "--model.scales", "[]"], "scales must be distinct, positive and finest first"),
+        (["--config", "CHANGELOG.md"], "--config CHANGELOG.md: "),
+        (["--config", "LICENSE"], "--config LICENSE: "),
         (["--config", QUICKSTART, "--model.scalez", "[1]"], "model.scalez"),
         (["--config", QUICKSTART, "--model.scales", "[32,1]"], "no square grid has 32 cells, give --sizes"),
         (["--config", QUICKSTART, "--model.llm.source", "Gemma2Config"], "costs of gemma2"),
@@ -249,7 +291,14 @@ def test_help_names_every_option(capsys):
 
 
 def test_units():
-    assert [in_flops(n) for n in (0, 7, 943963766784, 3.7758e12, 12e15)] == ["0", "7", "944 G", "3.776 T", "12 P"]
+    assert [in_flops(n) for n in (0, 7, 4500, 943963766784, 3.7758e12, 12e15)] == [
+        "0",
+        "7",
+        "4.5 K",
+        "944 G",
+        "3.776 T",
+        "12 P",
+    ]
     assert [in_bytes(n) for n in (512, 2**20, 320 * 2**20, 13.5 * 2**30)] == ["512 B", "1 MiB", "320 MiB", "13.5 GiB"]
     assert in_bytes(sum(p.nbytes for p in tiny_vlm().parameters())).endswith("KiB")
 
