@@ -117,9 +117,12 @@ def read_model(files: Sequence[str], overrides: Sequence[str]) -> Any:
     parser = ArgumentParser("python -m lit_mm profile", usage="%(prog)s --config FILE [--model.FIELD VALUE …]")
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_class_arguments(LitMatryoshka, "model", instantiate=False)
-    for section in sorted({key for file in files for key in _sections(file)} - {"model"}):
+    others = sorted({key for file in files for key in _sections(file)} - {"model"})
+    for section in others:
         parser.add_argument(f"--{section}", type=Any)
     config = parser.parse_args([*(word for file in files for word in ("--config", file)), *overrides])
+    for section in others:  # whose classes would be built with the model's
+        config[section] = None
     return parser.instantiate(config).model
 
 

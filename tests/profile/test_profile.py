@@ -156,6 +156,15 @@ def test_overlays_and_fields_win(tmp_path):
     assert model.encoder().trunk.stages[-2].blocks[0].drop_path.drop_prob == 0.25
 
 
+def test_nothing_but_the_model_is_built(tmp_path):
+    """A class that leaves a file where it is built."""
+    made = {"class_path": "tempfile.NamedTemporaryFile", "init_args": {"dir": str(tmp_path / "made"), "delete": False}}
+    (tmp_path / "made").mkdir()
+    (tmp_path / "others.yaml").write_text(yaml.safe_dump({"data": made, "trainer": {"callbacks": [made]}}))
+    read_model([QUICKSTART, str(tmp_path / "others.yaml")], [])
+    assert not list((tmp_path / "made").iterdir())
+
+
 def test_experiments_keep_their_own_options(run):
     found, _ = run(
         *("--config", QUICKSTART, "--model.scales", "[4,1]", "--prompt", "9", "--and"),
