@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any, Literal
 
 import torch
@@ -74,10 +75,11 @@ class Judgement:
         }
 
     def _cached(self, trainer: Trainer) -> int | None:
-        """Bytes that a token leaves in the KV cache."""
+        """Bytes that a token leaves in the KV cache: of the weights' type also under autocast; sharded weights
+        are cast before they compute."""
         if self.lit.costs is None:
             return None
-        half = arithmetic_of(str(trainer.precision)) == "half"
+        half = self.lit.vlm.in_step and arithmetic_of(str(trainer.precision)) == "half"
         return self.lit.costs.language.cached * (2 if half else self.lit.vlm.llm.dtype.itemsize)
 
     def _time(self, trainer: Trainer, rows: list[dict[str, Any]]) -> dict[str, int] | None:
@@ -89,15 +91,23 @@ class Judgement:
             rank_zero_info(f"answers are not timed: {reason}")
             return None
         [((height, width), _)] = self.asked.images.most_common(1)
-        images = max(1, round(self.asked.images.total() / self.asked.questions))
+        images = ceil(self.asked.images.total() / self.asked.questions)
         pixels, new_tokens = torch.zeros(images, 3, height, width, dtype=torch.uint8), self._new_tokens()
-        for row in rows:
-            visual = round(row["mean_visual_tokens"])
-            timer = AnswerTimer(self.lit.vlm, round(row["prompt_tokens"]) - visual, new_tokens, self.repetitions)
-            with trainer.precision_plugin.val_step_context():
-                row["measured"] = timer(pixels, visual)
+        try:
+            measured = [self._measured(trainer, row, pixels, new_tokens) for row in rows]
+        except torch.OutOfMemoryError:  # no reason to lose a run
+            rank_zero_info("answers are not timed: the memory does not suffice")
+            return None
+        for row, times in zip(rows, measured, strict=True):
+            row["measured"] = times
         described = {"images": images, "height": height, "width": width, "new_tokens": new_tokens, "batch_size": 1}
         return described | {"repetitions": self.repetitions, "warm_up": WARM_UP}
+
+    def _measured(self, trainer: Trainer, row: dict[str, Any], pixels: torch.Tensor, new_tokens: int) -> dict[str, Any]:
+        visual = round(row["mean_visual_tokens"])
+        timer = AnswerTimer(self.lit.vlm, round(row["prompt_tokens"]) - visual, new_tokens, self.repetitions)
+        with trainer.precision_plugin.val_step_context():
+            return timer(pixels, visual)
 
     def _not_timed(self) -> str:
         """Why not; empty if they are."""

@@ -189,12 +189,13 @@ def percentile(values: Sequence[int], times: Sequence[int], percent: float) -> f
 
 
 def _images(numbers: Numbers, steps: int) -> Numbers:
-    """Still images and frames per step; how many pixels a visual token stands for; padding to the stride."""
+    """Still images and frames per step; how many pixels, as the encoder gets them, a visual token stands for;
+    padding to the stride."""
     found = {"stills": numbers["images"] / steps, "frames": numbers["frames"] / steps}
     if numbers["visual"]:
         found["pixels_per_visual_token"] = numbers["shown_pixels"] / numbers["visual"]
     if numbers["encoded_pixels"]:
-        found["padding_share"] = 1 - numbers["pixels"] / numbers["encoded_pixels"]
+        found["stride_padding_share"] = 1 - numbers["pixels"] / numbers["encoded_pixels"]
     return found
 
 

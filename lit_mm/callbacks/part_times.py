@@ -1,6 +1,7 @@
 """How long encoder, projector and LLM take in a training step, forward and backward.
 
-A step is cut into pieces at the parts' borders: hooks on modules in the forward pass, hooks on the
+A step, with all batches that it accumulates and the optimizer's work, is cut into pieces at the parts'
+borders: hooks on modules in the forward pass, hooks on the
 tensors that cross a border in the backward pass. On a GPU a cut is an event in its queue, read when
 it lies behind: nothing is waited for. Hooks exist during a watched step alone.
 """
@@ -75,6 +76,11 @@ class PartTimes:
         for hook in self.hooks:
             hook.remove()
         self.running = False
+
+    def forget(self) -> None:
+        """Something else came between the step's batches."""
+        self.stop()
+        self._begin()
 
     def take(self) -> dict[str, float] | None:
         """Milliseconds of each part of the watched step, once; None while it is not over on the device."""

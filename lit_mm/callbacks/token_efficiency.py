@@ -12,6 +12,7 @@ tensor per report, and times on a GPU are read from events that lie behind (`met
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ class TokenEfficiency(Callback):
     """Logs what visual tokens cost and buy, to every logger and in pictures and tables to TensorBoard.
 
     Groups: `tokens/` and `images/` per step over all ranks, `speed/` over all ranks, `parts/` of one
-    step in each interval on rank 0, `memory/` the most of any rank, `scale/` of every level.
+    step in each interval on rank 0 (not the first of a run, which has more to do), `memory/` the most of
+    any rank, `scale/` of every level. Pixels are those that the encoder gets: of a photo that was made
+    square, its filling too; `stride_padding_share` is what the encoder adds to reach its stride.
     MFU is the FLOPs that the model needs (lit_mm.model.costs; what checkpointing computes again is
     not counted) by the time, as a share of the devices' peak; that of a part by the time of this part
     alone, forward and backward.
@@ -49,8 +52,10 @@ class TokenEfficiency(Callback):
                 time; 0: none.
 
         Raises:
-            ValueError: repetitions is 1, of which there are no quartiles, or negative.
+            ValueError: repetitions is 1, of which there are no quartiles, or negative; a peak is not positive.
         """
+        if peak_tflops is not None and not peak_tflops > 0:
+            raise ValueError(f"token_efficiency.peak_tflops: expected more than 0, found {peak_tflops}")
         if repetitions < 0 or repetitions == 1:
             raise ValueError(f"token_efficiency.repetitions: expected 0 or at least 2, found {repetitions}")
         self.peak_tflops, self.repetitions = peak_tflops, repetitions
@@ -58,7 +63,8 @@ class TokenEfficiency(Callback):
         self.last: Result | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """All ranks must ask for the run's folder, one tells it to the others."""
+        """Nothing is judged yet. All ranks must ask for the run's folder, one tells it to the others."""
+        self.last = None
         self.folder = Path(trainer.log_dir or trainer.default_root_dir)
 
     # training
@@ -68,34 +74,38 @@ class TokenEfficiency(Callback):
         lit: Any = pl_module
         self.clock, self.meter = Clock(), Meter(lit.scales, lit.vlm.encoder.stride, lit.costs)
         self.memory, self.parts = PeakMemory(lit.device), PartTimes(lit.device)
-        self.watched: Numbers | None = None
-        self.due = True
-        self.peak = self.peak_of(trainer)
+        self.watched = Counter[str]()
+        self.warm, self.due, self.begins = False, False, True
+        self.peak = self.peak_of(trainer, lit)
         if lit.costs is None:
             rank_zero_info(f"no FLOPs and no MFU: costs of {type(lit.vlm.llm).__name__} are not known")
         elif self.peak is None:
             name = device_name(lit.device)
             rank_zero_info(f"no MFU: the peak of {name} is not known, token_efficiency.peak_tflops tells it")
 
-    def peak_of(self, trainer: Trainer) -> float | None:
+    def peak_of(self, trainer: Trainer, lit: Any) -> float | None:
         """FLOP/s of this rank's device, None if unknown."""
         if self.peak_tflops is not None:
             return 1e12 * self.peak_tflops
-        return peak_flops(device_name(trainer.strategy.root_device), arithmetic_of(str(trainer.precision)))
+        arithmetic = arithmetic_of(str(trainer.precision), {parameter.dtype for parameter in lit.vlm.parameters()})
+        return peak_flops(device_name(trainer.strategy.root_device), arithmetic)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lay out TensorBoard's page."""
-        self.reported = trainer.global_step
+        self.reported = self.steps = trainer.global_step
         open_page(trainer, pl_module, utilisation=bool(self.peak and pl_module.costs))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Start the clock; watch the parts in the first step of each interval."""
+        """Start the clock; watch the parts in one step of each interval."""
         lit: Any = pl_module
         self.clock.start(trainer.train_dataloader)
         self.meter.add(batch)
-        if self.due:
-            self.due, self.watched = False, training_flops(lit.costs.step(batch)) if lit.costs else {}
+        if self.due and self.begins:
+            self.due, self.watched = False, Counter()
             self.parts.start(lit.vlm)
+        if self.parts.running:
+            self.parts.mark(OTHER)
+            self.watched.update(training_flops(lit.costs.step(batch)) if lit.costs else {})
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         """The backward pass begins with the LLM's."""
@@ -109,18 +119,26 @@ class TokenEfficiency(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Stop the clock, and report when Lightning does."""
-        self.parts.stop()
         self.clock.end()
-        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and step % every == 0 and step > self.reported:
-            self._report(trainer, pl_module, step - self.reported)
+        self.begins, self.steps = trainer.global_step > self.steps, trainer.global_step
+        if self.begins:
+            self.parts.stop()
+            self.warm, self.due = True, self.due or not self.warm
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and self.steps % every == 0 and self.steps > self.reported:
+            self._report(trainer, pl_module)
 
-    def _report(self, trainer: Trainer, lit: Any, steps: int) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report what is left of the last interval."""
+        if trainer.log_every_n_steps and self.steps > self.reported:  # type: ignore[attr-defined]
+            self._report(trainer, pl_module)
+
+    def _report(self, trainer: Trainer, lit: Any) -> None:
         own = {**self.meter.take(), **self.clock.take(), **self.memory.take()}
         own["peak_flops"] = float("nan") if self.peak is None else self.peak
-        numbers, self.reported = over_ranks(lit, own), trainer.global_step
-        values = report(numbers, steps, trainer.world_size, lit.scales)
-        log(trainer, values | self._parts() | _learning_rates(trainer))
+        values = report(over_ranks(lit, own), self.steps - self.reported, trainer.world_size, lit.scales)
+        self.reported = self.steps
+        log(trainer, values | self._parts() | _learning_rates(trainer), self.steps - 1)
 
     def _parts(self) -> Numbers:
         """Of the step that was watched, if it is over on the device."""
@@ -129,12 +147,19 @@ class TokenEfficiency(Callback):
             return {}
         self.due = True
         found = {f"parts/{part}_ms": times.get(part, 0.0) for part in (*PARTS, OTHER)}
-        flops, total = self.watched or {}, sum((self.watched or {}).values())
+        flops, total = self.watched, self.watched.total()
         for part in PARTS if total else ():
             found[f"parts/{part}_FLOPs_share"] = flops[f"{part}_flops"] / total
             if self.peak and times.get(part):
                 found[f"parts/{part}_MFU"] = flops[f"{part}_flops"] / (times[part] / 1000) / self.peak
         return found
+
+    def _pause(self) -> None:
+        """Validation, perhaps between two batches of a step."""
+        self.clock.paused = True
+        if self.parts.running:
+            self.parts.forget()
+            self.due = True
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Writing it is no training."""
@@ -153,8 +178,8 @@ class TokenEfficiency(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing is judged yet; training's peak of memory is kept."""
-        self.clock.paused = True
         if trainer.state.fn == "fit":
+            self._pause()
             self.memory.note()
         self.judgement = Judgement(pl_module, "val", self.repetitions)
 
@@ -197,10 +222,10 @@ class TokenEfficiency(Callback):
             self._finish(self._judged(trainer))
 
     def _judged(self, trainer: Trainer) -> Result:
-        result = self.judgement.result(trainer, self.peak_of(trainer))
-        step = step_of(trainer)
+        result = self.judgement.result(trainer, self.peak_of(trainer, self.judgement.lit))
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
         if self.judgement.split == "val":
-            log(trainer, scalars(result))
+            log(trainer, scalars(result), step)
         for writer in writers(trainer):
             writer.add_figure(f"{result['split']}/accuracy against tokens", draw(result), step)
             writer.add_text(f"{result['split']}/table", markdown(result), step)
@@ -218,15 +243,10 @@ class TokenEfficiency(Callback):
 FILES = {"val": "accuracy_tokens_val", "test": "accuracy_tokens"}
 
 
-def log(trainer: Trainer, values: Numbers) -> None:
-    """To every logger, at the step that Lightning itself logs at."""
+def log(trainer: Trainer, values: Numbers, step: int) -> None:
+    """To every logger, at so many optimizer steps before the one that is logged, as Lightning counts for them."""
     for logger in trainer.loggers:
-        logger.log_metrics(values, step_of(trainer))
-
-
-def step_of(trainer: Trainer) -> int:
-    """Optimizer steps before the one that is logged, as Lightning counts for its loggers."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
+        logger.log_metrics(values, step)
 
 
 def scalars(result: Result) -> Numbers:

@@ -6,6 +6,7 @@ import platform
 import re
 import resource
 import sys
+from collections.abc import Collection
 from importlib.metadata import version
 from typing import Literal
 
@@ -24,7 +25,7 @@ PEAKS: dict[str, tuple[float, float, float]] = {
     r"H100 NVL": (835.5, 417.5, 60),
     r"H200": (989.4, 494.7, 66.9),
     r"H200 NVL": (835.5, 417.5, 60),
-    r"GH200 \d+GB": (989.4, 494.7, 66.9),
+    r"GH200 (480GB|144G HBM3e)": (989.4, 494.7, 66.9),
     # NVIDIA Blackwell data sheet: HGX B200, GB200 NVL72
     r"B200": (2250, 1125, 75),
     r"GB200": (2500, 1250, 80),
@@ -34,9 +35,13 @@ PEAKS: dict[str, tuple[float, float, float]] = {
     r"L40S": (362, 183, 91.6),
     r"RTX 6000 Ada Generation": (364.2, 182.1, 91.1),
     r"GeForce RTX 4090": (165.2, 82.6, 82.6),
-    # NVIDIA RTX Blackwell architecture white paper
+    r"GeForce RTX 4080": (97.5, 48.7, 48.7),
+    # NVIDIA RTX Blackwell and RTX PRO Blackwell architecture white papers
     r"GeForce RTX 5090": (209.5, 104.8, 104.8),
-    # NVIDIA A10, A10G, A40 and RTX A6000 data sheets; GA102 architecture white paper
+    r"GeForce RTX 5080": (112.6, 56.3, 56.3),
+    r"RTX PRO 6000 Blackwell Workstation Edition": (503.8, 251.9, 126),
+    # NVIDIA A30, A10, A10G, A40 and RTX A6000 data sheets; GA102 architecture white paper
+    r"A30": (165, 82, 10.3),
     r"A10": (125, 62.5, 31.2),
     r"A10G": (70, 35, 35),
     r"A40": (149.7, 74.8, 37.4),
@@ -50,18 +55,19 @@ PEAKS: dict[str, tuple[float, float, float]] = {
 A name must match as a whole: slower relatives (RTX 4090 D, a laptop's, a slice of an H100) are unknown."""
 
 
-def arithmetic_of(precision: str) -> Arithmetic | None:
-    """What a trainer's precision computes matrix products in; None for those whose peaks are not listed."""
+def arithmetic_of(precision: str, dtypes: Collection[torch.dtype] = ()) -> Arithmetic | None:
+    """What a trainer's precision computes matrix products in, on weights of these types; None for a mixture,
+    and for those whose peaks are not listed."""
     if precision.startswith(("bf16", "16")):
         return "half"
-    if not precision.startswith("32"):
+    if not precision.startswith("32") or {torch.bfloat16, torch.float16} & set(dtypes):
         return None
     return "tf32" if torch.get_float32_matmul_precision() != "highest" else "float32"
 
 
 def peak_flops(name: str, arithmetic: Arithmetic | None) -> float | None:
     """The most FLOP/s of a device by its name, in an arithmetic; None for an unknown one."""
-    own = re.sub(r"^(NVIDIA|AMD|Tesla) ", "", name)
+    own = re.sub(r"^(NVIDIA|AMD) ", "", name)
     for pattern, peaks in PEAKS.items():
         if arithmetic and re.fullmatch(pattern, own):
             return 1e12 * dict(zip(("half", "tf32", "float32"), peaks, strict=True))[arithmetic]

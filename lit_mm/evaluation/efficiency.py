@@ -96,7 +96,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         `area`: the area under accuracy over log2 of visual tokens as a share of the range, which is
         the mean accuracy of a budget drawn evenly on that axis (None with one number of tokens; where
-        several levels have as many tokens, the best one's accuracy counts). `smallest_within_a_point`:
+        several levels have as many tokens, the best one's accuracy counts; nor where no question shows an
+        image). `smallest_within_a_point`:
         the level with the fewest tokens whose accuracy is at most one point below the best.
     """
     best: dict[int, float] = {}
@@ -104,7 +105,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         best[row["visual_tokens"]] = max(row["accuracy"], best.get(row["visual_tokens"], 0.0))
     enough = [row for row in rows if row["accuracy"] >= max(best.values()) - ONE_POINT - 1e-9]
     smallest = min(enough, key=lambda row: (row["visual_tokens"], -row["accuracy"]))
-    return {"area": area(sorted(best.items())), "smallest_within_a_point": smallest["scale"]}
+    curve = sorted(best.items()) if any(row.get("mean_visual_tokens", 1) for row in rows) else []
+    return {"area": area(curve), "smallest_within_a_point": smallest["scale"]}
 
 
 def area(curve: Sequence[tuple[int, float]]) -> float | None:

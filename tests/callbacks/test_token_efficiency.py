@@ -24,6 +24,7 @@ from lit_mm.data.datamodules import ImageInstructions
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.sets import InstructionSet
 from lit_mm.evaluation import timing
+from lit_mm.evaluation.devices import PeakMemory
 from lit_mm.evaluation.timing import Stopwatch
 from lit_mm.model.attention import NAME
 from lit_mm.model.costs import Costs
@@ -47,7 +48,7 @@ class Spy(lightning.Callback):
         self.batches.append(batch)
 
 
-def run(root, folder, callback=None, model=None, data=None, logger=None, **options):
+def run(root, folder, callback=None, model=None, data=None, logger=None, ckpt_path=None, **options):
     """A short fit; (trainer, lit, data, training batches)."""
     lightning.seed_everything(7, verbose=False)
     lit, spy = module(**(model or {})), Spy()
@@ -69,7 +70,7 @@ def run(root, folder, callback=None, model=None, data=None, logger=None, **optio
         reload_dataloaders_every_n_epochs=1,
         num_sanity_val_steps=0,
     )
-    trainer.fit(lit, source)
+    trainer.fit(lit, source, ckpt_path=ckpt_path, weights_only=False)
     return trainer, lit, source, spy.batches
 
 
@@ -120,6 +121,67 @@ def test_a_report_is_the_mean_of_its_steps(instruction_set, tmp_path, packing, a
     assert (sum(row["tokens/padding_share"] for row in rows) > 0) == (packing == "loop")
 
 
+def test_the_last_interval_may_be_shorter(instruction_set, tmp_path):
+    _, _, _, batches = run(instruction_set, tmp_path, limit_val_batches=0, max_steps=7, max_epochs=-1)
+    rows = logged(tmp_path)
+    assert [row["step"] for row in rows] == [2, 5, 6]
+    assert rows[-1]["tokens/text"] == slow(batches[6:], "branch")["text"]
+
+
+def test_a_resumed_run_counts_its_own_steps(instruction_set, tmp_path):
+    """Stopped behind the second of three steps: what follows it is the mean of what follows."""
+    trainer, *_ = run(instruction_set, tmp_path / "before", limit_val_batches=0, max_steps=2, max_epochs=-1)
+    trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+    again = {"ckpt_path": tmp_path / "stopped.ckpt", "max_steps": 3, "max_epochs": -1}
+    _, _, _, batches = run(instruction_set, tmp_path / "after", limit_val_batches=0, **again)
+    [row] = logged(tmp_path / "after")
+    assert row["step"] == 2
+    assert row["tokens/text"] == slow(batches, "branch")["text"]
+
+
+class Waits(TokenEfficiency):
+    """Half a second in every validation."""
+
+    def on_validation_batch_end(self, *arguments):
+        super().on_validation_batch_end(*arguments)
+        time.sleep(0.5)
+
+
+def test_validation_is_no_training(instruction_set, tmp_path, monkeypatch):
+    asked = []
+    for name in ("note", "forget"):
+        monkeypatch.setattr(PeakMemory, name, lambda self, name=name: asked.append(name))
+    options = {"max_steps": 4, "log_every_n_steps": 1, "val_check_interval": 1, "max_epochs": -1}
+    run(instruction_set, tmp_path, Waits(repetitions=0), **options)
+    assert all(row["speed/step_ms"] < 400 for row in logged(tmp_path)[1:])  # the first has more to do
+    assert asked == ["note", "forget"] * 4
+
+
+class Slowed(TokenEfficiency):
+    """The LLM takes 50 ms more in every batch, the optimizer 80 in every step."""
+
+    def on_train_start(self, trainer, lit):
+        super().on_train_start(trainer, lit)
+        lit.vlm.llm.base_model.register_forward_hook(lambda *_: time.sleep(0.05))
+        trainer.optimizers[0].register_step_post_hook(lambda *_: time.sleep(0.08))
+
+
+@pytest.mark.parametrize("between", [{"limit_val_batches": 0}, {"val_check_interval": 3}])
+def test_the_parts_of_a_step_are_those_of_all_its_batches(instruction_set, tmp_path, between):
+    """Also where validation came between the batches of a step: then another step is watched."""
+    options = {"max_steps": 4, "log_every_n_steps": 1, "max_epochs": -1, **between}
+    run(instruction_set, tmp_path, Slowed(repetitions=0), accumulate_grad_batches=2, **options)
+    rows = logged(tmp_path)
+    assert "parts/llm_ms" not in rows[0]  # the first step has more to do
+    watched = [row for row in rows if "parts/llm_ms" in row]
+    assert watched
+    for row in watched:
+        assert 100 < row["parts/llm_ms"] < row["speed/step_ms"]
+        assert 80 < row["parts/other_ms"] < row["speed/step_ms"]
+        parts = sum(row[f"parts/{part}_ms"] for part in (*meter.PARTS, "other"))
+        assert 0.8 * row["speed/step_ms"] < parts < 1.01 * row["speed/step_ms"]
+
+
 def test_padding_of_images_and_tokens_per_image():
     """One image of 60×50, encoded as 64×64, and one of 64×64, at all scales."""
     sizes, numbers = {(60, 50): 1, (64, 64): 1}, Meter(SCALES, 16, None)
@@ -129,7 +191,7 @@ def test_padding_of_images_and_tokens_per_image():
     batch.counts = counts_of(batch, SCALES)
     numbers.add(batch)
     found = report({**numbers.take(), "seconds": 1.0, "peak_flops": math.nan}, 1, 1, SCALES)
-    assert found["images/padding_share"] == pytest.approx(1 - (3000 + 4096) / (2 * 4096))
+    assert found["images/stride_padding_share"] == pytest.approx(1 - (3000 + 4096) / (2 * 4096))
     assert found["tokens/visual_per_image"] == pytest.approx(7)
     assert found["tokens/visual_per_image_p95"] == 16
     assert found["images/pixels_per_visual_token"] == pytest.approx(3 * (3000 + 4096) / 42)
@@ -512,6 +574,62 @@ def test_nothing_is_timed_where_nobody_wants_it(instruction_set, tmp_path, caplo
     assert not any("_ms@" in name for name in row)
 
 
+def test_questions_of_several_images_are_timed_with_enough_of_them(instruction_set, tmp_path):
+    items = json.loads((instruction_set / "train.json").read_text())
+    (instruction_set / "val.json").write_text(json.dumps([items[0], items[12]]))
+    callback = TokenEfficiency(repetitions=2)
+    run(instruction_set, tmp_path, callback)
+    assert callback.last["scales"][0]["mean_visual_tokens"] == pytest.approx(4 * 16 / 3)  # three questions
+    assert callback.last["timed"]["images"] == 2
+
+
+def test_text_alone_has_no_curve_over_tokens(instruction_set, tmp_path):
+    items = json.loads((instruction_set / "train.json").read_text())
+    (instruction_set / "val.json").write_text(json.dumps(items[13:]))
+    callback = TokenEfficiency()
+    run(instruction_set, tmp_path, callback)
+    assert callback.last["area"] is None
+    assert callback.last["timed"] is None
+
+
+def test_what_one_run_judged_is_not_shown_for_the_next(judged):
+    *_, trainer = judged
+    callback = TokenEfficiency()
+    callback.last = result()
+    callback.setup(trainer, trainer.lightning_module, "validate")
+    assert callback.last is None
+
+
+def test_a_run_goes_on_where_memory_does_not_suffice_for_timing(instruction_set, tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(timing.AnswerTimer, "__call__", full)
+    callback = TokenEfficiency()
+    with caplog.at_level("INFO"):
+        run(instruction_set, tmp_path, callback)
+    assert "answers are not timed: the memory does not suffice" in caplog.text
+    assert [row["measured"] for row in callback.last["scales"]] == [None] * 3
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_the_cache_is_as_large_as_a_real_one(instruction_set, tmp_path, precision):
+    callback = TokenEfficiency(repetitions=0)
+    trainer, lit, _, _ = run(instruction_set, tmp_path, callback, precision=precision)
+    with torch.no_grad(), trainer.precision_plugin.val_step_context():
+        embeddings = lit.vlm.llm.get_input_embeddings()(torch.zeros(1, 10, dtype=torch.long))
+        cache = lit.vlm.llm(inputs_embeds=embeddings, use_cache=True).past_key_values
+    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / 10
+    for row in callback.last["scales"]:
+        assert row["kv_bytes"] == pytest.approx(row["prompt_tokens"] * real)
+
+
+@pytest.mark.parametrize("peak", [0, -1.0, math.nan])
+def test_a_peak_is_more_than_nothing(peak):
+    with pytest.raises(ValueError, match="peak_tflops: expected more than 0"):
+        TokenEfficiency(peak_tflops=peak)
+
+
 @pytest.mark.parametrize("repetitions", [1, -1])
 def test_too_few_repetitions_are_refused(repetitions):
     with pytest.raises(ValueError, match=f"repetitions: expected 0 or at least 2, found {repetitions}"):
@@ -519,14 +637,18 @@ def test_too_few_repetitions_are_refused(repetitions):
 
 
 def test_validation_is_logged_at_every_level(judged):
-    folder, callback, _ = judged
+    folder, *_ = judged
     rows = logged(folder, "scale/visual_tokens@16")
     assert [row["step"] for row in rows] == [1, 3, 5]
     for row in rows:
         assert [row[f"scale/visual_tokens@{scale}"] for scale in (16, 4, 1)] == [16, 4, 1]
         assert all(row[f"scale/{name}_ms@{scale}"] > 0 for name in ("encode", "first_token") for scale in (16, 4, 1))
         assert row["scale/KV_MiB@16"] > row["scale/KV_MiB@1"] > 0
-    assert callback.last["scales"][0]["loss"] > 0
+    kept = json.loads(next(folder.glob("**/accuracy_tokens_val.json")).read_text())
+    assert all(
+        row["loss"] == pytest.approx(logged(folder, "val/loss@16")[-1][f"val/loss@{row['scale']}"])
+        for row in kept["scales"]
+    )
 
 
 def result(accuracies=(0.9, 0.7, 0.5), **figures):

@@ -17,13 +17,18 @@ UNITS = {
     "NVIDIA H200": (132, 4096, 1.83),
     "NVIDIA H200 NVL": (132, 4096, 1.545),
     "NVIDIA GH200 480GB": (132, 4096, 1.83),
+    "NVIDIA GH200 144G HBM3e": (132, 4096, 1.83),
     "NVIDIA B200": (148, 8192, 1.85),
     "NVIDIA L4": (58, 1024, 2.04),
     "NVIDIA L40": (142, 512, 2.49),
     "NVIDIA L40S": (142, 1024, 2.49),
     "NVIDIA RTX 6000 Ada Generation": (142, 1024, 2.505),
     "NVIDIA GeForce RTX 4090": (128, 512, 2.52),
+    "NVIDIA GeForce RTX 4080": (76, 512, 2.505),
     "NVIDIA GeForce RTX 5090": (170, 512, 2.407),
+    "NVIDIA GeForce RTX 5080": (84, 512, 2.617),
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": (188, 1024, 2.617),
+    "NVIDIA A30": (56, 2048, 1.44),
     "NVIDIA A10": (72, 1024, 1.695),
     "NVIDIA A10G": (80, 512, 1.71),
     "NVIDIA A40": (84, 1024, 1.74),
@@ -72,6 +77,7 @@ def test_lightning_lists_the_same(name, theirs):
         "NVIDIA GeForce RTX 4090 D",
         "NVIDIA GeForce RTX 4090 Laptop GPU",
         "NVIDIA H20",
+        "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition",
         "NVIDIA L40G",
         "Intel(R) Xeon(R) Processor (2 threads)",
         "",
@@ -93,6 +99,12 @@ def test_precisions(precision, arithmetic):
 def test_tensor_cores_take_float32_where_torch_lets_them(monkeypatch):
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     assert arithmetic_of("32-true") == "tf32"
+
+
+def test_a_mixture_of_types_has_no_peak():
+    """An LLM kept in bfloat16 beside an encoder in float32, without autocast."""
+    assert arithmetic_of("32-true", {torch.float32, torch.bfloat16}) is None
+    assert arithmetic_of("bf16-mixed", {torch.float32, torch.bfloat16}) == "half"
 
 
 def test_where_it_ran():

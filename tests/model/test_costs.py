@@ -164,6 +164,16 @@ def test_frozen_vit_blocks_cost_no_backward_pass(first):
     same_with_checkpoints(encoder, (336, 336))
 
 
+def test_who_asks_first_changes_nothing():
+    """Validation asks without gradients, for sizes that training has not seen."""
+    with torch.device("meta"):
+        encoder = TimmEncoder("resnet18", layer=-1)
+    with torch.no_grad():
+        asked = counted(encoder, (64, 64))
+    assert asked == counted(encoder, (64, 64))
+    assert asked.backward > asked.forward
+
+
 @pytest.mark.parametrize(
     ("backbone", "size", "gmacs"),
     [("resnet18", 224, 1.82), ("regnety_002", 224, 0.2), ("eva02_tiny_patch14_336", 336, 4.68)],

@@ -158,11 +158,10 @@ def test_overlays_and_fields_win(tmp_path):
 
 def test_nothing_but_the_model_is_built(tmp_path):
     """A class that leaves a file where it is built."""
-    made = {"class_path": "tempfile.NamedTemporaryFile", "init_args": {"dir": str(tmp_path / "made"), "delete": False}}
-    (tmp_path / "made").mkdir()
+    made = {"class_path": "logging.FileHandler", "init_args": {"filename": str(tmp_path / "made.log")}}
     (tmp_path / "others.yaml").write_text(yaml.safe_dump({"data": made, "trainer": {"callbacks": [made]}}))
     read_model([QUICKSTART, str(tmp_path / "others.yaml")], [])
-    assert not list((tmp_path / "made").iterdir())
+    assert not (tmp_path / "made.log").exists()
 
 
 def test_experiments_keep_their_own_options(run):
@@ -250,6 +249,8 @@ def test_times_hold_what_they_are_called(monkeypatch):
     seen = {name: times["median"] for name, times in timer(pixels, 16).items() if name.endswith("_ms")}
     assert 200 < seen["encode_ms"] < 300 < seen["first_token_ms"]
     assert 100 < seen["further_token_ms"] < 200
+    with pytest.raises(ValueError, match="expected 17 visual tokens, 1 images have 16 cells"):
+        timer(pixels, 17)
     times = [float(n) for n in (5, 1, 9, 3)]
     assert list(quartiles(times).values()) == np.percentile(times, [50, 25, 75]).tolist()
 
