@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_mm.callbacks.memory import MemoryAdvice
+from lit_mm.callbacks.advice import MemoryAdvice
 from lit_mm.callbacks.predictions import AnswerWriter
 from lit_mm.callbacks.progress import Progress
 from lit_mm.callbacks.skipped import SkippedRecords

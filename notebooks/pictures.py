@@ -17,6 +17,8 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 from torch import Tensor
 
+from lit_mm.callbacks.efficiency_report import draw_accuracy, draw_speed
+
 SCALES = ["#1f5fa8", "#2f8f83", "#8a9a2b", "#d9822b", "#b5403a"]
 """Of the scales, finest first; as often again as needed."""
 PREFIX, QUESTION, ANSWER = "#4a525c", "#c9ced5", "#8c95a1"
@@ -275,28 +277,9 @@ def _apart(ticks: Sequence[int]) -> list[int]:
     return kept
 
 
-def finished_run(result: dict[str, Any], answers: Sequence[tuple[int, int, int, int]]) -> Shown:
-    """Accuracy against tokens beside what an answer costs, in the order and form of `bars`."""
-    figure, (left, right) = _panels(2, 2, 3.5)
-    _accuracies(left, result)
-    _stacks(right, answers, [f"{(image + prompt) / 1e6:.1f}" for _, image, prompt, _ in answers], 1e6)
-    right.set_title("MFLOPs of an answer", loc="left")
-    right.set_xlabel("visual tokens")
-    _name_parts(figure, "text", "encoder and projector", "LLM on visual tokens")
+def finished_run(result: dict[str, Any]) -> Shown:
+    """Accuracy against tokens, and where it was measured the time to the first token beside it."""
+    figure, (left, right) = _panels(2, 2, 4)
+    draw_accuracy(left, result)
+    draw_speed(right, result)
     return show(figure)
-
-
-def _accuracies(axes: Axes, result: dict[str, Any]) -> None:
-    tokens = [row["visual_tokens"] for row in result["scales"]]
-    accuracy = [100 * row["accuracy"] for row in result["scales"]]
-    axes.plot(tokens, accuracy, "o-", color=ENCODER, linewidth=2, markersize=7)
-    for x, y in zip(tokens, accuracy, strict=True):
-        axes.annotate(f"{y:.1f}", (x, y), (0, -16), textcoords="offset points", ha="center", color=ENCODER)
-    majority = 100 * result["majority_answer"]
-    axes.axhline(majority, color="#888888", linestyle="--", linewidth=1.2)
-    axes.annotate(f"majority answer {majority:.1f}", (tokens[0], majority), (0, 5), textcoords="offset points")
-    axes.set(xscale="log", xlabel="visual tokens", ylim=(0, 102), xlim=(1.2 * max(tokens), min(tokens) / 1.2))
-    axes.set_xticks(tokens, [str(n) for n in tokens])
-    axes.minorticks_off()
-    axes.grid(axis="y", color="#e5e5e5")
-    axes.set_title(f"Accuracy in %, {result['questions']:,} questions", loc="left")

@@ -41,7 +41,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from lit_mm.data.batching import Budget, Costs, fill
+from lit_mm.data.batching import Budget, RecordSizes, fill
 from lit_mm.data.datamodules import ImageInstructions, VideoInstructions
 from lit_mm.data.images import ImageFile, ImageOptions, to_pixels
 from lit_mm.data.sets import ModelInputs
@@ -269,14 +269,14 @@ SOURCES = {  # share of the records, median and spread of the text behind the im
 }
 
 
-def llava_like(count: int) -> Costs:
-    """Costs of random records: 40 positions of prompt, an image, text."""
+def llava_like(count: int) -> RecordSizes:
+    """Sizes of random records: 40 positions of prompt, an image, text."""
     generator = np.random.default_rng(0)
     names = generator.choice(len(SOURCES), count, p=[share for share, *_ in SOURCES.values()])
     medians, spreads, images = (np.array(column)[names] for column in list(zip(*SOURCES.values(), strict=True))[1:])
     text = np.clip(generator.lognormal(np.log(medians), spreads), 8, 1400).astype(np.int64)
     before, words = np.where(images, 40, text + 40), np.where(images, text, 0)
-    return Costs(before, words[:, None], images.astype(np.int64)[:, None], np.zeros(count, np.int64))
+    return RecordSizes(before, words[:, None], images.astype(np.int64)[:, None], np.zeros(count, np.int64))
 
 
 def measure_padding(count: int, tokens: int = 16_384, size: int = 16) -> dict[str, float]:

@@ -31,13 +31,14 @@ def draw(result: Result) -> Figure:
     with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(6, 7 if measured else 4), dpi=150, layout="constrained")
         axes = figure.subplots(2 if measured else 1, squeeze=False, height_ratios=[4, 3] if measured else None)[:, 0]
-    _draw_accuracy(axes[0], result)
+    draw_accuracy(axes[0], result)
     if measured:
-        _draw_times(axes[1], result)
+        draw_speed(axes[1], result)
     return figure
 
 
-def _draw_accuracy(axes: Axes, result: Result) -> None:
+def draw_accuracy(axes: Axes, result: Result) -> None:
+    """The curve, or one for every time scale, with a ring around the level that suffices."""
     lines, tokens = _lines(result), sorted({row["visual_tokens"] for row in result["scales"]})
     for (frames, line), colour in zip(lines.items(), LINES * len(tokens), strict=False):
         label = None if frames is None else f"{frames} sets of frames" if frames > 1 else "1 set of frames"
@@ -68,7 +69,7 @@ def _draw_majority(axes: Axes, result: Result, left: int) -> None:
     )
 
 
-def _draw_times(axes: Axes, result: Result) -> None:
+def draw_speed(axes: Axes, result: Result) -> None:
     """The time to the first token of every level, fewest tokens first, as in the panel above."""
     rows = [row for row in reversed(result["scales"]) if row["measured"]]
     draw_times(axes, [row["measured"] for row in rows], ("encoding", "LLM on the prompt"))

@@ -121,7 +121,7 @@ class ScaleDraw:
 
 
 @dataclass
-class Costs:
+class RecordSizes:
     """What n records cost, with T time scales (one without video).
 
     Args:

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
-from lit_mm.data.batching import Costs
+from lit_mm.data.batching import RecordSizes
 from lit_mm.data.records import BadRecords, RecordError
 
 VERSION = 2
@@ -60,15 +60,15 @@ class Index:
     total: int
 
     @property
-    def costs(self) -> Costs:
+    def costs(self) -> RecordSizes:
         """What the usable records cost."""
         return costs_of(self.table)
 
 
-def costs_of(table: np.ndarray) -> Costs:
+def costs_of(table: np.ndarray) -> RecordSizes:
     """The costs in a table [n, 3 + 2 T]."""
     times = (table.shape[1] - 3) // 2
-    return Costs(table[:, 1], table[:, 3 : 3 + times], table[:, 3 + times :], table[:, 2])
+    return RecordSizes(table[:, 1], table[:, 3 : 3 + times], table[:, 3 + times :], table[:, 2])
 
 
 def index_of(records: Measured, cache: Path, settings: dict[str, Any], policy: Any, times: int, workers: int) -> Index:

@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lit_mm.data.batching import Budget, Costs, Sample, ScaleDraw, epoch_order
+from lit_mm.data.batching import Budget, RecordSizes, Sample, ScaleDraw, epoch_order
 from lit_mm.data.conversation import Conversation, Encoded
 from lit_mm.data.index import Index, costs_of
 from lit_mm.data.media import MediaFolder, Shown
@@ -283,7 +283,7 @@ class Mixture(Dataset):
         columns = zip(
             *((c.before, c.words, c.frames, c.pixels) for c in (each.index.costs for each in sets)), strict=True
         )
-        self.costs = Costs(*(arrays[0] if len(sets) == 1 else np.concatenate(arrays) for arrays in columns))
+        self.costs = RecordSizes(*(arrays[0] if len(sets) == 1 else np.concatenate(arrays) for arrays in columns))
 
     def __len__(self) -> int:
         return self.firsts[-1]

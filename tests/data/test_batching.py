@@ -12,7 +12,7 @@ from lit_mm.data.batching import (
     BatchPlan,
     BatchPlans,
     Budget,
-    Costs,
+    RecordSizes,
     Sample,
     ScaleDraw,
     Visual,
@@ -268,7 +268,7 @@ def test_costs_are_the_lengths_of_packed_rows(times, per_step):
         ids, targets, kept = encoded.tensors(bool(times))
         make = Batches([Sample(visuals, ids, targets, kept)], draw, scales, times, "branch", training=True)
         [row] = make[BatchPlan([0], 0, step)].rows
-        costs = Costs(np.array([before]), np.array([words]), np.array([frames]), np.array([0]))
+        costs = RecordSizes(np.array([before]), np.array([words]), np.array([frames]), np.array([0]))
         assert costs.tokens(np.array([0]), draw(0, step), scales) == len(row.token_ids)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback
 
-from lit_mm.callbacks.memory import MemoryAdvice
+from lit_mm.callbacks.advice import MemoryAdvice
 from lit_mm.model.llm import LLM, load_llm, load_tokenizer
 from lit_mm.training.optim import FusedAdamW
 from lit_mm.training.parts import LLMPart, LoRA, Part, Parts
