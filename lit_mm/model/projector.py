@@ -54,7 +54,7 @@ class MatryoshkaProjector(nn.Module):
             sampling: `mean` pools boxes of cells; `spatial` takes the first cell of every box;
                 `sequential` takes the first cells in reading order. M3 compares the three.
             pooling: `exact` refuses scales whose square windows do not tile the grid; `adaptive` cuts
-                any grid that is large enough into boxes of nearly equal size.
+                any grid that is large enough into boxes as equal as the finer set's borders allow.
 
         Raises:
             ValueError: The scales are not distinct positive numbers, finest first.
@@ -153,14 +153,27 @@ def nested_cuts(height: int, width: int, shapes: Sequence[Shape]) -> Iterator[tu
 
     A coarser set's cuts are some of the finer one's: its boxes are unions of the finer boxes.
     """
-    rows, columns = list(range(height + 1)), list(range(width + 1))
+    rows, columns = tuple(range(height + 1)), tuple(range(width + 1))
     for shape in shapes:
         rows, columns = _fewer(rows, shape[0]), _fewer(columns, shape[1])
-        yield rows, columns
+        yield list(rows), list(columns)
 
 
-def _fewer(cuts: list[int], bands: int) -> list[int]:
-    return [cuts[band * (len(cuts) - 1) // bands] for band in range(bands + 1)]
+@lru_cache(maxsize=4096)
+def _fewer(cuts: tuple[int, ...], bands: int) -> tuple[int, ...]:
+    """Of the cuts those between which bands are most equal, by the sum of their squared sizes; of several such
+    choices the one that lies nearest to bands of one size."""
+    ways: list[tuple[int, int, tuple[int, ...]]] = [(0, 0, (0,))]  # the best up to each cut, with so many bands
+    for band in range(1, bands + 1):
+        ways = [
+            min(
+                (unequal + (cut - path[-1]) ** 2, off + (cut * bands - cuts[-1] * band) ** 2, (*path, cut))
+                for unequal, off, path in ways
+                if path[-1] < cut
+            )
+            for cut in cuts[band : len(cuts) - bands + band]
+        ]
+    return ways[-1][2]
 
 
 def legal_scales(height: int, width: int) -> dict[int, Shape]:

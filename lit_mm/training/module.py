@@ -81,7 +81,8 @@ class LitMatryoshka(LightningModule):
                 each. null: frames are not pooled.
             sampling: How coarser tokens come from finer ones: mean (M3's), spatial or sequential.
             pooling: exact refuses images whose grid a scale does not divide; adaptive gives any grid
-                that is large enough every scale, by cutting it into boxes of nearly equal size.
+                that is large enough every scale, by cutting it into boxes as equal as the next finer
+                scale's borders allow.
             attention: How all scales of a sample go through the LLM in one packed row. auto: branch,
                 one causal attention per branch, on any device; flex: FlexAttention (GPU); varlen:
                 variable-length flash attention (GPU, 16 bit); sequential: scale after scale, each

@@ -1,5 +1,8 @@
 """Nested tokens against torch's average pooling and the definition of nesting."""
 
+from itertools import combinations
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -122,6 +125,20 @@ def test_adaptive_tokens_are_the_means_of_their_boxes(grid):
             for c in range(len(columns) - 1)
         ]
         assert torch.allclose(tokens, torch.stack(slow, dim=1), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("grid", [(12, 21), (9, 14), (7, 7), (16, 11)], ids=str)
+def test_adaptive_boxes_are_as_equal_as_the_finer_borders_allow(grid):
+    """Against all choices of borders; the finest set has all of the cells' to choose from."""
+    finer = tuple(range(grid[0] + 1)), tuple(range(grid[1] + 1))
+    for own in nested_cuts(*grid, nested_shapes(*grid, (36, 9, 4, 1), pooling="adaptive")):
+        for cuts, allowed in zip(own, finer, strict=True):
+            inner = combinations(allowed[1:-1], len(cuts) - 2)
+            spreads = [sum(np.diff([0, *chosen, cuts[-1]]) ** 2) for chosen in inner]
+            assert sum(np.diff(cuts) ** 2) == min(spreads)
+        if len(finer[0]) == grid[0] + 1:
+            assert all(max(np.diff(cuts)) - min(np.diff(cuts)) <= 1 for cuts in own)
+        finer = own
 
 
 def test_adaptive_is_exact_where_windows_tile():
