@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_mm.model.rows import Drawn, every_level
-from tests.conftest import ROOT
+from tests.conftest import ROOT, installed
 
 
 def benchmark(name, monkeypatch):
@@ -19,6 +19,18 @@ def benchmark(name, monkeypatch):
 @pytest.fixture
 def nested_step(monkeypatch):
     return benchmark("nested_step", monkeypatch)
+
+
+@pytest.mark.slow
+@installed("easy_vqa")
+def test_watching_costs_less_than_a_hundredth_of_a_step(tmp_path, monkeypatch):
+    file = tmp_path / "out.json"
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["watching", "--steps", "22", "--repetitions", "1", "--json", str(file)])
+    benchmark("watching", monkeypatch).main()
+    made = json.loads(file.read_text())
+    assert min(made["hooks_us_per_step"].values()) > 0
+    assert 0 < made["hooks_percent"] < 1
 
 
 @pytest.mark.slow
