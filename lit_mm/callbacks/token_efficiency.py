@@ -122,7 +122,7 @@ class TokenEfficiency(Callback):
         self.clock.end()
         self.begins, self.steps = trainer.global_step > self.steps, trainer.global_step
         if self.begins:
-            self.parts.stop()
+            self.parts.stop()  # from the second step on one is watched: the first has more to do
             self.warm, self.due = True, self.due or not self.warm
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and self.steps % every == 0 and self.steps > self.reported:
