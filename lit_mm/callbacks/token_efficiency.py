@@ -1,8 +1,8 @@
 """What every visual token costs and buys: counted in training, judged in validation and test.
 
 Training     tokens, images, speed, memory, MFU, every `trainer.log_every_n_steps` steps
-Validation   accuracy and cost of every level, as scalars, a picture and a table; at the end of a fit the
-             last one's as accuracy_tokens_val.png and .json and as a table in the terminal
+Validation   accuracy and cost of every level, as scalars, a picture and a table, the last one's also as
+             accuracy_tokens_val.png and .json and at the end in the terminal
 Test         the same as accuracy_tokens.png and .json
 
 A training step is never waited for: what is counted comes with the batch, ranks share one small
@@ -63,9 +63,11 @@ class TokenEfficiency(Callback):
         self.last: Result | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing is judged yet. All ranks must ask for the run's folder, one tells it to the others."""
+        """Nothing is judged yet. All ranks must ask for the run's folder, one tells it to the others; a trial of a
+        batch (fast_dev_run) has none."""
         self.last = None
-        self.folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        self.folder = None if trainer.fast_dev_run else folder  # type: ignore[attr-defined]
 
     # training
 
@@ -170,9 +172,9 @@ class TokenEfficiency(Callback):
         self.clock.paused = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The last validation's result into files and the terminal."""
+        """The last validation's result."""
         if self.last:
-            self._finish(self.last)
+            self._tell(self.last)
 
     # validation and test
 
@@ -214,12 +216,12 @@ class TokenEfficiency(Callback):
         if trainer.state.fn == "fit":
             self.memory.forget()
         elif self.last:
-            self._finish(self.last)
+            self._tell(self.last)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same, and picture and JSON into the run's folder, the table to the terminal."""
         if trainer.is_global_zero:
-            self._finish(self._judged(trainer))
+            self._tell(self._judged(trainer))
 
     def _judged(self, trainer: Trainer) -> Result:
         result = self.judgement.result(trainer, self.peak_of(trainer, self.judgement.lit))
@@ -229,15 +231,18 @@ class TokenEfficiency(Callback):
         for writer in writers(trainer):
             writer.add_figure(f"{result['split']}/accuracy against tokens", draw(result), step)
             writer.add_text(f"{result['split']}/table", markdown(result), step)
+        if self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = self.folder / FILES[result["split"]]
+            file.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+            draw(result).savefig(file.with_suffix(".png"))
         return result
 
-    def _finish(self, result: Result) -> None:
-        """Picture and JSON into the run's folder, the table to the terminal."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / FILES[result["split"]]
-        file.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-        draw(result).savefig(file.with_suffix(".png"))
-        print_whole(table(result), f"Picture and figures: {file}.png and .json")
+    def _tell(self, result: Result) -> None:
+        """The table to the terminal, and where the files are."""
+        print_whole(table(result))
+        if self.folder:
+            print_whole(f"Picture and figures: {self.folder / FILES[result['split']]}.png and .json")
 
 
 FILES = {"val": "accuracy_tokens_val", "test": "accuracy_tokens"}

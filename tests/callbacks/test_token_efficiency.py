@@ -566,6 +566,12 @@ def test_the_last_validation_of_a_fit_is_kept_as_well(judged):
     assert next(folder.glob("**/accuracy_tokens_val.png")).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_trial_of_one_batch_leaves_no_files(instruction_set, tmp_path, capsys):
+    run(instruction_set, tmp_path, fast_dev_run=True, default_root_dir=tmp_path)
+    assert "Validation at step 1" in capsys.readouterr().out
+    assert not list(tmp_path.rglob("accuracy_tokens*"))
+
+
 def test_nothing_is_timed_where_nobody_wants_it(instruction_set, tmp_path, caplog):
     with caplog.at_level("INFO"):
         run(instruction_set, tmp_path, TokenEfficiency(repetitions=0))
