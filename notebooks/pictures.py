@@ -279,7 +279,9 @@ def _apart(ticks: Sequence[int]) -> list[int]:
 
 def finished_run(result: dict[str, Any]) -> Shown:
     """Accuracy against tokens, and where it was measured the time to the first token beside it."""
-    figure, (left, right) = _panels(2, 2, 4)
+    measured = any(row["measured"] for row in result["scales"])
+    figure, (left, *right) = _panels(1 + measured, 1 + measured, 4)
     draw_accuracy(left, result)
-    draw_speed(right, result)
+    for axes in right:
+        draw_speed(axes, result)
     return show(figure)

@@ -70,6 +70,16 @@ def test_the_readmes_picture_shows_what_the_readme_says(monkeypatch):
     assert Image.open(file).size == tuple(round(110 * side) for side in figure.get_size_inches())
 
 
+def test_a_run_without_times_is_drawn_without_them(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    pictures, shown = import_module("pictures"), []
+    monkeypatch.setattr(pictures, "show", shown.append)
+    result = json.loads((FOLDER / "accuracy_tokens.json").read_text())
+    pictures.finished_run(result)
+    pictures.finished_run(result | {"scales": [row | {"measured": None} for row in result["scales"]]})
+    assert [len(figure.axes) for figure in shown] == [2, 1]
+
+
 def test_the_curve_is_that_of_the_results():
     """The shipped figures stand in RESULTS.md, with their command."""
     run = json.loads((FOLDER / "accuracy_tokens.json").read_text())

@@ -42,7 +42,7 @@ def contents(batch: Any) -> str:
 
 def advice(trainer: Trainer, lit: Any) -> str:
     """A line for each knob that is not turned yet."""
-    sharded = lit.vlm.in_step if hasattr(lit, "vlm") else False
+    sharded = lit.vlm.sharded if hasattr(lit, "vlm") else False
     missing = [part for part in ("encoder", "llm") if part not in lit.activation_checkpointing]
     knobs = {
         f"model.activation_checkpointing: [encoder, llm] ({' and '.join(missing)} kept so far)": bool(missing),

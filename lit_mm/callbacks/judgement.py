@@ -79,7 +79,7 @@ class Judgement:
         are cast before they compute."""
         if self.lit.costs is None:
             return None
-        half = self.lit.vlm.in_step and arithmetic_of(str(trainer.precision)) == "half"
+        half = self.lit.vlm.sharded and arithmetic_of(str(trainer.precision)) == "half"
         return self.lit.costs.language.cached * (2 if half else self.lit.vlm.llm.dtype.itemsize)
 
     def _time(self, trainer: Trainer, rows: list[dict[str, Any]]) -> dict[str, int] | None:
@@ -113,7 +113,7 @@ class Judgement:
         """Why not; empty if they are."""
         if not self.repetitions:
             return "token_efficiency.repetitions is 0"
-        if self.lit.vlm.in_step:
+        if self.lit.vlm.sharded:
             return "the model is sharded over ranks"
         if self.lit.costs is None:
             return f"{type(self.lit.vlm.llm).__name__} may not keep a plain KV cache"

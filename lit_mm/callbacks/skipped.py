@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from rich.console import Console
 from rich.table import Table
+
+from lit_mm.evaluation.pictures import print_whole
 
 
 class SkippedRecords(Callback):
@@ -27,7 +28,7 @@ class SkippedRecords(Callback):
         for reason in {*before, *loading}:
             pl_module.log(f"skipped/{reason}", float(before[reason] + loading[reason]), rank_zero_only=True)
         if trainer.is_global_zero and (before or loading):
-            Console().print(table(trainer.current_epoch, before, loading, seen))
+            print_whole(table(trainer.current_epoch, before, loading, seen))
 
 
 def _over_ranks(trainer: Trainer, counts: Counter[str], seen: int) -> tuple[Counter[str], int]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_mm.callbacks.efficiency_report import Result, draw, markdown, table
 from lit_mm.callbacks.judgement import Judgement
@@ -35,8 +35,9 @@ class TokenEfficiency(Callback):
 
     Groups: `tokens/` and `images/` per step over all ranks, `speed/` over all ranks, `parts/` of one
     step in each interval on rank 0 (not the first of a run, which has more to do), `memory/` the most of
-    any rank, `scale/` of every level. Pixels are those that the encoder gets: of a photo that was made
-    square, its filling too; `stride_padding_share` is what the encoder adds to reach its stride.
+    any rank, `scale/` and `val/accuracy_area` of every level, `train/lr_` of every part. Pixels are those
+    that the encoder gets: of a photo that was made square, its filling too; `stride_padding_share` is what
+    the encoder adds to reach its stride.
     MFU is the FLOPs that the model needs (lit_mm.model.costs; what checkpointing computes again is
     not counted) by the time, as a share of the devices' peak; that of a part by the time of this part
     alone, forward and backward.
@@ -190,24 +191,24 @@ class TokenEfficiency(Callback):
         self.judgement = Judgement(pl_module, "test", self.repetitions)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Count the questions."""
         self.judgement.add(batch)
 
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, *_: Any
-    ) -> None:
-        """Count the questions."""
-        self.judgement.add(batch)
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring the ranks' questions together."""
         self.judgement.gather(trainer)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring the ranks' questions together."""
-        self.judgement.gather(trainer)
+    on_test_epoch_end = on_validation_epoch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Time every level, log scalars, picture and table."""
@@ -219,9 +220,11 @@ class TokenEfficiency(Callback):
             self._tell(self.last)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same, and picture and JSON into the run's folder, the table to the terminal."""
-        if trainer.is_global_zero:
+        """The same, and the table to the terminal."""
+        if trainer.is_global_zero and self.judgement.expected:
             self._tell(self._judged(trainer))
+        elif trainer.is_global_zero:
+            rank_zero_warn("nothing was judged: no record of the test could be asked")
 
     def _judged(self, trainer: Trainer) -> Result:
         result = self.judgement.result(trainer, self.peak_of(trainer, self.judgement.lit))

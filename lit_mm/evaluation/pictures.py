@@ -16,9 +16,12 @@ ENCODER, WHOLE_PROMPT = "#1f5fa8", "#3f8f83"
 
 def print_whole(*things: Any) -> None:
     """In the terminal, a thing a line; a file or a pipe has room for whole tables."""
-    console = Console() if Console().is_terminal else Console(width=160)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
     for thing in things:
-        console.print(thing, soft_wrap=isinstance(thing, str))
+        text = isinstance(thing, str)
+        console.print(thing, soft_wrap=text, markup=not text, highlight=not text)
 
 
 def spread(times: dict[str, float] | None) -> str:

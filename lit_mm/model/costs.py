@@ -381,7 +381,8 @@ def encoder_flops(encoder: Encoder, size: Size, checkpointed: bool = False) -> F
     return flops
 
 
-@torch.enable_grad()  # whoever asks: what is found once is kept for training
+@torch.inference_mode(False)  # whoever asks: what is found once is kept for training
+@torch.enable_grad()
 def counted(encoder: Encoder, size: Size) -> Flops:
     """An encoder on `meta` on one image, as torch counts its operators."""
     pixels = torch.empty(1, 3, *size, device="meta", dtype=next(encoder.parameters()).dtype)

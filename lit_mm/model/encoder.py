@@ -87,8 +87,12 @@ class Encoder(nn.Module):
         return F.pad(pixels, (0, -width % self.stride, 0, -height % self.stride))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass instead of keeping them."""
-        raise NotImplementedError
+        """Recompute activations in the backward pass instead of keeping them.
+
+        Raises:
+            ValueError: The encoder does not know how.
+        """
+        raise ValueError(f"model.activation_checkpointing: {type(self).__name__} has no set_grad_checkpointing")
 
     def _statistics_of(self, trunk: nn.Module) -> None:
         config = cast(dict[str, Any], trunk.pretrained_cfg)

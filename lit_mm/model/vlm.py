@@ -70,7 +70,7 @@ class MatryoshkaVLM(nn.Module):
         self.projector = projector
         self.llm = llm
         self.time_scales = checked_time_scales(time_scales) if time_scales else []
-        self.in_step = False
+        self.sharded = False
         """Whether ranks wait for each other's parameters, and so must compute equally often."""
 
     @property
@@ -285,7 +285,7 @@ class MatryoshkaVLM(nn.Module):
         Raises:
             ValueError: The model does not have this level, or no end token is known.
         """
-        if not questions and not self.in_step:
+        if not questions and not self.sharded:
             return []
         if level not in self.levels:
             raise ValueError(f"scale {level} is not one of the model's {', '.join(map(str, self.levels))}")
@@ -298,7 +298,7 @@ class MatryoshkaVLM(nn.Module):
             do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0]
         )
         answers = cast(Any, self.llm).generate(
-            inputs_embeds=embeddings, attention_mask=mask, generation_config=config, synced_gpus=self.in_step
+            inputs_embeds=embeddings, attention_mask=mask, generation_config=config, synced_gpus=self.sharded
         )
         return [_until(answer, ends) for answer in answers[: len(questions)]]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -47,14 +48,18 @@ def main(arguments: Sequence[str]) -> None:
         return
     options, rest = _options().parse_known_args(arguments)
     experiments = [_experiment(own, options.dtype) for own in _separated(rest)]
-    _write([_figures(experiment, options) for experiment in experiments], options)
+    how = options.gpus, options.samples, options.precision, options.strategy
+    plans = [plan_of(own, *how) for own in experiments] if options.gpus else []
+    found = [_figures(experiment, options) for experiment in experiments]
+    for figures, plan in zip(found, plans, strict=False):
+        figures["training_memory"] = {**asdict(plan), "total": plan.total, "samples": options.samples}
+    _write(found, options)
     for own in experiments:
         if own.model.llm.quantize:
             note = f"llm.quantize {own.model.llm.quantize} is left out: weights and memory are those without it"
             print_whole(f"{own.name}: {note}")
-    if options.gpus:
-        how = options.gpus, options.samples, options.precision, options.strategy
-        print_whole(memory_table([(own.name, plan_of(own, *how)) for own in experiments], *how))
+    if plans:
+        print_whole(memory_table([(own.name, plan) for own, plan in zip(experiments, plans, strict=True)], *how))
 
 
 def _figures(experiment: Experiment, options: argparse.Namespace) -> dict[str, Any]:
@@ -170,6 +175,6 @@ def _file(text: str) -> Path:
 
 def _picture(text: str) -> Path:
     file = _file(text)
-    if file.suffix not in PICTURES:
+    if file.suffix.lower() not in PICTURES:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(PICTURES)}, found {text!r}")
     return file

@@ -19,7 +19,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lit_mm.model.costs import Size
-from lit_mm.model.encoder import Encoder
+from lit_mm.model.encoder import ConvNeXtEncoder, Encoder, TimmEncoder
 from lit_mm.model.llm import DType, load_config, load_tokenizer
 from lit_mm.model.projector import MatryoshkaProjector, Scale, all_levels, checked_scales, nested_shapes
 from lit_mm.model.shapes import config_of
@@ -54,7 +54,8 @@ class Experiment:
         """The model with random weights, or without any on `meta`."""
         dtype = getattr(torch, self.dtype)
         with torch.device(device):
-            encoder: Encoder = self.model.encoder(**({"pretrained": False} if self.encoder.pretrained else {}))
+            known = isinstance(self.encoder, ConvNeXtEncoder | TimmEncoder)
+            encoder: Encoder = self.model.encoder(**({"pretrained": False} if known else {}))
             llm = AutoModelForCausalLM.from_config(self.llm, dtype=dtype)
             width = llm.get_input_embeddings().embedding_dim
             projector = MatryoshkaProjector(encoder.width, width, self.model.scales)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from lit_mm.model.attention import NAME
@@ -62,5 +63,5 @@ def memory_table(
         table.add_column(kind, justify="right")
     for name, found in plans:
         sizes = [f"{getattr(found, kind) / 2**30:,.2f}" for kind in KINDS]
-        table.add_row(name, *sizes, f"{found.total / 2**30:,.2f}", found.moment)
+        table.add_row(escape(name), *sizes, f"{found.total / 2**30:,.2f}", found.moment)
     return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from lit_mm.evaluation.pictures import ENCODER, draw_times, spread
@@ -39,7 +40,7 @@ def models_table(experiments: Sequence[Figures]) -> Table:
     rows = _table("Models (parameters in millions)", names, left=3)
     for own in experiments:
         millions = [f"{own['parameters'][part] / 1e6:,.2f}" for part in ("encoder", "projector", "llm")]
-        rows.add_row(own["name"], own["encoder"], own["llm"], *millions, in_bytes(own["weight_bytes"]), own["dtype"])
+        rows.add_row(_name(own), own["encoder"], own["llm"], *millions, in_bytes(own["weight_bytes"]), own["dtype"])
     return rows
 
 
@@ -52,9 +53,9 @@ def answers_table(experiments: Sequence[Figures]) -> Table:
     for own, at in _sizes(experiments):
         for row in at["scales"]:
             share = f"{100 * row['visual_share']:.1f} %"
-            rows.add_row(own["name"], image(at), _tokens(row), *_flops_of(row), share, in_bytes(row["kv_bytes"]))
+            rows.add_row(_name(own), image(at), _tokens(row), *_flops_of(row), share, in_bytes(row["kv_bytes"]))
         none = at["text_only"]
-        rows.add_row(own["name"], "none", "0", *_flops_of(none), "", in_bytes(none["kv_bytes"]), style="dim")
+        rows.add_row(_name(own), "none", "0", *_flops_of(none), "", in_bytes(none["kv_bytes"]), style="dim")
         rows.add_section()
     return rows
 
@@ -68,12 +69,12 @@ def training_table(experiments: Sequence[Figures]) -> Table:
         parts = [in_flops(cost[f"{part}_flops"]) for part in ("encoder", "projector", "llm", "head", "total")]
         ratio = f"{cost['total_flops'] / cost['finest_alone_flops']:.2f}" if cost["finest_alone_flops"] else ""
         again = in_flops(cost["recompute_flops"])
-        rows.add_row(own["name"], image(at), f"{cost['row_tokens']:,}", *parts, again, ratio)
+        rows.add_row(_name(own), image(at), f"{cost['row_tokens']:,}", *parts, again, ratio)
     return rows
 
 
 def timings_table(experiments: Sequence[Figures]) -> Table:
-    """Medians in milliseconds, with the range of the middle half."""
+    """Milliseconds."""
     device = experiments[0]["sizes"][0]["scales"][0]["measured"]["device"]
     names = ["experiment", "image", "tokens", "encode ms", "first token ms", "further token ms", "peak memory"]
     rows = _table(f"Measured on {device}, random weights (median, interquartile range)", names, left=2)
@@ -82,7 +83,7 @@ def timings_table(experiments: Sequence[Figures]) -> Table:
             seen = row["measured"]
             times = [spread(seen[f"{name}_ms"]) for name in ("encode", "first_token", "further_token")]
             memory = in_bytes(seen["peak_bytes"]) if seen["peak_bytes"] else ""
-            rows.add_row(own["name"], image(at), _tokens(row), *times, memory)
+            rows.add_row(_name(own), image(at), _tokens(row), *times, memory)
         rows.add_section()
     return rows
 
@@ -102,9 +103,11 @@ def draw(experiments: Sequence[Figures]) -> Figure:
         axes = figure.subplots(2 if measured else 1, len(panels), **options)
     highest = max(row["total_flops"] for _, at in panels for row in at["scales"])
     factor, unit = unit_of(highest)
+    titles = without_common_start([own["name"] for own in experiments])
     for number, (own, at) in enumerate(panels):
         _draw_flops(axes[0][number], at, factor)
-        axes[0][number].set_title(own["name"] if at is own["sizes"][0] else "", fontweight="bold", loc="left", pad=22)
+        title = titles[experiments.index(own)].replace(" + ", "\n+ ")
+        axes[0][number].set_title(title if at is own["sizes"][0] else "", fontweight="bold", loc="left", pad=22)
         axes[0][number].annotate(
             f"{image(at)} pixels", (0, 1), (0, 8), "axes fraction", "offset points", color="#555555"
         )
@@ -117,6 +120,14 @@ def draw(experiments: Sequence[Figures]) -> Figure:
         axes[1][0].set_ylabel("time to the first token (ms)")
     _add_legend(figure, experiments[0])
     return figure
+
+
+def without_common_start(names: Sequence[str]) -> list[str]:
+    """`m3/convllava_768`, … for `base + m3/tune + m3/convllava_768`, …: what all have in common says nothing."""
+    pieces, same = [name.split(" + ") for name in names], 0
+    while len(set(names)) > 1 and same < min(map(len, pieces)) - 1 and len({own[same] for own in pieces}) == 1:
+        same += 1
+    return [" + ".join(own[same:]) for own in pieces]
 
 
 def _draw_flops(axes: Axes, at: Figures, factor: float) -> None:
@@ -161,7 +172,19 @@ def _finish(axes: Axes, at: Figures) -> None:
 def _add_legend(figure: Figure, first: Figures) -> None:
     title = f"What an answer costs: a prompt of {first['prompt_tokens']} tokens, an answer of {first['new_tokens']}"
     figure.suptitle(f"{title}; in % what the image adds", x=0.008, ha="left", fontsize=12)
-    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=9, handlelength=1.2, columnspacing=1.4)
+    figure.legend(
+        loc="outside lower center",
+        ncols=6 if figure.get_figwidth() > 9 else 3,
+        frameon=False,
+        fontsize=9,
+        handlelength=1.2,
+        columnspacing=1.4,
+    )
+
+
+def _name(own: Figures) -> str:
+    """As a cell of a table, in which rich would read brackets."""
+    return escape(own["name"])
 
 
 def image(at: Figures) -> str:

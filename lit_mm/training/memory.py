@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -99,18 +98,6 @@ def plan(
         step.run(batch, step.stepped(optimizer, device), accumulate)
     sizes: dict[str, Any] = {kind: ledger.most[kind] for kind in KINDS}
     return MemoryPlan(**sizes, moment=ledger.moment, gpus=gpus, sharded=units is not None)
-
-
-def table(plan: MemoryPlan) -> Table:
-    """What takes how much, in MiB."""
-    among = f"{plan.gpus} GPUs, {'sharded' if plan.sharded else 'whole copies'}" if plan.gpus > 1 else "one GPU"
-    made = Table(title="Memory per GPU", title_justify="left")
-    made.add_column(among)
-    made.add_column("MiB", justify="right")
-    for kind in KINDS:
-        made.add_row(kind, f"{getattr(plan, kind) / 2**20:,.0f}")
-    made.add_row(f"all, at most (in the {plan.moment})", f"{plan.total / 2**20:,.0f}", style="bold")
-    return made
 
 
 def example_batch(

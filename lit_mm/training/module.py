@@ -11,7 +11,6 @@ from lightning import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -19,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lit_mm.data.conversation import Conversation
 from lit_mm.data.sets import ModelInputs
 from lit_mm.evaluation.metrics import AnswerAccuracy
+from lit_mm.evaluation.pictures import print_whole
 from lit_mm.model.attention import NAME
 from lit_mm.model.costs import Costs
 from lit_mm.model.encoder import Encoder
@@ -166,7 +166,7 @@ class LitMatryoshka(LightningModule):
             self.vlm.to(torch.bfloat16)
         self.groups, self.table = parameter_groups(self.vlm, self.parts), parts_table(self.vlm, self.parts)
         self.costs = Costs.if_known(self.vlm, self.activation_checkpointing)  # a sharded model can not be asked
-        self.vlm.in_step = is_sharded(self._trainer)
+        self.vlm.sharded = is_sharded(self._trainer)
         if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             shard(self.vlm, self.trainer.strategy.device_mesh["data_parallel"], self.trainer.strategy, direct)
 
@@ -198,7 +198,7 @@ class LitMatryoshka(LightningModule):
         self.divisor: Tensor | None = None
         self.checked = False
         if self.trainer.is_global_zero:
-            Console().print(self.table)
+            print_whole(self.table)
             rank_zero_info(f"attention: {self.packing} ({type(self.vlm.llm).__name__})")
 
     def on_train_epoch_start(self) -> None:
@@ -286,6 +286,7 @@ class LitMatryoshka(LightningModule):
 
     def on_train_start(self) -> None:
         """A run that goes on in the middle of an epoch must have the batches of the one that began it."""
+        self.place.steps = self.trainer.global_step  # 0 also of a module that came from a checkpoint or another fit
         check_order(self.order, self._order(), self.place)
         refuse_hidden_scale(self.trainer)
         set_options(self.trainer, self.options)
@@ -314,7 +315,7 @@ class LitMatryoshka(LightningModule):
 
     def _encodings(self, batch: Batch) -> int:
         """How often ranks that wait for each other must run their encoders."""
-        return self._over_ranks(batch)[1] if self.vlm.in_step else 0
+        return self._over_ranks(batch)[1] if self.vlm.sharded else 0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses and accuracies at every level; a rank with fewer records logs nothing, by weight, too."""
@@ -322,7 +323,7 @@ class LitMatryoshka(LightningModule):
         losses, encodings = Losses(nothing, nothing), self._encodings(batch)
         if batch.token_ids:
             losses = self.vlm(batch, encodings=encodings)
-        elif self.vlm.in_step:
+        elif self.vlm.sharded:
             self.vlm(stand_in(batch, self.scales, self.packing, self.device), encodings=encodings)
         self._log_losses("val", losses, batch)
         self._judge("val", batch)

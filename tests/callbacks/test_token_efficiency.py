@@ -566,6 +566,16 @@ def test_the_last_validation_of_a_fit_is_kept_as_well(judged):
     assert next(folder.glob("**/accuracy_tokens_val.png")).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_test_of_nothing_says_so(instruction_set, tmp_path):
+    """Images that went away after a set was opened, left out as asked."""
+    trainer, lit, data, _ = run(instruction_set, tmp_path, data={"on_bad_record": "skip"}, limit_val_batches=0)
+    data.setup("test")
+    for file in (instruction_set / "images").iterdir():
+        file.unlink()
+    with pytest.warns(UserWarning, match="nothing was judged"):
+        trainer.test(lit, data, verbose=False)
+
+
 def test_a_trial_of_one_batch_leaves_no_files(instruction_set, tmp_path, capsys):
     run(instruction_set, tmp_path, fast_dev_run=True, default_root_dir=tmp_path)
     assert "Validation at step 1" in capsys.readouterr().out

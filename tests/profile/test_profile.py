@@ -1,6 +1,7 @@
 """`profile` as a user meets it, against published figures and arithmetic."""
 
 import json
+import re
 import socket
 import time
 
@@ -17,6 +18,7 @@ from lit_mm.model.costs import causal_pairs
 from lit_mm.model.projector import nested_shapes
 from lit_mm.profile.experiment import Experiment, pooled_again, read_model
 from lit_mm.profile.memory import plan_of
+from lit_mm.profile.report import without_common_start
 from tests.conftest import ROOT, tiny_vlm
 
 VICUNA = {"source": "lmsys/vicuna-7b-v1.5", "template": "vicuna_v1"}
@@ -186,8 +188,36 @@ def test_experiments_are_told_apart(run, tmp_path):
     found, printed = run(*calls[:-1], "--gpus", "2")
     names = [f"base + convllava/stage_3 + convllava/{size}/stage_3 + llm/smollm2_135m" for size in (768, 1024)]
     assert [own["name"] for own in found] == names
+    assert all(own["training_memory"]["total"] > own["training_memory"]["parameters"] > 0 for own in found)
     memory = printed[printed.index("Training: GiB") :]
     assert [memory.count(f"{size}/stage_3") for size in (768, 1024)] == [1, 1]
+
+
+def test_titles_of_panels_leave_out_what_all_have_in_common():
+    names = ["base + m3/tune + m3/convllava_768", "base + m3/tune + m3/llava"]
+    assert without_common_start(names) == ["m3/convllava_768", "m3/llava"]
+    assert without_common_start([names[0], "base"]) == [names[0], "base"]
+    assert without_common_start([names[0]] * 2) == [names[0]] * 2
+
+
+def test_a_name_is_no_markup(run):
+    _, printed = run("--config", QUICKSTART, "--name", "[/b][red]runs[m3]", "--model.scales", "[9,1]", "--sizes", "64")
+    assert "[/b][red]runs[m3], 64×64: " in printed
+    assert printed.count("[/b][red]runs[m3] ") >= 3  # a cell of every table
+
+
+def test_an_encoder_of_ones_own_is_profiled_or_says_why_not(run, tmp_path, monkeypatch):
+    """The README's, which might load weights by itself; what it lacks is named."""
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    (tmp_path / "own_encoder.py").write_text(
+        code.replace("self.pretrained = patch, width, False", "self.pretrained = patch, width, True")
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = ["--config", QUICKSTART, "--model.encoder", "own_encoder.PatchEncoder", "--model.scales", "[16,4,1]"]
+    [found], _ = run(*own, "--measure", "--dtype", "float32", "--new-tokens", "2")
+    assert found["sizes"][0]["scales"][0]["measured"]["encode_ms"]["median"] > 0
+    with pytest.raises(SystemExit, match="activation_checkpointing: PatchEncoder has no set_grad_checkpointing"):
+        run(*own, "--model.activation_checkpointing", "[encoder]")
 
 
 def test_what_is_quantized_is_said_to_be_left_out(run):

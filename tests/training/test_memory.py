@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from rich.console import Console
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -22,7 +21,7 @@ from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.rows import Drawn
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.ledger import FLOAT32
-from lit_mm.training.memory import MemoryPlan, example_batch, plan, table
+from lit_mm.training.memory import MemoryPlan, example_batch, plan
 from tests.conftest import ROOT, tiny_vlm
 from tests.training.measured_step import CASES, RETURNING, Case, batch_of, build, optimizer_of, rank_of, real, units_of
 
@@ -227,16 +226,6 @@ def test_drawn_levels_alone_are_laid_out():
 def test_an_unknown_precision_is_refused():
     with pytest.raises(ValueError, match=r"precision 16-mixed: expected one of 32-true, bf16-mixed, bf16-true"):
         tiny_plan(precision="16-mixed")
-
-
-def test_table_shows_every_kind_and_the_sum():
-    console = Console(width=100)
-    with console.capture() as shown:
-        console.print(table(MemoryPlan(3 * 2**30, 2**30, 2**31, 2**20, 0, "backward", 8, True)))
-    text = shown.get()
-    assert "8 GPUs, sharded" in text
-    assert "all, at most (in the backward)" in text
-    assert re.findall(r"[\d,]+(?= │)", text) == ["3,072", "1,024", "2,048", "1", "0", "6,145"]
 
 
 def convllava() -> MatryoshkaVLM:

@@ -40,6 +40,22 @@ def fit(root, folder, ckpt_path=None, data=None, **options) -> tuple[LitMatryosh
     return lit, trainer
 
 
+def test_what_a_module_came_from_does_not_count_as_steps_of_its_fit(instruction_set, tmp_path):
+    _, trainer = fit(instruction_set, tmp_path / "first", max_steps=3)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    lit, options = module(), {"accelerator": "cpu", "enable_progress_bar": False, "inference_mode": False}
+    files = {split: f"{instruction_set}/{split}.json" for split in ("train", "val")}
+    data = ImageInstructions(lit.inputs, **files, image_root=str(instruction_set), image=ImageOptions("keep", None))
+    lightning.Trainer(**options, logger=False).validate(
+        lit, data, ckpt_path=tmp_path / "first.ckpt", weights_only=False
+    )
+    assert lit.place.steps == 3  # where it was judged
+    trainer = lightning.Trainer(**options, logger=False, max_steps=2, limit_val_batches=0)
+    trainer.fit(lit, data)
+    trainer.save_checkpoint(tmp_path / "second.ckpt")
+    assert torch.load(tmp_path / "second.ckpt", weights_only=False)["global_step"] == 2
+
+
 def losses(folder) -> list[dict[str, float]]:
     lines = next(folder.glob("**/metrics.csv")).read_text().splitlines()
     names = lines[0].split(",")
