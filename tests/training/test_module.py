@@ -43,7 +43,13 @@ def fit(root, folder, ckpt_path=None, data=None, **options) -> tuple[LitMatryosh
 def test_what_a_module_came_from_does_not_count_as_steps_of_its_fit(instruction_set, tmp_path):
     _, trainer = fit(instruction_set, tmp_path / "first", max_steps=3)
     trainer.save_checkpoint(tmp_path / "first.ckpt")
-    lit, options = module(), {"accelerator": "cpu", "enable_progress_bar": False, "inference_mode": False}
+    lit = module()
+    options = {
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "inference_mode": False,
+        "default_root_dir": tmp_path,
+    }
     files = {split: f"{instruction_set}/{split}.json" for split in ("train", "val")}
     data = ImageInstructions(lit.inputs, **files, image_root=str(instruction_set), image=ImageOptions("keep", None))
     lightning.Trainer(**options, logger=False).validate(
