@@ -16,6 +16,7 @@ from lit_mm.evaluation.efficiency import Asked, accuracy_per_tflop, level_costs,
 from lit_mm.evaluation.metrics import majority_share
 from lit_mm.evaluation.timing import WARM_UP, AnswerTimer
 from lit_mm.model.rows import Batch
+from lit_mm.training.parts import PARTS
 
 MOST_NEW_TOKENS = 8
 
@@ -133,7 +134,7 @@ def described(trainer: Trainer, lit: Any, peak: float | None) -> dict[str, Any]:
         "nodes": trainer.num_nodes,
         "peak_tflops": None if peak is None else peak / 1e12,
         "precision": str(trainer.precision),
-        "dtype": {name: str(next(getattr(lit.vlm, name).parameters()).dtype)[6:] for name in DTYPES},
+        "dtype": {name: str(next(getattr(lit.vlm, name).parameters()).dtype)[6:] for name in PARTS},
         "attention": lit.packing,
         "strategy": type(trainer.strategy).__name__,
         "batch_size": {
@@ -144,7 +145,3 @@ def described(trainer: Trainer, lit: Any, peak: float | None) -> dict[str, Any]:
         },
         "versions": versions(),
     }
-
-
-DTYPES = ("encoder", "projector", "llm")
-"""Parts whose weights have a type of their own."""

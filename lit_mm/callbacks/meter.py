@@ -17,12 +17,12 @@ import torch
 
 from lit_mm.model.costs import Costs, ModelFlops, Size
 from lit_mm.model.rows import Batch, Counts
+from lit_mm.training.parts import PARTS
 
 Numbers = dict[str, float]
 GIB = 1024**3
 LARGEST = ("seconds", "waited", "allocated", "reserved", "process")
 """What is the largest of all ranks, as they go in step; all else is their sum."""
-PARTS = ("encoder", "projector", "llm")
 
 
 class Clock:

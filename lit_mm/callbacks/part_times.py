@@ -1,9 +1,9 @@
 """How long encoder, projector and LLM take in a training step, forward and backward.
 
 A step, with all batches that it accumulates and the optimizer's work, is cut into pieces at the parts'
-borders: hooks on modules in the forward pass, hooks on the
-tensors that cross a border in the backward pass. On a GPU a cut is an event in its queue, read when
-it lies behind: nothing is waited for. Hooks exist during a watched step alone.
+borders: hooks on modules in the forward pass, hooks on the tensors that cross a border in the backward
+pass. On a GPU a cut is an event in its queue, read when it lies behind: nothing is waited for. Hooks
+exist during a watched step alone.
 """
 
 from __future__ import annotations

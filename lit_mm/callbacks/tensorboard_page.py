@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from lit_mm.model.projector import Scale
+from lit_mm.training.parts import PARTS
 
 Layout = dict[str, dict[str, list[Any]]]
 
@@ -31,7 +32,6 @@ def layout(levels: Sequence[Scale], utilisation: bool) -> Layout:
     def of_levels(name: str) -> list[Any]:
         return chart(*(f"{name}@{level}" for level in levels))
 
-    parts = ("encoder", "projector", "llm")
     return {
         "quality of every scale": {
             "training loss": of_levels("train/loss"),
@@ -45,10 +45,10 @@ def layout(levels: Sequence[Scale], utilisation: bool) -> Layout:
         "speed": {
             "tokens per second": chart(*(f"speed/{kind}_tokens_per_s" for kind in ("visual", "text", "target"))),
             "tokens per step": chart(*(f"tokens/{kind}" for kind in ("visual", "text", "target", "padding"))),
-            "time in a step by part (ms)": chart(*(f"parts/{part}_ms" for part in (*parts, "other"))),
+            "time in a step by part (ms)": chart(*(f"parts/{part}_ms" for part in (*PARTS, "other"))),
             "share of time waiting for data": chart("speed/data_wait_share"),
             "peak memory (GiB)": chart(*(f"memory/{kind}_GiB" for kind in ("allocated", "reserved", "process"))),
-            **({"MFU": chart("speed/MFU", *(f"parts/{part}_MFU" for part in parts))} if utilisation else {}),
+            **({"MFU": chart("speed/MFU", *(f"parts/{part}_MFU" for part in PARTS))} if utilisation else {}),
         },
     }
 

@@ -22,12 +22,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_mm.callbacks.efficiency_report import Result, draw, markdown, table
 from lit_mm.callbacks.judgement import Judgement
-from lit_mm.callbacks.meter import GIB, PARTS, Clock, Meter, Numbers, over_ranks, report, training_flops
+from lit_mm.callbacks.meter import GIB, Clock, Meter, Numbers, over_ranks, report, training_flops
 from lit_mm.callbacks.part_times import OTHER, PartTimes
 from lit_mm.callbacks.tensorboard_page import open_page, writers
 from lit_mm.evaluation.devices import PeakMemory, arithmetic_of, device_name, peak_flops
 from lit_mm.evaluation.pictures import print_whole
 from lit_mm.model.rows import Batch
+from lit_mm.training.parts import PARTS
 
 
 class TokenEfficiency(Callback):

@@ -103,11 +103,11 @@ def draw(experiments: Sequence[Figures]) -> Figure:
         axes = figure.subplots(2 if measured else 1, len(panels), **options)
     highest = max(row["total_flops"] for _, at in panels for row in at["scales"])
     factor, unit = unit_of(highest)
-    titles = without_common_start([own["name"] for own in experiments])
+    titles = iter(without_common_start([own["name"] for own in experiments]))
     for number, (own, at) in enumerate(panels):
         _draw_flops(axes[0][number], at, factor)
-        title = titles[experiments.index(own)].replace(" + ", "\n+ ")
-        axes[0][number].set_title(title if at is own["sizes"][0] else "", fontweight="bold", loc="left", pad=22)
+        title = next(titles).replace(" + ", "\n+ ") if at is own["sizes"][0] else ""
+        axes[0][number].set_title(title, fontweight="bold", loc="left", pad=22)
         axes[0][number].annotate(
             f"{image(at)} pixels", (0, 1), (0, 8), "axes fraction", "offset points", color="#555555"
         )

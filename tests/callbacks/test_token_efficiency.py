@@ -29,6 +29,7 @@ from lit_mm.evaluation.timing import Stopwatch
 from lit_mm.model.attention import NAME
 from lit_mm.model.costs import Costs
 from lit_mm.model.counts import counts_of
+from lit_mm.training.parts import PARTS
 from tests.conftest import instruction_set as made_set
 from tests.conftest import tiny_llm, tiny_vlm
 from tests.model.test_counts import slow_counts
@@ -178,7 +179,7 @@ def test_the_parts_of_a_step_are_those_of_all_its_batches(instruction_set, tmp_p
     for row in watched:
         assert 100 < row["parts/llm_ms"] < row["speed/step_ms"]
         assert 80 < row["parts/other_ms"] < row["speed/step_ms"]
-        parts = sum(row[f"parts/{part}_ms"] for part in (*meter.PARTS, "other"))
+        parts = sum(row[f"parts/{part}_ms"] for part in (*PARTS, "other"))
         assert 0.8 * row["speed/step_ms"] < parts < 1.01 * row["speed/step_ms"]
 
 
@@ -220,7 +221,7 @@ def test_a_training_step_reads_no_tensor():
         with pytest.raises(RuntimeError, match="meta"):
             batch.token_ids[0].sum().item()
         taken = numbers.take()
-        assert sum(taken[f"{part}_flops"] for part in meter.PARTS) == costs.step(batch).total.training
+        assert sum(taken[f"{part}_flops"] for part in PARTS) == costs.step(batch).total.training
     batch.counts = None
     with pytest.raises(TypeError, match="meta"):
         costs.step(batch)
@@ -447,11 +448,11 @@ def test_a_given_peak_and_a_known_device_have(instruction_set, tmp_path, monkeyp
     for folder, peak in (("given", 0.5), ("known", 66.9)):
         for row in logged(tmp_path / folder):
             assert row["speed/MFU"] == pytest.approx(row["speed/TFLOPS_per_device"] / peak)
-            shares = [row[f"parts/{part}_FLOPs_share"] for part in meter.PARTS]
+            shares = [row[f"parts/{part}_FLOPs_share"] for part in PARTS]
             assert sum(shares) == pytest.approx(1)
             whole = [
                 row[f"parts/{part}_MFU"] * row[f"parts/{part}_ms"] / share
-                for part, share in zip(meter.PARTS, shares, strict=True)
+                for part, share in zip(PARTS, shares, strict=True)
             ]
             assert whole == pytest.approx([whole[0]] * 3)  # FLOPs of the step, by each part's share
 
