@@ -16,15 +16,15 @@ from lightning.pytorch.strategies import StrategyRegistry
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 from lit_mm.cli import LitMMCLI
+from lit_mm.costs.llm_shapes import published
 from lit_mm.data.images import ImageOptions
 from lit_mm.model.llm import load_tokenizer
 from lit_mm.model.projector import nested_shapes
-from lit_mm.model.shapes import published
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.parts import count_parameters
 from lit_mm.training.strategies import policy_of
 from tests.conftest import ROOT, tiny_llm
-from tests.model.test_shapes import PARAMETERS
+from tests.costs.test_llm_shapes import PARAMETERS
 
 DEVICES = 8
 TOKENS = {768: 144, 1024: 256, 1536: 576}

@@ -14,7 +14,7 @@ every scale of its grid and without any visual token, greedily and with a KV cac
 The roof is measured on the same device in the same alternation: FLOP/s of a large matrix product in
 the same dtype, and bytes/s of a large copy or of a matrix times a vector, whichever is faster. No part
 can take less than FLOPs / (FLOP/s), nor than bytes / (bytes/s), the larger of which is its limit.
-FLOPs are those of `lit_mm.model.costs`; bytes are the weights, read once, and the KV cache; an
+FLOPs are those of `lit_mm.costs.flops`; bytes are the weights, read once, and the KV cache; an
 encoder's activations are left out, so that its limit is a low one. A straight line through the prefills,
 by least squares, tells the FLOP/s that they reach and what they take beside it.
 
@@ -41,11 +41,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from lit_mm.model.costs import Answer, Costs, causal_pairs
+from lit_mm.costs.flops import Answer, Costs, causal_pairs
+from lit_mm.costs.llm_shapes import published
 from lit_mm.model.encoder import ConvNeXtEncoder, ExtraStage
 from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.rows import Images
-from lit_mm.model.shapes import published
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.profile.experiment import pooled_again
 

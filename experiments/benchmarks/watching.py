@@ -29,9 +29,9 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lit_mm.callbacks.token_efficiency import TokenEfficiency
+from lit_mm.costs.devices import device_name, versions
 from lit_mm.data import batching
 from lit_mm.data.easy_vqa import EasyVQA
-from lit_mm.evaluation.devices import device_name, versions
 from lit_mm.profile.experiment import read_model
 from lit_mm.training.module import LitMatryoshka
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from lit_mm.costs.units import in_bytes, in_flops
 from lit_mm.evaluation.pictures import draw_times, spread
-from lit_mm.evaluation.units import in_bytes, in_flops
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

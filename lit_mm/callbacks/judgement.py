@@ -11,10 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_mm.callbacks.efficiency_report import Result
 from lit_mm.callbacks.meter import counted
-from lit_mm.evaluation.devices import arithmetic_of, device_name, versions
+from lit_mm.costs.devices import arithmetic_of, device_name, versions
+from lit_mm.costs.timing import WARM_UP, AnswerTimer
 from lit_mm.evaluation.efficiency import Asked, accuracy_per_tflop, level_costs, summary
 from lit_mm.evaluation.metrics import majority_share
-from lit_mm.evaluation.timing import WARM_UP, AnswerTimer
 from lit_mm.model.rows import Batch
 from lit_mm.training.parts import PARTS
 

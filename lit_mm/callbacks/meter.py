@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from lit_mm.model.costs import Costs, ModelFlops, Size
+from lit_mm.costs.flops import Costs, ModelFlops, Size
 from lit_mm.model.rows import Batch, Counts
 from lit_mm.training.parts import PARTS
 
@@ -122,7 +122,7 @@ def counted(batch: Batch) -> Counts:
     if batch.counts is None:
         raise ValueError(
             "TokenEfficiency: expected Batch.counts, found none; whoever makes a batch must set it to "
-            "lit_mm.model.counts.counts_of(batch, scales), before it goes to a device"
+            "lit_mm.costs.counts.counts_of(batch, scales), before it goes to a device"
         )
     return batch.counts
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_mm.evaluation.timing import Stopwatch
+from lit_mm.costs.timing import Stopwatch
 from lit_mm.model.vlm import MatryoshkaVLM
 
 OTHER = "other"

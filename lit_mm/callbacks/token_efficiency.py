@@ -25,7 +25,7 @@ from lit_mm.callbacks.judgement import Judgement
 from lit_mm.callbacks.meter import GIB, Clock, Meter, Numbers, over_ranks, report, training_flops
 from lit_mm.callbacks.part_times import OTHER, PartTimes
 from lit_mm.callbacks.tensorboard_page import open_page, writers
-from lit_mm.evaluation.devices import PeakMemory, arithmetic_of, device_name, peak_flops
+from lit_mm.costs.devices import PeakMemory, arithmetic_of, device_name, peak_flops
 from lit_mm.evaluation.pictures import print_whole
 from lit_mm.model.rows import Batch
 from lit_mm.training.parts import PARTS
@@ -39,7 +39,7 @@ class TokenEfficiency(Callback):
     any rank, `scale/` and `val/accuracy_area` of every level, `train/lr_` of every part. Pixels are those
     that the encoder gets: of a photo that was made square, its filling too; `stride_padding_share` is what
     the encoder adds to reach its stride.
-    MFU is the FLOPs that the model needs (lit_mm.model.costs; what checkpointing computes again is
+    MFU is the FLOPs that the model needs (lit_mm.costs.flops; what checkpointing computes again is
     not counted) by the time, as a share of the devices' peak; that of a part by the time of this part
     alone, forward and backward.
     """

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
+from lit_mm.costs.counts import counts_of
 from lit_mm.data.records import RecordError
-from lit_mm.model.counts import counts_of
 from lit_mm.model.rows import Batch, Drawn, FrameSets, Images, Packing, Question, every_level, pack
 
 GRACE = 3

@@ -8,7 +8,7 @@ from itertools import pairwise
 from math import log2
 from typing import Any
 
-from lit_mm.model.costs import Costs, Size
+from lit_mm.costs.flops import Costs, Size
 from lit_mm.model.projector import ClipScale, Scale
 from lit_mm.model.rows import Counts, Prompts
 

@@ -152,7 +152,7 @@ class Prompts:
 
 @dataclass
 class Counts:
-    """What a batch holds, in numbers, all drawn levels together (see `lit_mm.model.counts`).
+    """What a batch holds, in numbers, all drawn levels together (see `lit_mm.costs.counts`).
 
     Args:
         text: Positions of text that the LLM computes.

@@ -11,15 +11,15 @@ from typing import Any, get_args
 
 import torch
 
-from lit_mm.evaluation.devices import device_name
+from lit_mm.costs.devices import device_name
+from lit_mm.costs.timing import AnswerTimer
 from lit_mm.evaluation.pictures import print_whole
-from lit_mm.evaluation.timing import AnswerTimer
 from lit_mm.model.llm import DType
 from lit_mm.profile.experiment import Experiment, Size, read_model
 from lit_mm.profile.figures import Timer, figures_of
 from lit_mm.profile.memory import memory_table, plan_of
+from lit_mm.profile.memory_plan import PRECISIONS
 from lit_mm.profile.report import draw, image, tables
-from lit_mm.training.memory import PRECISIONS
 
 ABOUT = """\
 What every visual token costs: FLOPs of encoder, projector and LLM, KV cache, weights, and how much of

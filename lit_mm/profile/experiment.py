@@ -18,11 +18,11 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from lit_mm.model.costs import Size
+from lit_mm.costs.flops import Size
+from lit_mm.costs.llm_shapes import config_of
 from lit_mm.model.encoder import ConvNeXtEncoder, Encoder, TimmEncoder
 from lit_mm.model.llm import DType, load_config, load_tokenizer
 from lit_mm.model.projector import MatryoshkaProjector, Scale, all_levels, checked_scales, nested_shapes
-from lit_mm.model.shapes import config_of
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.module import LitMatryoshka
 

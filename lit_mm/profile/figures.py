@@ -1,7 +1,7 @@
 """Experiments -> figures, as a dict that is written as JSON, shown as tables and drawn.
 
 FLOPs are of one answer of `new_tokens` tokens to one image with a prompt of `prompt_tokens` tokens,
-greedily and with a KV cache, attention counted as needed (see `lit_mm.model.costs`).
+greedily and with a KV cache, attention counted as needed (see `lit_mm.costs.flops`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lit_mm.model.costs import Answer, Costs, nested_segments
+from lit_mm.costs.flops import Answer, Costs, nested_segments
 from lit_mm.model.projector import ClipScale, Scale
 from lit_mm.profile.experiment import Experiment, Size
 from lit_mm.training.parts import apply_parts

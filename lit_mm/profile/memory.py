@@ -13,7 +13,7 @@ from lit_mm.model.attention import NAME
 from lit_mm.model.llm import packing_of
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.profile.experiment import Experiment
-from lit_mm.training.memory import KINDS, MemoryPlan, example_batch, plan
+from lit_mm.profile.memory_plan import KINDS, MemoryPlan, example_batch, plan
 from lit_mm.training.parts import apply_parts, parameter_groups, with_parameters
 from lit_mm.training.strategies import units
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from lit_mm.costs.units import in_bytes, in_flops, unit_of
 from lit_mm.evaluation.pictures import ENCODER, draw_times, spread
-from lit_mm.evaluation.units import in_bytes, in_flops, unit_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

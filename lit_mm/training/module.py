@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lit_mm.costs.flops import Costs
 from lit_mm.data.conversation import Conversation
 from lit_mm.data.sets import ModelInputs
 from lit_mm.evaluation.metrics import AnswerAccuracy
 from lit_mm.evaluation.pictures import print_whole
 from lit_mm.model.attention import NAME
-from lit_mm.model.costs import Costs
 from lit_mm.model.encoder import Encoder
 from lit_mm.model.llm import LLM, load_config, load_llm, load_tokenizer, packing_of
 from lit_mm.model.projector import (

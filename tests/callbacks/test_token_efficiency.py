@@ -20,19 +20,19 @@ from lit_mm.callbacks.efficiency_report import draw, markdown, table
 from lit_mm.callbacks.meter import Clock, Meter, percentile, report
 from lit_mm.callbacks.part_times import PartTimes
 from lit_mm.callbacks.token_efficiency import TokenEfficiency
+from lit_mm.costs import timing
+from lit_mm.costs.counts import counts_of
+from lit_mm.costs.devices import PeakMemory
+from lit_mm.costs.flops import Costs
+from lit_mm.costs.timing import Stopwatch
 from lit_mm.data.datamodules import ImageInstructions
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.sets import InstructionSet
-from lit_mm.evaluation import timing
-from lit_mm.evaluation.devices import PeakMemory
-from lit_mm.evaluation.timing import Stopwatch
 from lit_mm.model.attention import NAME
-from lit_mm.model.costs import Costs
-from lit_mm.model.counts import counts_of
 from lit_mm.training.parts import PARTS
 from tests.conftest import instruction_set as made_set
 from tests.conftest import tiny_llm, tiny_vlm
-from tests.model.test_counts import slow_counts
+from tests.costs.test_counts import slow_counts
 from tests.model.test_rows import SCALES, packed, random_samples
 from tests.model.test_vlm import batch_of
 from tests.training.sharded import Run, on_ranks, perform

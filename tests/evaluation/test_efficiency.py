@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from lit_mm.costs.flops import Costs
 from lit_mm.evaluation.efficiency import Asked, accuracy_per_tflop, area, level_costs, summary
 from lit_mm.model.attention import causal_pairs
-from lit_mm.model.costs import Costs
 from lit_mm.model.projector import ClipScale
 from lit_mm.model.rows import Counts, Prompts
 from tests.conftest import tiny_vlm

@@ -12,9 +12,9 @@ import yaml
 from PIL import Image
 
 from lit_mm.__main__ import main
-from lit_mm.evaluation.timing import AnswerTimer, quartiles
-from lit_mm.evaluation.units import in_bytes, in_flops
-from lit_mm.model.costs import causal_pairs
+from lit_mm.costs.flops import causal_pairs
+from lit_mm.costs.timing import AnswerTimer, quartiles
+from lit_mm.costs.units import in_bytes, in_flops
 from lit_mm.model.projector import nested_shapes
 from lit_mm.profile.experiment import Experiment, pooled_again, read_model
 from lit_mm.profile.memory import plan_of

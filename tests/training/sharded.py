@@ -16,7 +16,7 @@ import torch
 import torch.multiprocessing as mp
 from torch.utils.data import DataLoader
 
-from lit_mm.model.counts import counts_of
+from lit_mm.costs.counts import counts_of
 from lit_mm.model.rows import Batch, Packing, Question, every_level, pack
 from lit_mm.training import strategies  # noqa: F401 (registers fsdp1 and fsdp2)
 from lit_mm.training.module import LitMatryoshka

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.throughput import _CUDA_FLOPS
 
-from lit_mm.evaluation.devices import PeakMemory, arithmetic_of, device_name, peak_flops, versions
+from lit_mm.costs.devices import PeakMemory, arithmetic_of, device_name, peak_flops, versions
 
 UNITS = {
     # multiprocessors (AMD: compute units), FLOP per clock and unit in half precision, boost clock in GHz

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from lit_mm.costs.llm_shapes import PUBLISHED, config_of, published
 from lit_mm.model.llm import LLM, load_config
-from lit_mm.model.shapes import PUBLISHED, config_of, published
 from tests.conftest import installed
 
 PARAMETERS = {

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
+from lit_mm.costs.counts import counts_of
 from lit_mm.data.batching import Sample, Visual, collate
-from lit_mm.model.counts import counts_of
 from lit_mm.model.rows import IGNORED, IMAGE, Drawn, Question
 from tests.model import test_time_scales as video
 from tests.model.test_rows import SCALES, packed, random_samples

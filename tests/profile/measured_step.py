@@ -1,6 +1,6 @@
 """Training steps of a middle size for test_memory, and what they really take, in a process of its own.
 
-python -m tests.training.measured_step cpu plain sequential    # JSON: case -> bytes at most
+python -m tests.profile.measured_step cpu plain sequential    # JSON: case -> bytes at most
 """
 
 import gc
@@ -24,7 +24,7 @@ from lit_mm.model.encoder import ConvNeXtEncoder
 from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.rows import Batch, Packing
 from lit_mm.model.vlm import MatryoshkaVLM
-from lit_mm.training.memory import example_batch
+from lit_mm.profile.memory_plan import example_batch
 
 RETURNING = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "262144"}
 """Environment in which freed memory goes back to the system at once, so that what is resident is what lives."""

@@ -22,7 +22,7 @@ from lit_mm.data.batching import Sample, Visual, coarsest, collate
 from lit_mm.model.attention import BranchLayout, Layout, VarlenLayout
 from lit_mm.model.rows import IGNORED, IMAGE, Batch, Drawn, Packing, every_level, pack
 from lit_mm.model.vlm import MatryoshkaVLM
-from lit_mm.training.ledger import KINDS, Ledger, as_on, backward, copied, fake_like
+from lit_mm.profile.ledger import KINDS, Ledger, as_on, backward, copied, fake_like
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 

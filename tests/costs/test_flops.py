@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config
 
-from lit_mm.model.attention import NAME, BranchLayout
-from lit_mm.model.costs import (
+from lit_mm.costs.flops import (
     GROUPED,
     Costs,
     Flops,
@@ -24,11 +23,12 @@ from lit_mm.model.costs import (
     nested_segments,
     on_meta,
 )
+from lit_mm.costs.llm_shapes import published
+from lit_mm.model.attention import NAME, BranchLayout
 from lit_mm.model.encoder import ConvNeXtEncoder, ExtraStage, TimmEncoder
 from lit_mm.model.llm import PACKED
 from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.rows import every_level, pack
-from lit_mm.model.shapes import published
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.parts import LoRA, add_adapters
 from tests.conftest import tiny_vlm

@@ -33,8 +33,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lit_mm.costs.counts import counts_of
 from lit_mm.model.attention import Segment, attended_pairs, causal_pairs
-from lit_mm.model.counts import counts_of
 from lit_mm.model.encoder import ConvNeXtEncoder, Encoder, TimmEncoder
 from lit_mm.model.llm import packing_of
 from lit_mm.model.rows import Batch
