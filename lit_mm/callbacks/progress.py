@@ -24,6 +24,7 @@ class Progress(TQDMProgressBar):
         if not sys.stdout.isatty():
             self._refresh_rate = max(50, self._refresh_rate) if self._refresh_rate else 0
         self._started, self._first_step = time.monotonic(), trainer.global_step
+        self._last_step = pl_module.total_steps()  # type: ignore[operator]  # which may plan every epoch's batches
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Losses without the logger's version, and the time left."""
@@ -32,7 +33,7 @@ class Progress(TQDMProgressBar):
         }
         metrics.pop("v_num", None)
         if trainer.training and (done := trainer.global_step - self._first_step) > 0:
-            steps_left = max(0, pl_module.total_steps() - trainer.global_step)  # type: ignore[operator]
+            steps_left = max(0, self._last_step - trainer.global_step)
             seconds = (time.monotonic() - self._started) / done * steps_left
             metrics["left"] = str(timedelta(seconds=round(seconds)))
         return metrics

@@ -376,18 +376,26 @@ class LitMatryoshka(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run, counted without `estimated_stepping_batches`, which
-        would restart the data on resume.
+        """Optimizer steps of the whole run: the smaller of what max_steps and max_epochs allow. Counted without
+        `estimated_stepping_batches`, which would restart the data on resume.
 
         Raises:
             ValueError: Neither max_steps nor max_epochs bounds the run.
         """
-        if self.trainer.max_steps > 0:
-            return self.trainer.max_steps
-        if not self.trainer.max_epochs or self.trainer.max_epochs < 0:
-            raise ValueError("set trainer.max_steps or trainer.max_epochs: the schedule needs the length of the run")
-        data, every = cast(Any, self.trainer).datamodule, self.trainer.accumulate_grad_batches
-        limit = self.trainer.limit_train_batches or 1.0
-        batches = [len(data.train_plans(epoch)) for epoch in range(self.trainer.max_epochs)]
-        batches = [min(count, limit) if isinstance(limit, int) else int(count * limit) for count in batches]
-        return sum(math.ceil(count / every) for count in batches)
+        most, epochs, steps = self.trainer.max_steps, self.trainer.max_epochs, 0
+        if epochs is None or epochs < 0:
+            if most < 0:
+                raise ValueError("set trainer.max_steps or trainer.max_epochs: the schedule needs the run's length")
+            return most
+        for epoch in range(epochs):
+            if 0 <= most <= steps:
+                return most
+            steps += self._steps_of(epoch)
+        return min(steps, most) if most >= 0 else steps
+
+    def _steps_of(self, epoch: int) -> int:
+        """Optimizer steps of one epoch."""
+        limit = self.trainer.limit_train_batches
+        batches = len(cast(Any, self.trainer).datamodule.train_plans(epoch))
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return math.ceil(batches / self.trainer.accumulate_grad_batches)

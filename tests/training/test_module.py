@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
+from transformers import TrainingArguments, get_cosine_schedule_with_warmup
 
 from lit_mm.data.datamodules import ImageInstructions
 from lit_mm.data.images import ImageOptions
@@ -93,17 +94,42 @@ def test_groups_carry_the_parts_rates_and_spare_norms_from_decay():
     assert not any(name.endswith(("mlp.fc1.weight", "q_proj.weight", "embed_tokens.weight")) for name in spared)
 
 
-def test_schedule_rises_then_follows_the_cosine():
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([{"params": [parameter], "lr": 2.0}])
-    schedule = WarmupCosine(optimizer, 100, warmup=0.1)
-    rates = []
-    for _ in range(100):
-        rates.append(optimizer.param_groups[0]["lr"])
+def rates_of(schedule, optimizer, steps) -> list[float]:
+    """The rate of each of so many steps, and the one after."""
+    rates = [optimizer.param_groups[0]["lr"]]
+    for _ in range(steps):
         optimizer.step()
         schedule.step()
-    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
-    assert rates[10:] == pytest.approx([1 + math.cos(math.pi * step / 90) for step in range(90)])
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
+def one_parameter():
+    return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 2.0}])
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.03, 0.1, 0.34, 0.999])
+@pytest.mark.parametrize("steps", [1, 2, 7, 33, 34, 100, 517])
+def test_schedule_is_that_of_transformers_step_for_step(tmp_path, steps, warmup):
+    """With the warm-up that its Trainer makes of a ratio; 33 and 34 steps lie on both sides of a whole one."""
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "lr_scheduler_type": "cosine"}
+    theirs = TrainingArguments(**options, warmup_steps=warmup).get_warmup_steps(steps)
+    optimizer, own = one_parameter(), one_parameter()
+    expected = rates_of(get_cosine_schedule_with_warmup(optimizer, theirs, steps), optimizer, steps)
+    assert rates_of(WarmupCosine(own, steps, warmup), own, steps) == pytest.approx(expected, abs=1e-12)
+
+
+def test_schedule_of_the_papers_by_hand():
+    """ConvLLaVA's and M3's 3 % of 5,198 steps, 155.94, are 156 from rate 0 on."""
+    optimizer = one_parameter()
+    rates = rates_of(WarmupCosine(optimizer, 5198), optimizer, 200)
+    assert rates[:157] == pytest.approx([2.0 * step / 156 for step in range(157)])
+    assert rates[200] == pytest.approx(1 + math.cos(math.pi * 44 / 5042))
+
+
+def test_schedule_ends_at_its_floor():
+    optimizer = one_parameter()
+    assert rates_of(WarmupCosine(optimizer, 50, floor=0.1), optimizer, 60)[50:] == pytest.approx([0.2] * 11)
 
 
 def test_two_runs_of_twenty_steps_give_the_same_losses(instruction_set, tmp_path):
@@ -153,11 +179,15 @@ def test_every_parameter_learns(instruction_set, tmp_path):
         ({"max_steps": 9}, 9),
         ({"max_epochs": 2, "max_steps": -1}, 8),
         ({"max_epochs": 3, "max_steps": -1, "accumulate_grad_batches": 3}, 6),
+        ({"max_epochs": 2, "max_steps": 1000}, 8),
+        ({"max_epochs": 1000, "max_steps": 5}, 5),
+        ({"max_epochs": 2, "max_steps": 8}, 8),
     ],
 )
 def test_total_steps_are_those_the_run_takes(instruction_set, tmp_path, options, steps):
     lit, trainer = fit(instruction_set, tmp_path, limit_val_batches=0, **options)
     assert lit.total_steps() == steps == trainer.global_step
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)  # the schedule ends with the run
 
 
 def test_endless_run_is_refused(instruction_set, tmp_path):
