@@ -23,6 +23,8 @@ lit_mm trains and studies large multimodal models with elastic visual tokens.
   --print_config         the whole configuration that would run
   fit --help             every field; --model.encoder.help ConvNeXtEncoder and the like go deeper
 """
+INTERRUPTED = 130
+"""The exit status that shells give Ctrl-C."""
 VERBS = ("fit", "validate", "test", "predict", "export", "profile")
 
 
@@ -40,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(arguments: list[str]) -> None:
-    """Hand over to the verb; what this package itself refuses ends in its message alone."""
+    """Hand over to the verb; what this package itself refuses ends in its message alone, Ctrl-C with status 130."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not the user's
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -53,6 +55,12 @@ def run(arguments: list[str]) -> None:
         sys.exit(f"error: {error}")
     except MisconfigurationException as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # of which Lightning makes a status of 1
+            sys.exit(INTERRUPTED)
+        raise
 
 
 def start(arguments: list[str]) -> None:

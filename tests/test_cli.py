@@ -274,6 +274,7 @@ def test_ctrl_c_keeps_a_checkpoint_to_go_on_from(experiment, instruction_set):
     assert not (run / "checkpoints/last.ckpt").exists()
     fit.send_signal(signal.SIGINT)
     fit.communicate(timeout=60)
+    assert fit.returncode == 130
     kept = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     more = str(kept["global_step"] + 2)
     result = lit_mm("fit", *experiment, "--ckpt_path", "last", "--trainer.max_steps", more)

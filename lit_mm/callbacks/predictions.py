@@ -50,7 +50,14 @@ class AnswerWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the files and say where they are."""
-        for file in self.files.values():
-            file.close()
+        self._close()
         names = ", ".join(Path(file.name).name for file in self.files.values())
         rank_zero_info(f"Answers: {names} in {trainer.log_dir or trainer.default_root_dir}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep the answers of the batches before."""
+        self._close()
+
+    def _close(self) -> None:
+        for file in self.files.values():
+            file.close()

@@ -58,13 +58,24 @@ class Recorder(Callback):
         """After the step, before checkpoints are written."""
         self._end(trainer, "train_batch_end")
 
+    def on_test_batch_start(self, trainer: Any, *_: Any) -> None:
+        """Count, and perhaps end."""
+        self.seen += 1
+        self._end(trainer, "test_batch_start")
+
+    def on_predict_batch_start(self, trainer: Any, *_: Any) -> None:
+        """Likewise."""
+        self.seen += 1
+        self._end(trainer, "predict_batch_start")
+
     def on_validation_start(self, trainer: Any, lit: Any) -> None:
         """Record."""
         with (self.folder / "validations.txt").open("a") as file:
             file.write(f"{trainer.global_step}\n")
 
     def on_validation_batch_start(self, trainer: Any, *_: Any) -> None:
-        """In the middle of a validation."""
+        """In the middle of a validation, of a fit or on its own."""
+        self.seen += trainer.validating
         self._end(trainer, "validation_batch_start")
 
     def _end(self, trainer: Any, where: str) -> None:
