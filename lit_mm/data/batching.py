@@ -15,6 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
+from multiprocessing.util import get_temp_dir
 from typing import Any, Literal, cast
 from weakref import WeakSet
 
@@ -356,6 +357,8 @@ class ResumableLoader(DataLoader):
         OPEN.add(self)
 
     def __iter__(self) -> Any:
+        if self.num_workers:
+            get_temp_dir()  # processes that inherit it make none of their own, which a kill would leave behind
         return self._timed(super().__iter__())  # which starts the processes now, not with the first batch
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -1,6 +1,8 @@
 """Batches: nothing lost, nothing twice, as many on every rank, full, and laid out as planned."""
 
+import multiprocessing
 import random
+import tempfile
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +15,7 @@ from lit_mm.data.batching import (
     BatchPlans,
     Budget,
     RecordSizes,
+    ResumableLoader,
     Sample,
     ScaleDraw,
     Visual,
@@ -302,3 +305,14 @@ def test_no_images():
     images = group_by_size([])
     assert images.groups == []
     assert len(images.order) == 0
+
+
+def test_processes_that_are_killed_leave_nothing_in_the_temporary_folder(tmp_path, monkeypatch):
+    """Tensors come through sockets, which lie in a folder: this process's own, which it removes when it ends."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(multiprocessing.current_process(), "_config", {"authkey": b"key", "semprefix": "/mp"})
+    for _ in range(2):
+        loader = ResumableLoader(torch.arange(4), batch_size=None, num_workers=2)
+        assert list(loader) == [0, 1, 2, 3]
+        loader.close()
+    assert [str(folder) for folder in tmp_path.glob("pymp-*")] == [multiprocessing.util.get_temp_dir()]
