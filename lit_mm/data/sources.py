@@ -18,9 +18,10 @@ import re
 import tarfile
 from abc import ABC, abstractmethod
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from glob import glob
 from io import BytesIO
 from itertools import groupby, islice
@@ -38,6 +39,8 @@ CHUNK = 1 << 20
 """Bytes that a scan reads at once."""
 OPEN_FILES = 16
 """Shards that a process keeps open."""
+TWICE = "same key twice"
+"""Why a record is refused that is JSON, but could mean either of two values."""
 HUB_TIMEOUT = 10.0
 """Seconds in which the hub must answer."""
 SUFFIXES: dict[Kind, tuple[str, ...]] = {
@@ -379,7 +382,7 @@ class _JsonLines(_Scanned):
             try:
                 self._read(number)
             except RecordError as error:
-                errors.append(error)
+                errors += [error] if error.reason != TWICE else []
         if len(errors) == min(2, len(self)):
             raise ValueError(f"{errors[0]}; expected a JSON list, or one JSON object a line")
 
@@ -407,9 +410,19 @@ def _placed(where: str, item: Any) -> tuple[str, Any]:
 def _parsed(where: str, content: bytes) -> Any:
     text = _utf8(where, content)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=partial(_object, where))
+    except RecordError:
+        raise
     except (ValueError, RecursionError) as error:
         raise RecordError(where, "not valid JSON", f"expected an object, found {text[:60]!r} ({error})") from None
+
+
+def _object(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    item = dict(pairs)
+    if len(item) < len(pairs):  # Python's reader would keep the last value and say nothing
+        key, times = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise RecordError(where, TWICE, f"{key!r:.80}: expected once in an object, found {times} times")
+    return item
 
 
 def _utf8(where: str, content: bytes) -> str:

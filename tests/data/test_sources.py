@@ -163,6 +163,25 @@ def test_bad_lines_are_bad_records(tmp_path):
     assert "a.jsonl, line 4: not UTF-8 text: expected UTF-8, found byte 0xff at 10" in bad.examples["not UTF-8 text"]
 
 
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"id": 1, "image": "a.png", "text": "x", "image": "b.png"}', "image"),
+        ('{"id": 1, "text": "x", "conversations": [{"from": "human", "value": "x", "from": "gpt"}]}', "from"),
+        ('{"id": 1, "id": 1}', "id"),
+    ],
+)
+def test_a_key_that_stands_twice_is_a_bad_record(tmp_path, text, key):
+    """JSON leaves open which of the two counts, and Python's reader takes the last one."""
+    files = {"a.json": f'[{{"id": 0, "text": "x"}}, {text}]', "a.jsonl": f"{text}\n{text}\n"}
+    files["a.tar"] = shard({"0.json": b"{}", "1.json": text.encode()})
+    opened = {name: open_source(write(tmp_path / name, content), tmp_path / "cache") for name, content in files.items()}
+    for name, place in (("a.json", "record 1"), ("a.jsonl", "line 2"), ("a.tar", "record 1")):
+        with pytest.raises(RecordError, match=f"{name}, {place}.*: same key twice: '{key}': expected once .* 2 times"):
+            opened[name][1]
+    assert opened["a.json"][0][1] == {"id": 0, "text": "x"}
+
+
 def test_a_bad_last_line_without_an_end(tmp_path):
     source = open_source(write(tmp_path / "a.jsonl", '{"text": "a"}\n\n\n{"te'), tmp_path / "cache")
     with pytest.raises(RecordError, match=r"a\.jsonl, line 4: not valid JSON"):
