@@ -33,7 +33,7 @@ def main() -> None:
     mean = torch.tensor(experiment.encoder.mean)
     photo = to_rgb(Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)))
     colour = tuple((255 * mean).int().tolist())
-    pixels = to_pixels(photo, ImageOptions("pad", SIDE).target(*photo.size), colour)[None]
+    pixels = to_pixels(photo, ImageOptions("pad", SIDE).target(photo.height, photo.width), colour)[None]
     cells = mean_pool(pixels.permute(0, 2, 3, 1) / 255, *figures["grid"])
     sets = nest(cells, [row["visual_tokens"] for row in figures["scales"]])
     write(drawn(pixels, sets, figures), ROOT / "docs/elastic_tokens.png")

@@ -251,7 +251,7 @@ def test_convllava_m3(parse, build, size):
     assert global_batch(config) == 128
     assert lit.scales == NESTED[size]
     for shape in ((640, 480), (480, 640), (500, 500), (1000, 250), (211, 1024)):
-        width, height = ImageOptions(**config.data.init_args.image.as_dict()).target(*shape)
+        height, width = ImageOptions(**config.data.init_args.image.as_dict()).target(*shape)
         assert min(width, height) == size
         nested_shapes(*lit.vlm.encoder.grid(height, width), tuple(lit.scales), lit.sampling, lit.pooling)
 

@@ -229,7 +229,7 @@ def seeking(times: list[float], file: Path) -> list[Image.Image]:
 
 def resized(images: list[Image.Image], options: ImageOptions) -> int:
     """Bring frames to size; their number."""
-    return sum(to_pixels(image, options.target(*image.size), COLOUR) is not None for image in images)
+    return sum(to_pixels(image, options.target(image.height, image.width), COLOUR) is not None for image in images)
 
 
 def measure_videos(folder: Path, scratch: Path, arguments: argparse.Namespace) -> dict[str, float]:

@@ -36,7 +36,7 @@ def contents(batch: Any) -> str:
     if batch is None:
         return ""
     positions = sum(len(rows.token_ids) for rows in batch.rows) or sum(len(ids) for ids in batch.token_ids)
-    sizes = ", ".join(f"{len(group)} of {group.shape[3]}×{group.shape[2]} pixels" for group in batch.images.groups)
+    sizes = ", ".join(f"{len(group)} of {group.shape[2]}×{group.shape[3]} pixels" for group in batch.images.groups)
     return f" in a batch of {len(batch.token_ids)} samples, {positions} positions, images: {sizes or 'none'}"
 
 

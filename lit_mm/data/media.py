@@ -20,13 +20,13 @@ class Shown:
     """What an image or a video will be, told by its header.
 
     Args:
-        width: Of the image or of every frame, in pixels.
-        height: Likewise.
+        height: Of the image or of every frame, in pixels.
+        width: Likewise.
         frames: What the text says before each frame, mostly nothing.
     """
 
-    width: int
     height: int
+    width: int
     frames: list[str]
 
 
@@ -80,14 +80,14 @@ class MediaFolder:
         if medium.kind == "image":
             return Shown(*self._image(record, medium).size(), [""])
         clip = self._video(record, medium).clip()
-        return Shown(*self.frame.target(clip.width, clip.height), self._labels(clip.times))
+        return Shown(*self.frame.target(clip.height, clip.width), self._labels(clip.times))
 
     def _load(self, record: Record, medium: Media) -> tuple[Tensor, list[str]]:
         if medium.kind == "image":
             return self._image(record, medium).pixels(self.colour), [""]
         times, frames = self._video(record, medium).read()
         colour = self.colour if self.frame.mode == "pad" else None
-        pixels = [to_pixels(frame, self.frame.target(*frame.size), colour) for frame in frames]
+        pixels = [to_pixels(frame, self.frame.target(frame.height, frame.width), colour) for frame in frames]
         return torch.stack(pixels), self._labels(times)
 
     def _labels(self, times: Sequence[float]) -> list[str]:
@@ -122,10 +122,19 @@ def inside(root: Path, where: str, medium: Media) -> Path:
     try:
         file = (root / medium.name).resolve()
         exists = file.is_file()
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links is a RuntimeError up to Python 3.12
         raise RecordError(where, f"malformed {medium.kind} path", f"{named}: {error}") from None
     if Path(medium.name).is_absolute() or "://" in medium.name or not file.is_relative_to(root):
-        raise RecordError(where, f"path leaves the {medium.kind} root", f"{named}: expected a path below {root}")
+        detail = f"{named}: {_link_out(root, medium.name)}expected a path below {root}"
+        raise RecordError(where, f"path leaves the {medium.kind} root", detail)
     if not exists:
         raise RecordError(where, f"missing {medium.kind}", f"{named}: no such file in {root}")
     return file
+
+
+def _link_out(root: Path, name: str) -> str:
+    """Which part of a path is a link that leaves the root, and where it leads; nothing if none does."""
+    for path in reversed([root / name, *(root / name).parents]):
+        if path.is_relative_to(root) and path.is_symlink() and not path.resolve().is_relative_to(root):
+            return f"{path.relative_to(root)} is a link to {path.resolve()}, "
+    return ""

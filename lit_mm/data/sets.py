@@ -148,7 +148,7 @@ class Reader:
         """
         record = self.record(number)
         visuals, frames = self.media.load(record)
-        sizes = [(visual.pixels.shape[3], visual.pixels.shape[2]) for visual in visuals]
+        sizes = [(visual.pixels.shape[2], visual.pixels.shape[3]) for visual in visuals]
         shown = [Shown(*size, labels) for size, labels in zip(sizes, frames, strict=True)]
         sample, encoded = Sample(visuals, where=record.where), None
         if self.split in ("train", "val"):
@@ -207,7 +207,7 @@ class Reader:
         try:
             nested_shapes(*grid, tuple(self.inputs.scales), self.inputs.sampling, self.inputs.pooling)
         except ValueError as error:
-            detail = f"an image of {shown.width}×{shown.height} pixels: {error}"
+            detail = f"an image of {shown.height}×{shown.width} pixels (height × width): {error}"
             raise RecordError(record.where, "scales", detail) from None
         return math.prod(grid) * stride**2 * len(shown.frames)
 

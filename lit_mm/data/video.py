@@ -87,13 +87,13 @@ class Clip:
     """What is shown of a video.
 
     Args:
-        width: Of every frame in pixels, upright and with square pixels.
-        height: As width.
+        height: Of every frame in pixels, upright and with square pixels.
+        width: As height.
         times: When each shown frame appears, in seconds after the video's first frame; rising.
     """
 
-    width: int
     height: int
+    width: int
     times: tuple[float, ...]
 
 
@@ -121,7 +121,7 @@ class Video:
             width, height = _square(stream)
             if self._turn(stream) in SIDEWAYS:
                 width, height = height, width
-        return Clip(width, height, timeline.seconds(timeline.shown(self.options)))
+        return Clip(height, width, timeline.seconds(timeline.shown(self.options)))
 
     def frames(self) -> list[Image.Image]:
         """The frames at the clip's times, RGB images of the clip's size.
@@ -199,7 +199,7 @@ class Video:
         if not stream.width or not stream.height:
             self._fail("no frames", f"expected frames of some size up to {limit} pixels, found none or far larger ones")
         if max(width * height, stream.width * stream.height) > limit:
-            self._fail("too many pixels", f"{width}×{height} a frame, allowed are {limit} pixels")
+            self._fail("too many pixels", f"{height}×{width} (height × width) a frame, allowed are {limit} pixels")
         stream.codec_context.options = self._decoder_options
 
     @property

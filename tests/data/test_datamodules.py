@@ -97,7 +97,8 @@ def test_workers_change_nothing(make, workers):
         (
             one("images/odd.png"),
             {},
-            "scales: an image of 80×48 pixels: scales \\[16, 4\\] do not divide a 3×5 grid, which allows \\[15, 1\\]",
+            "scales: an image of 48×80 pixels \\(height × width\\): "
+            "scales \\[16, 4\\] do not divide a 3×5 grid, which allows \\[15, 1\\]",
         ),
         (one(question="what?"), {}, "image count disagrees"),
     ],

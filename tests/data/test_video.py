@@ -180,7 +180,7 @@ def test_odd_sides(tmp_path):
     path = tmp_path / "a.webm"
     render(path, "webm9", width=63, height=47)
     assert len(opened(path, VideoOptions(max_pixels=63 * 47)).frames()) == 8
-    assert opened(path).clip() == Clip(63, 47, opened(path).clip().times)
+    assert opened(path).clip() == Clip(47, 63, opened(path).clip().times)
     assert {image.size for image in opened(path).frames()} == {(63, 47)}
 
 
