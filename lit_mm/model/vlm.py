@@ -9,10 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lit_mm.model.attention import FlexLayout
 from lit_mm.model.encoder import Encoder
+from lit_mm.model.generation import Decoding, all_end_ids, settings
 from lit_mm.model.loss import token_losses, weighted_loss
 from lit_mm.model.projector import MatryoshkaProjector, Scale, all_levels, checked_time_scales
 from lit_mm.model.rows import (
@@ -268,8 +269,9 @@ class MatryoshkaVLM(nn.Module):
         max_new_tokens: int = 64,
         end_ids: Sequence[int] = (),
         nested: list[Tensor] | None = None,
+        decoding: Decoding = "greedy",
     ) -> list[Tensor]:
-        """Answer questions greedily with so many visual tokens an image.
+        """Answer questions with so many visual tokens an image.
 
         Args:
             images: What the questions are about.
@@ -278,6 +280,8 @@ class MatryoshkaVLM(nn.Module):
             max_new_tokens: The longest answer, in tokens.
             end_ids: Token ids that end an answer; the model's own end token does so always.
             nested: What `encode` made of the images, to ask at several levels and encode once.
+            decoding: greedy, or own for the settings of the LLM's generation_config, of which only the
+                end tokens are taken otherwise.
 
         Returns:
             One [t] tensor of new token ids a question, its end token and padding removed.
@@ -293,13 +297,12 @@ class MatryoshkaVLM(nn.Module):
         number = self.levels.index(level)
         asked = questions or [Question("", "", torch.zeros(1, dtype=torch.long, device=self.llm.device), [])]
         embeddings, mask = self._prompts(images, asked, number, nested[number] if nested else None)
-        ends = self._end_ids(end_ids)
-        config = GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0]
-        )
-        answers = cast(Any, self.llm).generate(
-            inputs_embeds=embeddings, attention_mask=mask, generation_config=config, synced_gpus=self.sharded
-        )
+        ends = all_end_ids(self.llm, end_ids)
+        chosen = {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": ends[0]}
+        with settings(self.llm, decoding, **chosen) as config:
+            answers = cast(Any, self.llm).generate(
+                inputs_embeds=embeddings, attention_mask=mask, generation_config=config, synced_gpus=self.sharded
+            )
         return [_until(answer, ends) for answer in answers[: len(questions)]]
 
     def _prompts(
@@ -316,13 +319,6 @@ class MatryoshkaVLM(nn.Module):
         mask = stack([torch.ones_like(prompt) for prompt in prompts], padding=0, left=True)
         padded = stack(prompts, padding=0, left=True)
         return self._embed(padded, tokens, in_sets(torch.cat(index), images, time)), mask
-
-    def _end_ids(self, end_ids: Sequence[int]) -> list[int]:
-        own = cast(GenerationConfig, self.llm.generation_config).eos_token_id
-        own = own if isinstance(own, list) else [own] if own is not None else []
-        if not (ends := sorted({*end_ids, *own})):
-            raise ValueError("neither the caller nor the LLM's generation config names a token that ends an answer")
-        return ends
 
 
 def _until(ids: Tensor, ends: list[int]) -> Tensor:

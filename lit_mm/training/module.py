@@ -22,6 +22,7 @@ from lit_mm.evaluation.metrics import AnswerAccuracy
 from lit_mm.evaluation.pictures import print_whole
 from lit_mm.model.attention import NAME
 from lit_mm.model.encoder import Encoder
+from lit_mm.model.generation import Decoding, all_end_ids, described
 from lit_mm.model.llm import LLM, load_config, load_llm, load_tokenizer, packing_of
 from lit_mm.model.projector import (
     MatryoshkaProjector,
@@ -66,6 +67,7 @@ class LitMatryoshka(LightningModule):
         optimizer: Callable[[list[dict[str, Any]]], Optimizer] = FusedAdamW,
         scheduler: Callable[[Optimizer, int], LRScheduler] = WarmupCosine,
         max_new_tokens: int = 32,
+        decoding: Decoding = "greedy",
         init_gain: float | None = None,
     ) -> None:
         """Describe the model; it is built when the run starts.
@@ -101,6 +103,9 @@ class LitMatryoshka(LightningModule):
             optimizer: Gets one or two parameter groups a part; the parts set the learning rates.
             scheduler: Gets the optimizer and the number of steps of the whole run.
             max_new_tokens: The longest generated answer, in tokens.
+            decoding: How answers are generated. greedy: the most likely token each time, whatever the LLM's
+                generation_config says; of that only the end tokens are taken. own: with all its settings
+                (sampling, beams, penalties), which is how others run this LLM.
             init_gain: For training from scratch: convolutions and linear layers of encoder and
                 projector start with standard deviation init_gain / sqrt(fan-in). null keeps timm's
                 0.02 and torch's default, which leave widths below a hundred near dead.
@@ -114,7 +119,7 @@ class LitMatryoshka(LightningModule):
         self.parts, self.build_optimizer, self.build_scheduler = parts, optimizer, scheduler
         self.init_from = InitFrom(init_from) if isinstance(init_from, str) else init_from or InitFrom()
         self.activation_checkpointing = activation_checkpointing
-        self.max_new_tokens, self.init_gain = max_new_tokens, init_gain
+        self.max_new_tokens, self.decoding, self.init_gain = max_new_tokens, decoding, init_gain
         self.tokenizer = load_tokenizer(llm)
         self.packing = packing_of(load_config(llm, self.tokenizer), attention)
         self.end_id = Conversation(self.tokenizer).end_id
@@ -200,6 +205,20 @@ class LitMatryoshka(LightningModule):
         if self.trainer.is_global_zero:
             print_whole(self.table)
             rank_zero_info(f"attention: {self.packing} ({type(self.vlm.llm).__name__})")
+        self.on_test_start()
+
+    def on_validation_start(self) -> None:
+        """Say how answers are generated, where no fit has done so."""
+        if self.trainer.validating:
+            self.on_test_start()
+
+    def on_test_start(self) -> None:
+        """Likewise."""
+        ends = ", ".join(f"{n} {self.tokenizer.decode([n])!r}" for n in all_end_ids(self.vlm.llm, [self.end_id]))
+        how = described(self.vlm.llm, self.decoding)
+        rank_zero_info(f"answers: {how}, at most {self.max_new_tokens} tokens, to one of {ends}")
+
+    on_predict_start = on_test_start
 
     def on_train_epoch_start(self) -> None:
         """A new place."""
@@ -346,7 +365,9 @@ class LitMatryoshka(LightningModule):
         return {level: self._generate(batch, nested, level) for level in self.levels}
 
     def _generate(self, batch: Batch, nested: list[Tensor], level: Scale) -> list[str]:
-        ids = self.vlm.generate(batch.images, batch.questions, level, self.max_new_tokens, [self.end_id], nested)
+        ids = self.vlm.generate(
+            batch.images, batch.questions, level, self.max_new_tokens, [self.end_id], nested, self.decoding
+        )
         return [str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in ids]
 
     def _judge(self, split: Literal["val", "test"], batch: Batch) -> None:

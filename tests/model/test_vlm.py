@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from lit_mm.data.batching import group_by_size
 from lit_mm.model.rows import IGNORED, IMAGE, Batch, Images, Question, every_level, expand, stack
@@ -117,24 +118,61 @@ def questions():
     ]
 
 
-@pytest.mark.parametrize("scale", SCALES)
-def test_generation_equals_a_greedy_loop_without_cache(scale):
+def greedy(vlm, question, images, scale, steps, ends) -> list[int]:
+    """The likeliest token again and again, without a cache."""
+    sequence, answer = slow_sequence(vlm, question.token_ids.tolist(), images, scale), []
+    for _ in range(steps):
+        token = int(vlm.llm(inputs_embeds=sequence[None]).logits[0, -1].argmax())
+        if token in ends:
+            break
+        answer.append(token)
+        sequence = torch.cat([sequence, vlm.llm.get_input_embeddings()(torch.tensor([token]))])
+    return answer
+
+
+OWN_SETTINGS = {
+    "none": {},
+    "penalties": {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "min_new_tokens": 5},
+    "beams": {"num_beams": 3, "length_penalty": 5.0, "num_return_sequences": 2},
+    "sampling": {"do_sample": True, "temperature": 9.0, "top_p": 0.9},
+    "bans": {"suppress_tokens": list(range(300)), "bad_words_ids": [[n] for n in range(300, 340)]},
+    "output": {"return_dict_in_generate": True, "output_scores": True, "max_length": 3, "use_cache": False},
+}
+
+
+@pytest.mark.parametrize("own", OWN_SETTINGS.values(), ids=OWN_SETTINGS)
+def test_generation_equals_a_greedy_loop_without_cache(own):
+    """Whatever the LLM's own generation_config says; of which the end tokens count alone."""
     vlm = tiny_vlm64()
-    vlm.llm.generation_config.eos_token_id = None
+    kept = vlm.llm.generation_config = GenerationConfig(**own, eos_token_id=[345, 346])
     images = [picture(64, 64), picture(32, 128)]
-    answers = vlm.generate(
-        group_by_size([image[None] for image in images]), questions(), scale, max_new_tokens=6, end_ids=[347]
-    )
-    for question, answer in zip(questions(), answers, strict=True):
-        sequence = slow_sequence(vlm, question.token_ids.tolist(), [images[i] for i in question.image_index], scale)
-        expected = []
-        for _ in range(6):
-            token = int(vlm.llm(inputs_embeds=sequence[None]).logits[0, -1].argmax())
-            if token == 347:
-                break
-            expected.append(token)
-            sequence = torch.cat([sequence, vlm.llm.get_input_embeddings()(torch.tensor([token]))])
-        assert answer.tolist() == expected
+    groups = group_by_size([image[None] for image in images])
+    for scale in SCALES:
+        answers = vlm.generate(groups, questions(), scale, max_new_tokens=6, end_ids=[347])
+        shown = [[images[i] for i in question.image_index] for question in questions()]
+        for question, seen, answer in zip(questions(), shown, answers, strict=True):
+            assert answer.tolist() == greedy(vlm, question, seen, scale, 6, [345, 346, 347])
+    assert vlm.llm.generation_config is kept
+
+
+def test_the_llms_own_settings_if_asked_for():
+    vlm = tiny_vlm64()
+    images = group_by_size([picture(64, 64)[None], picture(32, 128)[None]])
+    vlm.llm.generation_config = GenerationConfig(no_repeat_ngram_size=1, num_return_sequences=1, max_length=2)
+    answers = vlm.generate(images, questions(), 4, max_new_tokens=9, end_ids=[347], decoding="own")
+    assert len(answers) == 3 and all(len(answer.unique()) == len(answer) for answer in answers)
+    greedily = vlm.generate(images, questions(), 4, max_new_tokens=9, end_ids=[347])
+    assert any(len(answer.unique()) < len(answer) for answer in greedily)
+
+
+def test_every_end_token_of_a_list_ends_an_answer():
+    vlm = tiny_vlm64()
+    images = group_by_size([picture(64, 64)[None], picture(32, 128)[None]])
+    [free, *_] = vlm.generate(images, questions(), 4, max_new_tokens=6, end_ids=[347])
+    for end in free.unique().tolist():
+        vlm.llm.generation_config.eos_token_id = [346, end]
+        [answer, *_] = vlm.generate(images, questions(), 4, max_new_tokens=6, end_ids=[347])
+        assert answer.tolist() == free.tolist()[: free.tolist().index(end)]
 
 
 def test_generation_stops_at_an_end_token():

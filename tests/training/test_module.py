@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
-from transformers import TrainingArguments, get_cosine_schedule_with_warmup
+from transformers import GenerationConfig, TrainingArguments, get_cosine_schedule_with_warmup
 
 from lit_mm.data.datamodules import ImageInstructions
 from lit_mm.data.images import ImageOptions
@@ -279,3 +279,23 @@ def test_the_schedule_counts_limited_epochs(instruction_set, tmp_path):
         instruction_set, tmp_path, max_epochs=2, max_steps=-1, limit_train_batches=3, limit_val_batches=0
     )
     assert lit.total_steps() == trainer.global_step == 6
+
+
+@pytest.mark.parametrize(
+    ("decoding", "told"),
+    [
+        ("greedy", "answers: greedily, without num_beams 3, repetition_penalty 1.3 of the LLM's generation_config,"),
+        ("own", "answers: as the LLM's generation_config says (num_beams 3, repetition_penalty 1.3),"),
+    ],
+)
+def test_a_run_says_how_it_generates(instruction_set, tmp_path, monkeypatch, decoding, told):
+    said = []
+    monkeypatch.setattr("lit_mm.training.module.rank_zero_info", said.append)
+    lit, trainer = fit(instruction_set, tmp_path, max_steps=1, limit_val_batches=0)
+    assert any(line.startswith("answers: greedily, at most 3 tokens") for line in said), said
+    lit.decoding, lit.vlm.llm.generation_config = decoding, GenerationConfig(repetition_penalty=1.3, num_beams=3)
+    lit.vlm.llm.generation_config.eos_token_id = [5, 6]
+    said.clear()
+    trainer.validate(lit, trainer.datamodule, verbose=False)
+    [line] = said
+    assert line.startswith(told) and line.count(", 6 ") == 1, line
