@@ -209,7 +209,7 @@ class LitMatryoshka(LightningModule):
 
     def on_validation_start(self) -> None:
         """Say how answers are generated, where no fit has done so."""
-        if self.trainer.validating:
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
             self.on_test_start()
 
     def on_test_start(self) -> None:

@@ -75,7 +75,7 @@ class Recorder(Callback):
 
     def on_validation_batch_start(self, trainer: Any, *_: Any) -> None:
         """In the middle of a validation, of a fit or on its own."""
-        self.seen += trainer.validating
+        self.seen += trainer.state.fn == "validate"
         self._end(trainer, "validation_batch_start")
 
     def _end(self, trainer: Any, where: str) -> None:

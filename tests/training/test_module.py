@@ -291,7 +291,7 @@ def test_the_schedule_counts_limited_epochs(instruction_set, tmp_path):
 def test_a_run_says_how_it_generates(instruction_set, tmp_path, monkeypatch, decoding, told):
     said = []
     monkeypatch.setattr("lit_mm.training.module.rank_zero_info", said.append)
-    lit, trainer = fit(instruction_set, tmp_path, max_steps=1, limit_val_batches=0)
+    lit, trainer = fit(instruction_set, tmp_path, max_steps=1)
     assert any(line.startswith("answers: greedily, at most 3 tokens") for line in said), said
     lit.decoding, lit.vlm.llm.generation_config = decoding, GenerationConfig(repetition_penalty=1.3, num_beams=3)
     lit.vlm.llm.generation_config.eos_token_id = [5, 6]
