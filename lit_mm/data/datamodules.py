@@ -31,13 +31,13 @@ from lit_mm.data.batching import (
 )
 from lit_mm.data.conversation import Conversation
 from lit_mm.data.images import ImageOptions
-from lit_mm.data.index import index_of
+from lit_mm.data.index import Index, index_of
 from lit_mm.data.media import MediaFolder
 from lit_mm.data.records import BadRecords
 from lit_mm.data.sets import InstructionSet, Mixture, ModelInputs, Reader, Split, Subset, shares_of
 from lit_mm.data.sources import Source, open_source
 from lit_mm.data.video import VideoOptions
-from lit_mm.model.rows import Batch
+from lit_mm.model.rows import Batch, Drawn
 
 
 def cache_folder() -> Path:
@@ -92,8 +92,10 @@ class ImageInstructions(LightningDataModule):
             tokens_per_batch: Most positions of a training batch's packed row, all levels included.
             pixels_per_batch: Most pixels of a training batch's images and frames.
             eval_batch_size: Records per batch and device elsewhere; null: as batch_size, or 16.
-            max_length: The longest sample in tokens, images at the finest scale included. A longer
-                one is a bad record; nothing is ever cut.
+            max_length: The longest conversation to train or validate on, in tokens, images at the finest
+                scale included. A longer one is a bad record; nothing is ever cut. So is, in every file,
+                what has more positions than the LLM, a question counted with model.max_new_tokens; an LLM
+                that rotates its positions reads on past what it was trained on, with a warning.
             on_bad_record: `error` stops at the first bad record, before training where it can be
                 known; `skip` leaves bad records out, counts them and reports why.
             num_workers: Processes that load batches; 0 loads in the main process.
@@ -177,6 +179,7 @@ class ImageInstructions(LightningDataModule):
             rank_zero_warn(report)
         if not len(index.table):
             raise ValueError(f"{source.name}: not one usable record\n{report or ''}")
+        self._warn_of_length(source.name, index)
         return InstructionSet(reader, index, self.on_bad_record == "skip")
 
     def _settings(self, source: Source, subset: Subset, media: MediaFolder, split: Split) -> dict[str, Any]:
@@ -186,8 +189,22 @@ class ImageInstructions(LightningDataModule):
             "root": media.root,
             "media": (media.image, media.video, media.frame),
             "split": split,
-            "limits": (self.max_length, *((self.budget.tokens, self.budget.pixels) if split == "train" else ())),
+            "limits": (self.max_length, *self._split_limits(split)),
         }
+
+    def _split_limits(self, split: Split) -> tuple[int | None, ...]:
+        return (self.budget.tokens, self.budget.pixels) if split == "train" else (self.inputs.max_new_tokens,)
+
+    def _warn_of_length(self, name: str, index: Index) -> None:
+        """Of records on which an LLM goes on past the positions it was trained on."""
+        lengths = index.costs.tokens(np.arange(len(index.table)), [Drawn(0, 1.0)], self.inputs.scales)
+        known = self.inputs.positions
+        if known and (longer := int((lengths > known.most).sum())):
+            rank_zero_warn(
+                f"{name}: {longer} of {len(lengths)} records are longer than the {known.most} positions that the LLM "
+                f"was trained on: up to {lengths.max()}, with the images at scale {self.inputs.scales[0]} and, where "
+                "answers are generated, max_new_tokens"
+            )
 
     def train_set(self, epoch: int) -> str:
         """Which of the sets an epoch trains on."""

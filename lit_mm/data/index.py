@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from lit_mm.data.batching import RecordSizes
 from lit_mm.data.records import BadRecords, RecordError
 
-VERSION = 2
+VERSION = 3
 """Of the table's layout: a table of another version is made anew."""
 CHUNK = 256
 """Records that are looked at between two signs of progress."""

@@ -20,6 +20,7 @@ from lit_mm.data.index import Index, costs_of
 from lit_mm.data.media import MediaFolder, Shown
 from lit_mm.data.records import MARKERS, ItemFormat, Record, RecordError, parse
 from lit_mm.data.sources import FileFormat, Source
+from lit_mm.model.llm import Positions
 from lit_mm.model.projector import Pooling, Sampling, all_levels, nested_shapes
 from lit_mm.model.rows import IMAGE, Drawn, Packing, Question
 
@@ -40,6 +41,8 @@ class ModelInputs:
         packing: How batches are laid out for the model.
         scales_per_step: How many levels take part in a training step.
         keep_finest: Whether the finest always does.
+        positions: How long a sequence its LLM takes; None: any.
+        max_new_tokens: Tokens of the longest answer.
     """
 
     def __init__(
@@ -54,10 +57,13 @@ class ModelInputs:
         packing: Packing = "branch",
         scales_per_step: int | Literal["all"] = "all",
         keep_finest: bool = False,
+        positions: Positions | None = None,
+        max_new_tokens: int = 0,
     ) -> None:
         self.tokenizer, self.stride, self.scales, self.colour = tokenizer, stride, scales, colour
         self.sampling, self.pooling, self.time_scales = sampling, pooling, list(time_scales)
         self.packing, self.scales_per_step, self.keep_finest = packing, scales_per_step, keep_finest
+        self.positions, self.max_new_tokens = positions, max_new_tokens
 
     def draw(self, training: bool, seed: int = 0) -> ScaleDraw:
         """Which levels take part in a step."""
@@ -65,10 +71,10 @@ class ModelInputs:
         return ScaleDraw(levels, self.scales_per_step if training else "all", self.keep_finest, seed)
 
     def settings(self) -> dict[str, Any]:
-        """What of it decides the length of a record."""
-        return {name: value for name, value in vars(self).items() if name not in ("tokenizer", "colour", "packing")} | {
-            "tokenizer": _identity(self.tokenizer)
-        }
+        """What of it decides the length of a record in training, and whether it is too long."""
+        others = ("tokenizer", "colour", "packing", "max_new_tokens")
+        told = {name: value for name, value in vars(self).items() if name not in others}
+        return told | {"tokenizer": _identity(self.tokenizer)}
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -154,11 +160,11 @@ class Reader:
         if self.split in ("train", "val"):
             encoded = self.conversation.encode(record, frames)
             sample.token_ids, sample.targets, sample.kept = encoded.tensors(bool(self.inputs.time_scales))
-        if (found := self._row(record, shown, encoded)) != list(cost):
-            detail = f"expected {list(cost)} (positions, pixels, words, frames), found {found}: other images or videos"
-            raise RecordError(record.where, "changed since the first start", detail)
         if self.split != "train":
             sample.questions = [self._question(record, *exchange, frames) for exchange in record.exchanges]
+        if (found := self._row(record, shown, encoded, sample.questions)) != list(cost):
+            detail = f"expected {list(cost)} (positions, pixels, words, frames), found {found}: other images or videos"
+            raise RecordError(record.where, "changed since the first start", detail)
         return sample
 
     def _question(self, record: Record, text: str, answer: str | None, frames: list[list[str]]) -> Question:
@@ -183,22 +189,36 @@ class Reader:
             raise RecordError(record.where, "no answer", detail)
         shown = self.media.shown(record)
         frames = [each.frames for each in shown]
+        encoded, questions = None, []
         if self.split != "train":
-            for exchange in record.exchanges:
-                self._question(record, *exchange, frames)
-        if self.split in ("test", "predict"):
-            return self._row(record, shown, None)
-        row = self._row(record, shown, self.conversation.encode(record, frames))
-        self._fits(record, row)
+            questions = [self._question(record, *exchange, frames) for exchange in record.exchanges]
+        if self.split in ("train", "val"):
+            encoded = self.conversation.encode(record, frames)
+        row = self._row(record, shown, encoded, questions)
+        self._fits(record, row, encoded)
         return row
 
-    def _row(self, record: Record, shown: list[Shown], encoded: Encoded | None) -> list[int]:
-        """Before, pixels, words and frames at each time scale; of what is only asked the pixels alone."""
-        pixels, times = sum(self._pixels(record, each) for each in shown), max(1, len(self.inputs.time_scales))
-        if encoded is None:
-            return [0, pixels, *[0] * (2 * times)]
-        before, words, frames = positions(encoded, times)
-        return [before, pixels, *words, *frames]
+    def _row(
+        self, record: Record, shown: list[Shown], encoded: Encoded | None, questions: Sequence[Question]
+    ) -> list[int]:
+        """Before, pixels, words and frames at each time scale, of the longest that the LLM gets of a record: the
+        conversation, or a question with its answer."""
+        pixels = sum(self._pixels(record, each) for each in shown)
+        new = self.inputs.max_new_tokens
+        rows = [self._use(pixels, encoded.ids, encoded.kept)] if encoded else []
+        rows += [
+            self._use(pixels, q.token_ids.tolist(), None if q.kept is None else q.kept.tolist(), new) for q in questions
+        ]
+        return max(rows, key=self._length)
+
+    def _use(self, pixels: int, ids: list[int], kept: list[int] | None, new_tokens: int = 0) -> list[int]:
+        times = max(1, len(self.inputs.time_scales))
+        before, words, frames = positions(np.array(ids), np.array(kept or [-1]), times)
+        return [before, pixels, *(count + new_tokens for count in words), *frames]
+
+    def _length(self, row: list[int]) -> int:
+        """Positions at the finest scale."""
+        return row[0] + row[2] + row[2 + max(1, len(self.inputs.time_scales))] * self.inputs.scales[0]
 
     def _pixels(self, record: Record, shown: Shown) -> int:
         """Of an image or a video, padded to the stride."""
@@ -211,12 +231,16 @@ class Reader:
             raise RecordError(record.where, "scales", detail) from None
         return math.prod(grid) * stride**2 * len(shown.frames)
 
-    def _fits(self, record: Record, row: list[int]) -> None:
-        costs = costs_of(np.array([[0, *row]]))
-        length = int(costs.tokens(np.zeros(1, np.int64), [Drawn(0, 1.0)], self.inputs.scales)[0])
+    def _fits(self, record: Record, row: list[int], encoded: Encoded | None) -> None:
+        images = f"with the images at scale {self.inputs.scales[0]}"
+        length = self._length(self._use(0, encoded.ids, encoded.kept)) if encoded else 0
         if length > self.max_length:
-            detail = f"{length} tokens with the images at scale {self.inputs.scales[0]}, allowed are {self.max_length}"
-            raise RecordError(record.where, "too long", detail)
+            raise RecordError(record.where, "too long", f"{length} tokens {images}, allowed are {self.max_length}")
+        known, length = self.inputs.positions, self._length(row)
+        if known and known.table and length > known.most:
+            new = "" if self.split == "train" else f" and max_new_tokens {self.inputs.max_new_tokens}"
+            detail = f"{length} positions {images}{new}, the LLM has {known.most}"
+            raise RecordError(record.where, "too long for the LLM", detail)
         if self.split == "train":
             found = {"tokens": self._most_tokens(row), "pixels": row[1]}
             for name, limit in (("tokens", self.budget.tokens), ("pixels", self.budget.pixels)):
@@ -234,9 +258,8 @@ class Reader:
         return int(costs.tokens(one, branches if draw.per_step == "all" else branches[: draw.per_step], scales)[0])
 
 
-def positions(encoded: Encoded, times: int) -> tuple[int, list[int], list[int]]:
+def positions(ids: np.ndarray, kept: np.ndarray, times: int) -> tuple[int, list[int], list[int]]:
     """Positions before the first image, and behind it the words and frames at each time scale."""
-    ids, kept = np.array(encoded.ids), np.array(encoded.kept)
     image = ids == IMAGE
     first = int(image.argmax()) if image.any() else len(ids)
     stays = [kept[first:] >= time for time in range(times)] if kept.max() >= 0 else [np.ones(len(ids) - first, bool)]

@@ -165,6 +165,31 @@ def _attends_to_all(config: Any) -> bool:
     return not window and not stretched and not getattr(config, "attn_logit_softcapping", None)
 
 
+@dataclass(frozen=True)
+class Positions:
+    """How long a sequence can be for an LLM.
+
+    Args:
+        most: Positions that it has or was trained on.
+        table: Whether it has no more: one that rotates goes on, though nobody knows how well.
+    """
+
+    most: int
+    table: bool
+
+
+def positions_of(config: transformers.PretrainedConfig) -> Positions | None:
+    """Those of an LLM of this config; None where nothing limits them."""
+    text: Any = config.get_text_config(decoder=True)
+    most = getattr(text, "max_position_embeddings", getattr(text, "max_seq_len", None))  # the second is MPT's
+    if most is None or most < 1:
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # some have one per kind of layer
+    stretched = [(kind.get("original_max_position_embeddings") or most) * (kind.get("factor") or 1) for kind in kinds]
+    return Positions(max(most, *map(int, stretched)) if rope else most, table=not rope)
+
+
 def _is_config_class(source: str) -> bool:
     return source.endswith("Config") and source.isidentifier()
 

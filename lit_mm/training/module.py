@@ -23,7 +23,7 @@ from lit_mm.evaluation.pictures import print_whole
 from lit_mm.model.attention import NAME
 from lit_mm.model.encoder import Encoder
 from lit_mm.model.generation import Decoding, all_end_ids, described
-from lit_mm.model.llm import LLM, load_config, load_llm, load_tokenizer, packing_of
+from lit_mm.model.llm import LLM, load_config, load_llm, load_tokenizer, packing_of, positions_of
 from lit_mm.model.projector import (
     MatryoshkaProjector,
     Pooling,
@@ -121,7 +121,8 @@ class LitMatryoshka(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.max_new_tokens, self.decoding, self.init_gain = max_new_tokens, decoding, init_gain
         self.tokenizer = load_tokenizer(llm)
-        self.packing = packing_of(load_config(llm, self.tokenizer), attention)
+        config = load_config(llm, self.tokenizer)
+        self.packing, self.positions = packing_of(config, attention), positions_of(config)
         self.end_id = Conversation(self.tokenizer).end_id
         self.accuracy = nn.ModuleDict(
             {f"{split}_{level}": AnswerAccuracy() for split in ("val", "test") for level in self.levels}
@@ -154,6 +155,8 @@ class LitMatryoshka(LightningModule):
             self.packing,
             self.scales_per_step,
             self.keep_finest,
+            self.positions,
+            self.max_new_tokens,
         )
 
     def configure_model(self) -> None:

@@ -267,7 +267,7 @@ def test_costs_are_the_lengths_of_packed_rows(times, per_step):
     scales, draw = [16, 4, 1], ScaleDraw(3 * max(1, len(times)), per_step)
     for step in range(60):
         encoded, visuals = random_encoded(generator, times)
-        before, words, frames = positions(encoded, max(1, len(times)))
+        before, words, frames = positions(np.array(encoded.ids), np.array(encoded.kept), max(1, len(times)))
         ids, targets, kept = encoded.tensors(bool(times))
         make = Batches([Sample(visuals, ids, targets, kept)], draw, scales, times, "branch", training=True)
         [row] = make[BatchPlan([0], 0, step)].rows

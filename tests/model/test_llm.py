@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lit_mm.model.llm import LLM, TEMPLATES, load_llm, load_tokenizer
+from lit_mm.model.llm import LLM, TEMPLATES, Positions, load_llm, load_tokenizer, positions_of
 from tests.conftest import SIZES, TOKENIZER, installed, tiny_llm
 
 
@@ -97,3 +98,54 @@ def test_the_real_smollm2_answers():
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
+
+
+SIZES_BY_NAME = {
+    **dict.fromkeys(("max_position_embeddings", "max_seq_len"), 16),
+    **dict.fromkeys(("hidden_size", "d_model", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(("num_hidden_layers", "num_layers"), 1),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "attention_heads", "rotary_dim"), 4),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner"), 48),
+    "attention_types": [[["global"], 1]],
+    "vocab_size": 100,
+    "pad_token_id": 0,
+}
+"""Small, and with 16 positions, whatever a config class calls them."""
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [(name, Positions(16, table=True)) for name in ("GPT2", "OPT", "GPTNeo", "GPTBigCode", "BioGpt", "GPTJ", "CodeGen")]
+    + [(name, Positions(16, table=True)) for name in ("OpenAIGPT", "Mpt")]
+    + [(name, Positions(16, table=False)) for name in ("Llama", "Qwen2", "Qwen3", "Mistral", "GPTNeoX", "Phi", "Gemma")]
+    + [("Bloom", None), ("Mamba", None)],
+)
+def test_positions_are_those_at_which_a_model_ends(source, expected):
+    """A table of positions fails one behind its end; rotated and missing ones go on."""
+    kind = getattr(transformers, f"{source}Config")
+    known, other = set(kind().to_dict()) | set(kind.attribute_map), kind.attribute_map
+    sizes = {n: size for n, size in SIZES_BY_NAME.items() if n in known and other.get(n) not in SIZES_BY_NAME}
+    config = kind(**sizes)
+    assert positions_of(config) == expected
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model(inputs_embeds=torch.randn(1, 16, 32))
+    if expected and expected.table:
+        with pytest.raises((IndexError, RuntimeError)):
+            model(inputs_embeds=torch.randn(1, 17, 32))
+    else:
+        model(inputs_embeds=torch.randn(1, 40, 32))
+
+
+@pytest.mark.parametrize(
+    ("rope", "most"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),  # Qwen2.5's README
+        ({"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 8}, 32),  # as Llama 3.1
+        ({"rope_type": "linear", "factor": 4.0}, 128),  # as Vicuna's 16k
+    ],
+)
+def test_stretched_positions_count(rope, most):
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if rope["rope_type"] == "llama3" else {}
+    rope = {"rope_theta": 10000.0, **rope, **llama3}
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, max_position_embeddings=32, rope_parameters=rope)
+    assert positions_of(config) == Positions(most, table=False)
