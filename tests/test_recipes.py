@@ -166,9 +166,8 @@ def check_rates(lit: LitMatryoshka, rates: dict[str, float]) -> None:
         [rate] = [rate for prefix, rate in rates.items() if name.startswith(prefix)]
         assert (group["initial_lr"], group["weight_decay"]) == (rate, 0.0), name
     reference = get_cosine_schedule_with_warmup(torch.optim.SGD([torch.zeros(1)], 1.0), 30, 1000)
-    for step in range(30, 1000, 97):
+    for step in [0, 1, 14, *range(29, 1000, 97)]:
         assert schedule.lr_lambdas[0](step) == pytest.approx(reference.lr_lambdas[0](step), abs=1e-12)
-    assert schedule.lr_lambdas[0](14) == pytest.approx(15 / 30)
 
 
 def convnext(depths=(3, 3, 27, 3, 6), widths=(192, 384, 768, 1536, 3072), first: int = 0) -> int:
