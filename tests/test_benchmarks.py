@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import time
+from functools import partial
 
 import pytest
 import torch
@@ -71,10 +73,21 @@ def test_operations_are_those_torch_counts(nested_step, scales):
     assert products == counted - 4 * size.layers * size.width * seen
 
 
+@pytest.fixture
+def alone(nested_step, monkeypatch):
+    """One thread and its own time, whatever else the machine does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(nested_step, "times_of", partial(nested_step.times_of, clock=time.process_time))
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("alone")
 def test_nested_step_writes_its_figures(nested_step, tmp_path, capsys):
     file = tmp_path / "out.json"
-    words = ["--size", "tiny", "--texts", "5", "4,9", "--repetitions", "1", "--parts", "llm", "model"]
+    words = ["--size", "tiny", "--texts", "5", "4,9", "--repetitions", "3", "--parts", "llm", "model"]
     nested_step.main([*words, "--ways", "authors", "packed-branch", "--json", str(file), "--no-memory"])
     made = json.loads(file.read_text())
     assert {"hardware", "versions", "sizes", "dtype"} <= set(made)
@@ -86,6 +99,50 @@ def test_nested_step_writes_its_figures(nested_step, tmp_path, capsys):
     ]
     assert all(row["seconds"] > 0 and row["ratio"] > 0 and row["limit"] >= 1 for row in made["rows"])
     assert "by tokens alone the limit" in capsys.readouterr().out.replace("\n", " ")
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_llm_part_runs_no_encoder(nested_step, monkeypatch):
+    """And whatever measures the whole model under its name is refused before anything is measured."""
+    monkeypatch.setattr(nested_step.ConvNeXtEncoder, "forward", lambda encoder, pixels: pixels.new_zeros(1, 8, 24, 24))
+    vlm, case = nested_step.build(nested_step.SIZES["tiny"], "cpu", torch.float32), (35, [20])
+    for way in ("single", "authors", "reference", "packed-branch", "packed-sequential"):
+        llm, model = (nested_step.make_step(vlm, way, part, case, "cpu") for part in ("llm", "model"))
+        nested_step.check_encodings(vlm, way, "llm", llm)
+        nested_step.check_encodings(vlm, way, "model", model)
+        with pytest.raises(RuntimeError, match=f"{way}, llm: expected 0 runs of the encoder in a step, found [15]"):
+            nested_step.check_encodings(vlm, way, "llm", model)
+    make_step = nested_step.make_step
+    monkeypatch.setattr(nested_step, "make_step", lambda vlm, way, part, *rest: make_step(vlm, way, "model", *rest))
+    with pytest.raises(RuntimeError, match="single, llm: expected 0 runs"):
+        nested_step.rows_of(nested_step.parsed(["--size", "tiny"]), "llm", case)
+
+
+def test_figures_that_cannot_be_are_refused(nested_step, monkeypatch, tmp_path):
+    """Those of issue 13: a part above the whole, and below the limit of its operations."""
+
+    def rows(ratio, noise, whole):
+        made = [
+            ("single", "llm", 1.0, 1.0),
+            ("packed-branch", "llm", ratio, 1.66),
+            ("packed-branch", "model", whole, 1.3),
+        ]
+        return [
+            nested_step.Row(way, part, 35, [64], seconds, seconds - noise, seconds + noise, seconds, limit, None)
+            for way, part, seconds, limit in made
+        ]
+
+    assert nested_step.impossible(rows(1.61, 0.02, 2.5), "cpu") == []  # as measured: 0.97 of the limit
+    assert nested_step.impossible(rows(1.3, 0.2, 2.5), "cpu") == []  # noise explains it
+    [limit] = nested_step.impossible(rows(1.3, 0.02, 2.5), "cpu")
+    assert limit == "packed-branch, P=35, T=[64]: the LLM part takes 0.78 of the arithmetic limit"
+    assert nested_step.impossible(rows(1.3, 0.02, 2.5), "cuda") == []
+    [whole] = nested_step.impossible(rows(1.7, 0.02, 1.4), "cuda")
+    assert whole.endswith("the LLM part takes 1.700 s, the whole model 1.400 s")
+    monkeypatch.setattr(nested_step, "rows_of", lambda *_: rows(1.3, 0.02, 2.5))
+    with pytest.raises(SystemExit, match="refused, these figures cannot be"):
+        nested_step.main(["--texts", "64", "--parts", "llm", "--json", str(tmp_path / "out.json")])
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_authors_loss_is_the_mean_over_scales(nested_step):

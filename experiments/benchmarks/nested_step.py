@@ -17,6 +17,9 @@ repetitions in alternating order, after one warm-up; peak memory is taken in a p
 `limit` is the arithmetic bound of a packed step: its floating point operations over those of single,
 counted from shapes (linear layers, attention's causal pairs, the head at targets, the encoder once);
 for `authors` and `reference` it is that of a packed step too, as no way needs more than that.
+
+Figures that cannot be are refused, and nothing is written: an LLM part that runs the encoder, or takes longer than
+the whole model, or on a CPU less than its operations take at the speed of single (which leaves a GPU half idle).
 """
 
 from __future__ import annotations
@@ -86,6 +89,8 @@ class Row:
     prefix: int
     texts: list[int]
     seconds: float
+    fastest: float
+    slowest: float
     ratio: float
     limit: float
     peak_bytes: int | None
@@ -158,23 +163,15 @@ def make_step(vlm: MatryoshkaVLM, way: str, part: str, case: tuple[int, list[int
         if way == "authors":
             loss = authors_loss(vlm, batch, nested)
         else:
-            with_given(vlm, nested)
             for rows in batch.rows:
                 if isinstance(rows.layout, FlexLayout):
                     rows.layout.mask = None  # a new batch has to make its own
-            loss = vlm(batch).total
+            loss = vlm(batch, nested=nested).total
         loss.backward()
         for parameter in vlm.parameters():
             parameter.grad = None
 
     return step
-
-
-def with_given(vlm: MatryoshkaVLM, nested: list[Tensor] | None) -> None:
-    """Let `encode` return the given tokens, or be itself again."""
-    vlm.__dict__.pop("encode", None)
-    if nested is not None:
-        vlm.__dict__["encode"] = lambda images: nested
 
 
 def operations(size: Size, part: str, prefix: int, texts: list[int], scales: list[int], encoder: float) -> float:
@@ -200,10 +197,15 @@ def encoder_operations(size: Size) -> float:
     return counter.get_total_flops()
 
 
-def measure(
+def measure(*arguments: Any, **named: Any) -> dict[str, float]:
+    """Median seconds of each step; arguments as for `times_of`."""
+    return {way: statistics.median(values) for way, values in times_of(*arguments, **named).items()}
+
+
+def times_of(
     steps: dict[str, Callable[[], Any]], repetitions: int, device: str, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, float]:
-    """Median seconds of each step, in alternation, by a clock."""
+) -> dict[str, list[float]]:
+    """Seconds of each repetition of each step, in alternation, by a clock."""
     times: dict[str, list[float]] = {way: [] for way in steps}
     for repetition in range(repetitions + 1):
         for way, step in shuffled(steps, repetition):
@@ -213,7 +215,7 @@ def measure(
                 torch.cuda.synchronize()
             if repetition:
                 times[way].append(clock() - start)
-    return {way: statistics.median(values) for way, values in times.items()}
+    return times
 
 
 def shuffled(steps: dict[str, Any], seed: int) -> list[tuple[str, Any]]:
@@ -262,7 +264,10 @@ def rows_of(arguments: argparse.Namespace, part: str, case: tuple[int, list[int]
     size = SIZES[arguments.size]
     vlm = build(size, arguments.device, getattr(torch, arguments.dtype))
     steps = {way: make_step(vlm, way, part, case, arguments.device) for way in ways_of(arguments)}
-    seconds = measure(steps, arguments.repetitions, arguments.device)
+    for way, step in steps.items():
+        check_encodings(vlm, way, part, step)
+    times = times_of(steps, arguments.repetitions, arguments.device)
+    seconds = {way: statistics.median(values) for way, values in times.items()}
     encoder = encoder_operations(size) if part == "model" else 0.0
     limit = operations(size, part, *case, SCALES, encoder) / operations(size, part, *case, SCALES[:1], encoder)
     del vlm, steps
@@ -272,12 +277,44 @@ def rows_of(arguments: argparse.Namespace, part: str, case: tuple[int, list[int]
             part,
             *case,
             seconds[way],
+            min(times[way]),
+            max(times[way]),
             seconds[way] / seconds["single"],
             1.0 if way == "single" else limit,
             None if arguments.no_memory else peak_bytes(arguments, way, part, case),
         )
         for way in seconds
     ]
+
+
+def check_encodings(vlm: MatryoshkaVLM, way: str, part: str, step: Callable[[], None]) -> None:
+    """Whether a step runs the encoder as often as its way and its part say.
+
+    Raises:
+        RuntimeError: It does not: another part would be measured under this one's name.
+    """
+    runs: list[Any] = []
+    hook = vlm.encoder.register_forward_hook(lambda *_: runs.append(None))
+    step()
+    hook.remove()
+    expected = 0 if part == "llm" else len(SCALES) if way == "authors" else 1
+    if len(runs) != expected:
+        raise RuntimeError(f"{way}, {part}: expected {expected} runs of the encoder in a step, found {len(runs)}")
+
+
+def impossible(rows: list[Row], device: str) -> list[str]:
+    """What is wrong with figures by more than their noise and a tenth."""
+    found = []
+    for row in (row for row in rows if row.part == "llm"):
+        others = [other for other in rows if (other.prefix, other.texts) == (row.prefix, row.texts)]
+        [single] = [other for other in others if (other.way, other.part) == ("single", "llm")]
+        name = f"{row.way}, P={row.prefix}, T={row.texts}: the LLM part takes"
+        if device == "cpu" and row.slowest / single.fastest < 0.9 * row.limit:
+            found.append(f"{name} {row.ratio / row.limit:.2f} of the arithmetic limit")
+        for whole in (other for other in others if (other.way, other.part) == (row.way, "model")):
+            if row.fastest > 1.1 * whole.slowest:
+                found.append(f"{name} {row.seconds:.3f} s, the whole model {whole.seconds:.3f} s")
+    return found
 
 
 def show(rows: list[Row], console: Console) -> None:
@@ -339,6 +376,8 @@ def main(words: Sequence[str] | None = None) -> None:
         for texts in arguments.texts:
             rows += (found := rows_of(arguments, part, (arguments.prefix, texts)))
             show(found, console)
+    if wrong := impossible(rows, arguments.device):
+        sys.exit("refused, these figures cannot be:\n" + "\n".join(wrong))
     if arguments.json:
         result = {"hardware": hardware(arguments.device), "versions": versions, "dtype": arguments.dtype}
         result |= {"sizes": asdict(SIZES[arguments.size]), "rows": [asdict(row) for row in rows]}
