@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from lit_mm.callbacks.token_efficiency import TokenEfficiency
 from lit_mm.model.rows import Drawn, every_level
 from tests.conftest import ROOT, installed
 
@@ -29,8 +30,12 @@ def test_watching_costs_less_than_a_hundredth_of_a_step(tmp_path, monkeypatch):
     file = tmp_path / "out.json"
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["watching", "--steps", "22", "--repetitions", "1", "--json", str(file)])
-    benchmark("watching", monkeypatch).main()
+    watching = benchmark("watching", monkeypatch)
+    watching.main()
     made = json.loads(file.read_text())
+    each_step = ("train_batch_start", "train_batch_end", "_backward", "optimizer_step", "zero_grad")
+    hooks = {name for name in vars(TokenEfficiency) if name.startswith("on_") and name.endswith(each_step)}
+    assert made["hooks_us_per_step"].keys() == {"counting", *watching.HOOKS} == {"counting", *hooks}
     assert min(made["hooks_us_per_step"].values()) > 0
     assert 0 < made["hooks_percent"] < 1
 
@@ -152,6 +157,15 @@ def test_authors_loss_is_the_mean_over_scales(nested_step):
     nested = [torch.randn(1, scale, 64) for scale in nested_step.SCALES]
     theirs = nested_step.authors_loss(vlm, batch, nested)
     assert torch.allclose(theirs, vlm(batch, nested=nested).total, rtol=1e-5)
+
+
+def test_encoder_writes_its_figures(tmp_path, monkeypatch):
+    file = tmp_path / "out.json"
+    words = ["--backbone", "convnext_atto", "--width", "48", "--depth", "1", "--pixels", "64", "--repetitions", "1"]
+    benchmark("encoder", monkeypatch).main([*words, "--json", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["encoder"] for row in rows] == 2 * ["lit_mm", "timm", "timm channels_last", "Hugging Face"]
+    assert all((row["five_stages"] > row["seconds"]) == row["encoder"].startswith("timm") for row in rows)
 
 
 def test_latency_writes_its_figures(tmp_path, monkeypatch, capsys):
