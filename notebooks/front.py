@@ -32,8 +32,8 @@ def main() -> None:
     [figures] = figures_of(experiment, PROMPT, ANSWER)["sizes"]
     mean = torch.tensor(experiment.encoder.mean)
     photo = to_rgb(Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)))
-    colour = tuple((255 * mean).int().tolist())
-    pixels = to_pixels(photo, ImageOptions("pad", SIDE).target(photo.height, photo.width), colour)[None]
+    color = tuple((255 * mean).int().tolist())
+    pixels = to_pixels(photo, ImageOptions("pad", SIDE).target(photo.height, photo.width), color)[None]
     cells = mean_pool(pixels.permute(0, 2, 3, 1) / 255, *figures["grid"])
     sets = nest(cells, [row["visual_tokens"] for row in figures["scales"]])
     write(drawn(pixels, sets, figures), ROOT / "docs/elastic_tokens.png")
@@ -73,8 +73,8 @@ def _draw_cost(axes: Axes, row: dict[str, Any], text: int) -> None:
     parts = {"text": (text, TEXT), "encoder": (image, ENCODER)}
     parts["LLM on visual tokens"] = row["total_flops"] - text - image, VISUAL
     bottom = 0.0
-    for name, (flops, colour) in parts.items():
-        axes.bar(0, flops / 1e12, 0.8, bottom, color=colour, label=name)
+    for name, (flops, color) in parts.items():
+        axes.bar(0, flops / 1e12, 0.8, bottom, color=color, label=name)
         bottom += flops / 1e12
     axes.set_xlim(-0.8, 0.8)
     axes.annotate(f"{bottom:.1f} TFLOPs", (0, bottom), (0, 4), textcoords="offset points", ha="center")

@@ -36,7 +36,7 @@ def show(figure: Figure) -> Shown:
 
 
 def write(figure: Figure, to: BytesIO | Path) -> None:
-    """As a PNG of at most 192 colours, so that it stays small."""
+    """As a PNG of at most 192 colors, so that it stays small."""
     drawn = BytesIO()
     figure.savefig(drawn, dpi=110)
     Image.open(drawn).convert("RGB").quantize(192).save(to, "png", optimize=True)
@@ -50,7 +50,7 @@ def photo_of(pixels: Tensor, side: int = 330) -> np.ndarray:
 
 
 def nested_sets(pixels: Tensor, sets: Sequence[Tensor], shapes: Sequence[tuple[int, int]], number: int) -> Shown:
-    """The photo and each set of tokens in its colours; one token of the last scale but one is followed
+    """The photo and each set of tokens in its colors; one token of the last scale but one is followed
     through all of them: `number`, counted in reading order."""
     figure = Figure(figsize=(9.6, 7.0), layout="constrained")
     places = figure.subplots(-(-(len(sets) + 1) // 3), 3, squeeze=False).ravel()
@@ -85,8 +85,8 @@ def cut_sets(photos: Sequence[tuple[Tensor, Sequence[tuple[Tensor, tuple[list[in
         line[0].imshow(photo_of(pixels), extent=(0, wide / cell, high / cell, 0))
         line[0].set_title(f"{high} × {wide} pixels", loc="left")
         for axes, (tokens, (down, across)) in zip(line[1:], sets, strict=True):
-            colours = tokens.view(len(down) - 1, len(across) - 1, 3).clip(0, 1).numpy()
-            axes.pcolormesh(across, down, colours)
+            colors = tokens.view(len(down) - 1, len(across) - 1, 3).clip(0, 1).numpy()
+            axes.pcolormesh(across, down, colors)
             grid_lines(axes, down, across)
             axes.set_title(f"{tokens.shape[1]} = {len(down) - 1} × {len(across) - 1}", loc="left")
         for axes in line:
@@ -108,7 +108,7 @@ def grid_lines(axes: Axes, down: Sequence[float], across: Sequence[float]) -> No
 
 def colours_of(kinds: np.ndarray) -> np.ndarray:
     """[L] kinds -> [L, 3]: -3 prefix, -2 question, -1 answer, else the scale whose visual token it is."""
-    table = [matplotlib.colors.to_rgb(colour) for colour in [PREFIX, QUESTION, ANSWER, *SCALES * 3]]
+    table = [matplotlib.colors.to_rgb(color) for color in [PREFIX, QUESTION, ANSWER, *SCALES * 3]]
     return np.array(table)[kinds + 3]
 
 
@@ -124,8 +124,8 @@ def packed_row(kinds: np.ndarray, positions: np.ndarray, scales: Sequence[int]) 
     for number, (start, end) in enumerate(zip([0, *starts], [*starts, len(kinds)], strict=True)):
         _strip(below, kinds[start:end], (positions[start], positions[end - 1] + 1), (number + 0.4, number - 0.4))
     below.set_yticks(range(len(scales) + 1), ["prefix", *map(_count, scales)])
-    for label, colour in zip(below.get_yticklabels(), [PREFIX, *SCALES * 3], strict=False):
-        label.set(color=colour, fontweight="bold")
+    for label, color in zip(below.get_yticklabels(), [PREFIX, *SCALES * 3], strict=False):
+        label.set(color=color, fontweight="bold")
     below.set(xlabel="position id", xlim=(0, positions.max() + 1), ylim=(len(scales) + 0.5, -0.5))
     below.set_title("As the LLM reads it: a branch a scale, each behind the prefix", loc="left")
     below.axvline(positions[starts[0]], color="#9aa3ad", linewidth=1, linestyle=":", zorder=0)
@@ -151,11 +151,11 @@ def _count(tokens: int) -> str:
 
 def _kinds() -> list[Patch]:
     text = [("prefix", PREFIX), ("question", QUESTION), ("answer: the targets", ANSWER)]
-    return [Patch(color=colour, label=name) for name, colour in [*text, ("visual tokens, a colour a scale", SCALES[0])]]
+    return [Patch(color=color, label=name) for name, color in [*text, ("visual tokens, a color a scale", SCALES[0])]]
 
 
 def attention(sees: np.ndarray, moved: np.ndarray, kinds: np.ndarray) -> Shown:
-    """Two matrices [queries, keys] side by side, in the colours of the keys."""
+    """Two matrices [queries, keys] side by side, in the colors of the keys."""
     figure = Figure(figsize=(9.6, 5.0), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.set(title="On paper", xlabel="… that position", ylabel="this position sees …")
@@ -169,8 +169,8 @@ def attention(sees: np.ndarray, moved: np.ndarray, kinds: np.ndarray) -> Shown:
     for scale in range(kinds.max() + 1):
         own = np.flatnonzero(kinds == scale)
         place = (own[-1] + 0.07 * len(kinds), own[len(own) // 2] + 0.012 * len(kinds))
-        colour = SCALES[scale % len(SCALES)]
-        left.annotate(_count(len(own)), place, color=colour, fontweight="bold", annotation_clip=False)
+        color = SCALES[scale % len(SCALES)]
+        left.annotate(_count(len(own)), place, color=color, fontweight="bold", annotation_clip=False)
     return show(figure)
 
 
@@ -205,7 +205,7 @@ def _stacks(axes: Axes, answers: Sequence[tuple[int, int, int, int]], labels: Se
 
 
 def _name_parts(figure: Figure, *names: str) -> None:
-    handles = [Patch(color=colour, label=name) for name, colour in zip(names, (TEXT, ENCODER, VISUAL), strict=True)]
+    handles = [Patch(color=color, label=name) for name, color in zip(names, (TEXT, ENCODER, VISUAL), strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
 
 
@@ -218,9 +218,9 @@ def eaten(models: Sequence[dict[str, Any]], columns: int = 3) -> Shown:
         axes.fill_between(tokens, whole, alone, color=ENCODER, alpha=0.16, linewidth=0)
         axes.plot(tokens, alone, "o--", color=VISUAL, label="the LLM's prefill alone")
         axes.plot(tokens, whole, "o-", color=ENCODER, linewidth=2, label="with the encoder")
-        for line, colour in ((alone, VISUAL), (whole, ENCODER)):
+        for line, color in ((alone, VISUAL), (whole, ENCODER)):
             place = (tokens[-1], line[-1])
-            axes.annotate(f" {line[-1]:.1f}×", place, (6, -3), textcoords="offset points", color=colour)
+            axes.annotate(f" {line[-1]:.1f}×", place, (6, -3), textcoords="offset points", color=color)
         axes.set(xscale="log", yscale="log", title=model["name"])
         axes.set_xticks(tokens, [f"{int(n):,}" for n in tokens])
         axes.set_yticks([1, 2, 5, 10, 20, 50], ["1×", "2×", "5×", "10×", "20×", "50×"])
@@ -250,11 +250,11 @@ def against_resolution(lines: dict[str, list[tuple[int, int, float, float]]]) ->
     """
     figure = Figure(figsize=(9.6, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (name, points), colour in zip(lines.items(), SCALES, strict=False):
+    for (name, points), color in zip(lines.items(), SCALES, strict=False):
         sides, tokens, image, whole = (np.array(column, float) for column in zip(*points, strict=True))
-        left.plot(sides, tokens, "o-", color=colour, linewidth=2, label=name)
-        right.plot(sides, whole / 1e12, "o-", color=colour, linewidth=2)
-        right.plot(sides, image / 1e12, "o:", color=colour, markersize=4)
+        left.plot(sides, tokens, "o-", color=color, linewidth=2, label=name)
+        right.plot(sides, whole / 1e12, "o-", color=color, linewidth=2)
+        right.plot(sides, image / 1e12, "o:", color=color, markersize=4)
     left.set_title("Visual tokens", loc="left")
     right.set_title("TFLOPs to the first token; dotted: the encoder's", loc="left")
     ticks = _apart(sorted({side for points in lines.values() for side, *_ in points}))

@@ -68,9 +68,9 @@ def tokenizer():
     return load_tokenizer(tiny_llm())
 
 
-def draw(path: Path, size: tuple[int, int], colour: str, shape: str = "ellipse") -> None:
+def draw(path: Path, size: tuple[int, int], color: str, shape: str = "ellipse") -> None:
     image = Image.new("RGB", size, "white")
-    getattr(ImageDraw.Draw(image), shape)((8, 8, size[0] - 8, size[1] - 8), fill=colour)
+    getattr(ImageDraw.Draw(image), shape)((8, 8, size[0] - 8, size[1] - 8), fill=color)
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
 
@@ -84,10 +84,10 @@ def instruction_set(tmp_path: Path) -> Path:
     """A folder with images, train.json and val.json in LLaVA's format: images of two shapes, several
     images in a record, a record without."""
     items = []
-    for number, colour in enumerate(["red", "green", "blue", "teal"] * 3):
+    for number, color in enumerate(["red", "green", "blue", "teal"] * 3):
         size = (64, 64) if number % 2 else (128, 32)
-        draw(tmp_path / f"images/{number}.png", size, colour)
-        turns = conversation(("<image>\nwhat color is the shape?", colour), ("is there a circle?", "yes"))
+        draw(tmp_path / f"images/{number}.png", size, color)
+        turns = conversation(("<image>\nwhat color is the shape?", color), ("is there a circle?", "yes"))
         items.append({"id": str(number), "image": f"images/{number}.png", "conversations": turns})
     both = conversation(("<image> <image>\nis there a red shape?", "yes"))
     items.append({"id": "two", "image": ["images/0.png", "images/1.png"], "conversations": both})

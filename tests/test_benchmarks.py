@@ -10,7 +10,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_mm.callbacks.token_efficiency import TokenEfficiency
-from lit_mm.model.rows import Drawn, every_level
 from tests.conftest import ROOT, installed
 
 
@@ -67,9 +66,9 @@ def test_operations_are_those_torch_counts(nested_step, scales):
     """Of the linear layers; torch counts attention without its causal half."""
     size = nested_step.SIZES["tiny"]
     vlm = nested_step.build(size, "cpu", torch.float32)
-    drawn = every_level(5) if len(scales) > 1 else [Drawn(0, 1.0)]
-    batch = nested_step.batch_of(35, [20, 7], "branch", drawn, "cpu")
-    nested = [torch.randn(2, scale, size.width) for scale in nested_step.SCALES]
+    weights = [1 / 5] * 5 if len(scales) > 1 else [1.0, 0.0, 0.0, 0.0, 0.0]
+    batch = nested_step.batch_of(35, [20, 7], weights, "cpu")
+    nested = torch.randn(2, sum(nested_step.SCALES), size.width)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         vlm(batch, nested=nested)
     seen = sum(35**2 / 2 + sum((s + t) * 35 + (s + t) ** 2 / 2 for s in scales) for t in (20, 7))
@@ -153,10 +152,10 @@ def test_figures_that_cannot_be_are_refused(nested_step, monkeypatch, tmp_path):
 def test_authors_loss_is_the_mean_over_scales(nested_step):
     """Faithful: their way and ours differ in cost, not in value (one sample; they average per scale)."""
     vlm = nested_step.build(nested_step.SIZES["tiny"], "cpu", torch.float32)
-    batch = nested_step.batch_of(3, [6], "branch", every_level(5), "cpu")
-    nested = [torch.randn(1, scale, 64) for scale in nested_step.SCALES]
+    batch = nested_step.batch_of(3, [6], [1 / 5] * 5, "cpu")
+    nested = torch.randn(1, sum(nested_step.SCALES), 64)
     theirs = nested_step.authors_loss(vlm, batch, nested)
-    assert torch.allclose(theirs, vlm(batch, nested=nested).total, rtol=1e-5)
+    assert torch.allclose(theirs, vlm(batch, nested=nested).loss, rtol=1e-5)
 
 
 def test_encoder_writes_its_figures(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from lit_mm.cli import LitMMCLI
 from lit_mm.costs.llm_shapes import published
 from lit_mm.data.images import ImageOptions
 from lit_mm.model.llm import load_tokenizer
-from lit_mm.model.projector import nested_shapes
+from lit_mm.model.scales import nested_shapes
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.parts import count_parameters
 from lit_mm.training.strategies import policy_of
@@ -261,7 +261,7 @@ def test_video(parse, build):
     assert trained(lit) == named(lit, ALL)
     assert global_batch(config) == 128
     assert config.data.class_path == "lit_mm.VideoInstructions"
-    assert len(lit.levels) == 12
+    assert len(lit.all_scales) == 12
     frames = config.data.init_args.video.max_frames
     assert frames == lit.time_scales[0]
     assert frames * lit.scales[0] < config.data.init_args.max_length * 0.6
@@ -298,7 +298,7 @@ def test_other_llms(parse, build, name):
     names = (*CONVLLAVA[768, 1], f"llm/{name}")
     lit, llm = build(*names), parse(*names).model.llm
     assert (llm.source, llm.template) == (source, template)
-    assert lit.packing == "branch"
+    assert lit.packing == "packed"
     assert count_parameters(lit.vlm.llm, False) == PARAMETERS[source]
     assert count_parameters(lit.vlm, True) == convnext(first=4) + projector(3072, embedding)
 

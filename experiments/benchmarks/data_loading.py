@@ -47,7 +47,6 @@ from lit_mm.data.images import ImageFile, ImageOptions, to_pixels
 from lit_mm.data.sets import ModelInputs
 from lit_mm.data.video import Video, VideoOptions
 from lit_mm.model.llm import LLM, load_tokenizer
-from lit_mm.model.rows import every_level
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = str(ROOT / "experiments/quickstart_tokenizer")
@@ -140,7 +139,7 @@ def write_records(file: Path, kind: str, names: list[str]) -> str:
 
 def through(data: Any) -> int:
     """All training batches of a DataModule; the number of records."""
-    return sum(len(batch.token_ids) for batch in data.train_dataloader())
+    return sum(len(batch.input_ids) for batch in data.train_dataloader())
 
 
 def bare(decode: Callable[[Path], Any], files: list[Path], workers: int) -> int:
@@ -281,7 +280,7 @@ def llava_like(count: int) -> RecordSizes:
 
 def measure_padding(count: int, tokens: int = 16_384, size: int = 16) -> dict[str, float]:
     """Share of positions that hold nothing."""
-    costs, drawn = llava_like(count), every_level(len(SCALES))
+    costs, drawn = llava_like(count), range(len(SCALES))
     every, order = np.arange(count), np.random.default_rng(1).permutation(count)
     length = costs.tokens(every, drawn, SCALES)
     sizes = np.stack([np.ones_like(length), length, 0 * length], axis=1)

@@ -43,9 +43,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from lit_mm.costs.flops import Answer, Costs, causal_pairs
 from lit_mm.costs.llm_shapes import published
+from lit_mm.model.batch import Images
 from lit_mm.model.encoder import ConvNeXtEncoder, ExtraStage
 from lit_mm.model.projector import MatryoshkaProjector
-from lit_mm.model.rows import Images
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.profile.experiment import pooled_again
 
@@ -172,7 +172,7 @@ def build(size: Size, pixels: tuple[int, int], device: str, dtype: torch.dtype) 
     with torch.device(device):
         encoder = ConvNeXtEncoder(size.backbone, [ExtraStage(size.depth, size.width)]).to(dtype)
         scales = pooled_again(*encoder.grid(*pixels))
-        projector = MatryoshkaProjector(encoder.width, size.llm.hidden_size, scales).to(dtype)
+        projector = MatryoshkaProjector(encoder.num_features, size.llm.hidden_size, scales).to(dtype)
         llm = AutoModelForCausalLM.from_config(size.llm, dtype=dtype)
     return MatryoshkaVLM(encoder, projector, llm).eval()
 

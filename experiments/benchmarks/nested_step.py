@@ -10,7 +10,7 @@ Ways, each a forward and backward pass (no optimizer):
 - authors: as in M3's public code: for every scale anew the encoder, the projector, the embedding and
   the LLM on padded samples, float32 logits of every position, all graphs alive until one backward.
 - reference: this package's plain loop: encoder once, the LLM once per scale, padded, target logits only.
-- packed-…: one packed row, by each attention mechanism; packed-sequential: a row a scale.
+- packed-…: one packed sequence, by each attention mechanism; packed-sequential: a sequence a scale.
 
 Parts: `llm` (embeddings of images given) and `model` (images to loss). Times are medians of
 repetitions in alternating order, after one warm-up; peak memory is taken in a process of its own for each way.
@@ -43,18 +43,21 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_mm.data.batching import group_by_size
-from lit_mm.model.attention import NAME, FlexLayout
+from lit_mm.model.attention import NAME, Attention, FlexLayout
+from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch
 from lit_mm.model.encoder import ConvNeXtEncoder, ExtraStage
+from lit_mm.model.packing import Packing, pack
 from lit_mm.model.projector import MatryoshkaProjector
-from lit_mm.model.rows import IGNORED, IMAGE, Batch, Drawn, every_level, expand, pack, stack
+from lit_mm.model.reference import at_scale, embed
 from lit_mm.model.vlm import MatryoshkaVLM
 
 SCALES = [576, 144, 36, 9, 1]
-WAYS = ["single", "authors", "reference", *(f"packed-{name}" for name in ("branch", "flex", "varlen", "sequential"))]
+WAYS = ["single", "authors", "reference", *(f"packed-{name}" for name in ("branch", "flex", "sequential"))]
 
 
 @dataclass
@@ -112,61 +115,61 @@ def build(size: Size, device: str, dtype: torch.dtype) -> MatryoshkaVLM:
             vocab_size=size.vocabulary,
             attn_implementation=NAME,
         )
-        vlm = MatryoshkaVLM(encoder, MatryoshkaProjector(encoder.width, size.width, SCALES), LlamaForCausalLM(config))
+        projector = MatryoshkaProjector(encoder.num_features, size.width, SCALES)
+        vlm = MatryoshkaVLM(encoder, projector, LlamaForCausalLM(config))
     return vlm.to(dtype)
 
 
-def batch_of(prefix: int, texts: Sequence[int], packing: str, drawn: list[Drawn], device: str) -> Batch:
-    """One sample a text length: prefix, one image, text of which every token is a target."""
+def batch_of(
+    prefix: int,
+    texts: Sequence[int],
+    weights: list[float],
+    device: str,
+    packing: Packing = "packed",
+    attention: Attention = "branch",
+) -> Batch:
+    """One sample a text length: prefix, one image, text of which every token is a label."""
     torch.manual_seed(1)
     ids = [torch.cat([torch.randint(9, 999, (n,)) for n in (prefix, 1, text)]) for text in texts]
     for own in ids:
         own[prefix] = IMAGE
-    targets = [torch.where(torch.arange(len(own)) > prefix, own, IGNORED) for own in ids]
+    labels = [torch.where(torch.arange(len(own)) > prefix, own, IGNORE_INDEX) for own in ids]
     images = group_by_size([torch.randint(0, 255, (1, 3, 1536, 1536), dtype=torch.uint8) for _ in texts])
-    index = torch.arange(len(texts))
-    rows = pack(ids, targets, index, SCALES, drawn, packing)  # type: ignore[arg-type]
-    return apply_to_collection(Batch(images, ids, targets, index, drawn, rows), Tensor, Tensor.to, device)
+    batch = Batch(images, ids, labels, torch.arange(len(texts)), weights)
+    batch.packed = pack(batch, SCALES, packing, attention)
+    return apply_to_collection(batch, Tensor, Tensor.to, device)
 
 
-def authors_loss(vlm: MatryoshkaVLM, batch: Batch, nested: list[Tensor] | None) -> Tensor:
+def authors_loss(vlm: MatryoshkaVLM, batch: Batch, nested: Tensor | None) -> Tensor:
     """M3's own step, scale after scale; `nested` stands in for the encoder and the projector."""
-    losses = []
-    for number, scale in enumerate(SCALES):
-        tokens = (nested or vlm.encode(batch.images))[number]
-        ids = stack([expand(ids, ids, scale) for ids in batch.token_ids], padding=0)
-        mask = stack([torch.ones(len(expand(ids, ids, scale))) for ids in batch.token_ids], padding=0).to(ids)
-        expanded = [expand(own, ids, scale) for own, ids in zip(batch.targets, batch.token_ids, strict=True)]
-        targets = stack(expanded, padding=IGNORED)
-        logits = vlm.llm(
-            inputs_embeds=vlm._embed(ids, tokens, batch.image_index), attention_mask=mask, use_cache=False
-        ).logits.float()
-        shifted, labels = logits[:, :-1].contiguous(), targets[:, 1:].contiguous()
-        losses.append(torch.nn.functional.cross_entropy(shifted.view(-1, shifted.shape[-1]), labels.view(-1)))
+    losses, shown = [], (batch.input_ids, batch.image_index, [])
+    for number in range(len(SCALES)):
+        own = vlm.encode(batch.images) if nested is None else nested
+        index, tokens = at_scale(batch.images, own, SCALES, number, *shown)
+        ids, labels = ([x[i] for x, i in zip(each, index, strict=True)] for each in (batch.input_ids, batch.labels))
+        mask = pad_sequence([torch.ones_like(x) for x in ids], batch_first=True)
+        embeddings = embed(vlm.llm, pad_sequence(ids, batch_first=True), tokens)
+        logits = vlm.llm(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).logits.float()[:, :-1]
+        wanted = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)[:, 1:]
+        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten()))
     return torch.stack(losses).mean()
 
 
 def make_step(vlm: MatryoshkaVLM, way: str, part: str, case: tuple[int, list[int]], device: str) -> Callable[[], None]:
     """One forward and backward pass."""
-    prefix, texts = case
-    drawn = [Drawn(0, 1.0)] if way == "single" else every_level(len(SCALES))
-    packing = way.removeprefix("packed-") if way.startswith("packed-") else "branch"
-    packing = "loop" if way in ("single", "reference", "authors") else packing
-    batch = batch_of(prefix, texts, packing, drawn, device)
+    weights = [1.0] + [0.0] * 4 if way == "single" else [1 / len(SCALES)] * len(SCALES)
+    packing = {"packed-branch": "packed", "packed-flex": "packed", "packed-sequential": "sequential"}.get(way, "padded")
+    batch = batch_of(*case, weights, device, packing, "flex" if way == "packed-flex" else "branch")
     like = vlm.llm.get_input_embeddings().weight
-    given = [torch.randn(len(texts), s, like.shape[1], dtype=like.dtype, device=device) * 0.02 for s in SCALES]
+    shape = len(case[1]), sum(SCALES), like.shape[1]
+    given = torch.randn(*shape, dtype=like.dtype, device=device) * 0.02
 
     def step() -> None:
-        nested = None
-        if part == "llm":
-            nested = [tokens.clone().requires_grad_() for tokens in given]
-        if way == "authors":
-            loss = authors_loss(vlm, batch, nested)
-        else:
-            for rows in batch.rows:
-                if isinstance(rows.layout, FlexLayout):
-                    rows.layout.mask = None  # a new batch has to make its own
-            loss = vlm(batch, nested=nested).total
+        nested = given.clone().requires_grad_() if part == "llm" else None
+        for packed in batch.packed:
+            if isinstance(packed.layout, FlexLayout):
+                packed.layout.mask = None  # a new batch has to make its own
+        loss = authors_loss(vlm, batch, nested) if way == "authors" else vlm(batch, nested=nested).loss
         loss.backward()
         for parameter in vlm.parameters():
             parameter.grad = None
@@ -253,9 +256,7 @@ def resident(field: str) -> int:
 
 
 def ways_of(arguments: argparse.Namespace) -> list[str]:
-    gpu = ["packed-flex", "packed-varlen"] if arguments.device == "cuda" else []
-    if arguments.dtype == "float32" and gpu:
-        gpu.pop()
+    gpu = ["packed-flex"] if arguments.device == "cuda" else []
     chosen = arguments.ways or ["authors", "reference", "packed-branch", *gpu, "packed-sequential"]
     return ["single", *(way for way in chosen if way != "single")]
 

@@ -35,9 +35,9 @@ def contents(batch: Any) -> str:
     """What a batch holds, without asking the device."""
     if batch is None:
         return ""
-    positions = sum(len(rows.token_ids) for rows in batch.rows) or sum(len(ids) for ids in batch.token_ids)
+    positions = sum(len(rows.input_ids) for rows in batch.packed) or sum(len(ids) for ids in batch.input_ids)
     sizes = ", ".join(f"{len(group)} of {group.shape[2]}×{group.shape[3]} pixels" for group in batch.images.groups)
-    return f" in a batch of {len(batch.token_ids)} samples, {positions} positions, images: {sizes or 'none'}"
+    return f" in a batch of {len(batch.input_ids)} samples, {positions} positions, images: {sizes or 'none'}"
 
 
 def advice(trainer: Trainer, lit: Any) -> str:
@@ -49,8 +49,8 @@ def advice(trainer: Trainer, lit: Any) -> str:
         "trainer.precision: bf16-mixed": str(trainer.precision).startswith("32"),
         "data.tokens_per_batch, data.pixels_per_batch or data.batch_size: smaller, trainer.accumulate_grad_batches "
         "larger by as much": True,
-        "model.attention: sequential, one scale at a time": lit.packing != "sequential" and not sharded,
-        "model.scales_per_step: 1, drawn anew in each step": lit.scales_per_step == "all" and len(lit.levels) > 1,
+        "model.packing: sequential, one scale at a time": lit.packing != "sequential" and not sharded,
+        "model.scales_per_step: 1, drawn anew in each step": lit.scales_per_step == "all" and len(lit.all_scales) > 1,
         "trainer.strategy: fsdp2 over more devices": not sharded,
         "model.parts.llm.lora.rank: 128, adapters instead of the LLM": not (lit.parts.llm.lora or lit.parts.llm.frozen),
     }

@@ -1,4 +1,4 @@
-"""Quality and cost of every level as a picture and as a table, for the terminal and for TensorBoard."""
+"""Quality and cost of every scale as a picture and as a table, for the terminal and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPLITS = {"val": "Validation", "test": "Test"}
 
 def draw(result: Result) -> Figure:
     """Accuracy (%) over visual tokens on a logarithmic axis, the majority answer as a dashed line; below
-    it, where it was measured, the time to the first token of every level."""
+    it, where it was measured, the time to the first token of every scale."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -38,13 +38,13 @@ def draw(result: Result) -> Figure:
 
 
 def draw_accuracy(axes: Axes, result: Result) -> None:
-    """The curve, or one for every time scale, with a ring around the level that suffices."""
+    """The curve, or one for every time scale, with a ring around the scale that suffices."""
     lines, tokens = _lines(result), sorted({row["visual_tokens"] for row in result["scales"]})
-    for (frames, line), colour in zip(lines.items(), LINES * len(tokens), strict=False):
+    for (frames, line), color in zip(lines.items(), LINES * len(tokens), strict=False):
         label = None if frames is None else f"{frames} sets of frames" if frames > 1 else "1 set of frames"
-        axes.plot(*zip(*line, strict=True), "o-", color=colour, linewidth=2, markersize=7, label=label, zorder=3)
+        axes.plot(*zip(*line, strict=True), "o-", color=color, linewidth=2, markersize=7, label=label, zorder=3)
         for x, y in line:
-            axes.annotate(f"{y:.1f}", (x, y), (0, -16), textcoords="offset points", ha="center", color=colour)
+            axes.annotate(f"{y:.1f}", (x, y), (0, -16), textcoords="offset points", ha="center", color=color)
     [enough] = [row for row in result["scales"] if row["scale"] == result["smallest_within_a_point"]]
     ring = enough["visual_tokens"], 100 * enough["accuracy"]
     label = "fewest tokens within a point of the best"
@@ -70,7 +70,7 @@ def _draw_majority(axes: Axes, result: Result, left: int) -> None:
 
 
 def draw_speed(axes: Axes, result: Result) -> None:
-    """The time to the first token of every level, fewest tokens first, as in the panel above."""
+    """The time to the first token of every scale, fewest tokens first, as in the panel above."""
     rows = [row for row in reversed(result["scales"]) if row["measured"]]
     draw_times(axes, [row["measured"] for row in rows], ("encoding", "LLM on the prompt"))
     axes.set_xticks(range(len(rows)), [row["scale"] for row in rows])
@@ -129,7 +129,7 @@ def _caption(result: Result) -> str:
 
 
 def _cells(result: Result) -> list[list[str]]:
-    """Head and a line for every level; columns that no level has a figure for are left out."""
+    """Head and a line for every scale; columns that no scale has a figure for are left out."""
     heads = ["visual tokens", "accuracy %", "loss", "prompt tokens", "FLOPs", "accuracy per TFLOP", "KV cache"]
     heads += ["encode ms", "first token ms", "next token ms", "memory"]
     columns = zip(heads, *map(_line, result["scales"]), strict=True)

@@ -1,4 +1,4 @@
-"""One validation or test: what was asked at every level, how well it went, what an answer takes."""
+"""One validation or test: what was asked at every scale, how well it went, what an answer takes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lit_mm.callbacks.efficiency_report import Result
 from lit_mm.callbacks.meter import counted
 from lit_mm.costs.devices import arithmetic_of, device_name, versions
 from lit_mm.costs.timing import WARM_UP, AnswerTimer
-from lit_mm.evaluation.efficiency import Asked, accuracy_per_tflop, level_costs, summary
+from lit_mm.evaluation.efficiency import Asked, accuracy_per_tflop, scale_costs, summary
 from lit_mm.evaluation.metrics import majority_share
-from lit_mm.model.rows import Batch
+from lit_mm.model.batch import Batch
 from lit_mm.training.parts import PARTS
 
 MOST_NEW_TOKENS = 8
@@ -27,13 +27,13 @@ class Judgement:
     Args:
         lit: The LitMatryoshka that is judged.
         split: Which data it is judged on.
-        repetitions: Answers that are timed at every level, behind a warm-up.
+        repetitions: Answers that are timed at every scale, behind a warm-up.
     """
 
     def __init__(self, lit: Any, split: Literal["val", "test"], repetitions: int) -> None:
         self.lit, self.split, self.repetitions = lit, split, repetitions
         self.expected: list[str] = []
-        self.asked = Asked(lit.levels)
+        self.asked = Asked(lit.all_scales)
 
     def add(self, batch: Batch) -> None:
         """Remember what was asked and expected."""
@@ -50,13 +50,13 @@ class Judgement:
             self.numbers = {name: sum(numbers[name] for _, numbers in shares) for name in self.numbers}
 
     def result(self, trainer: Trainer, peak: float | None) -> Result:
-        """All figures, as `accuracy_tokens.json` holds them; accuracies in 0..1, finest level first.
+        """All figures, as `accuracy_tokens.json` holds them; accuracies in 0..1, finest scale first.
 
         Args:
             trainer: The trainer, at the end of the validation or test.
             peak: FLOP/s that a device can do at most, if that is known.
         """
-        rows = level_costs(self.numbers, self.lit.levels, self._cached(trainer))
+        rows = scale_costs(self.numbers, self.lit.all_scales, self._cached(trainer))
         for row in rows:
             row["accuracy"] = trainer.callback_metrics[f"{self.split}/accuracy@{row['scale']}"].item()
             if (loss := trainer.callback_metrics.get(f"{self.split}/loss@{row['scale']}")) is not None:
@@ -84,7 +84,7 @@ class Judgement:
         return self.lit.costs.language.cached * (2 if half else self.lit.vlm.llm.dtype.itemsize)
 
     def _time(self, trainer: Trainer, rows: list[dict[str, Any]]) -> dict[str, int] | None:
-        """Time every level on images of the most frequent size, as many as a question shows on average; what
+        """Time every scale on images of the most frequent size, as many as a question shows on average; what
         was timed, or None where it can not be."""
         for row in rows:
             row["measured"] = None
@@ -135,7 +135,7 @@ def described(trainer: Trainer, lit: Any, peak: float | None) -> dict[str, Any]:
         "peak_tflops": None if peak is None else peak / 1e12,
         "precision": str(trainer.precision),
         "dtype": {name: str(next(getattr(lit.vlm, name).parameters()).dtype)[6:] for name in PARTS},
-        "attention": lit.packing,
+        "packing": lit.packing,
         "strategy": type(trainer.strategy).__name__,
         "batch_size": {
             "training_records": getattr(budget, "records", None),

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lit_mm.costs.flops import Costs, ModelFlops, Size
-from lit_mm.model.rows import Batch, Counts
+from lit_mm.model.batch import Batch, Counts
 from lit_mm.training.parts import PARTS
 
 Numbers = dict[str, float]
@@ -80,9 +80,9 @@ class Meter:
         """
         counts, kind = counted(batch), "visual" if batch.images.groups else "alone"
         self.sizes.update(sizes_of(batch))
-        for name in ("text", "visual", "targets", "padding", "shown_pixels"):
+        for name in ("text", "visual", "labels", "padding", "shown_pixels"):
             self.sums[name] += getattr(counts, name)
-        for name in ("text", "visual", "pairs", "targets"):
+        for name in ("text", "visual", "pairs", "labels"):
             self.sums[f"{kind} {name}"] += getattr(counts, name)
         self.sums["frames"] += batch.images.frames
         self.shown = [before + more for before, more in zip(self.shown, counts.shown, strict=True)]
@@ -90,7 +90,7 @@ class Meter:
     def take(self) -> Numbers:
         """The sums since they were last taken; the same names on every rank."""
         images, sums = sum(self.sizes.values()), self.sums
-        own = {name: float(sums[name]) for name in ("text", "visual", "targets", "padding", "shown_pixels", "frames")}
+        own = {name: float(sums[name]) for name in ("text", "visual", "labels", "padding", "shown_pixels", "frames")}
         own["images"] = images - sums["frames"]
         own["pixels"] = sum(height * width * number for (height, width), number in self.sizes.items())
         own["encoded_pixels"] = sum(self._padded(size) * number for size, number in self.sizes.items())
@@ -109,7 +109,7 @@ class Meter:
         total = costs.images((number, size) for size, number in self.sizes.items())
         for kind in ("visual", "alone"):
             tokens = sums[f"{kind} text"] + sums[f"{kind} visual"]
-            total += costs.text(tokens, sums[f"{kind} pairs"], sums[f"{kind} targets"], visual=kind == "visual")
+            total += costs.text(tokens, sums[f"{kind} pairs"], sums[f"{kind} labels"], visual=kind == "visual")
         return total
 
 
@@ -171,7 +171,7 @@ def report(numbers: Numbers, steps: int, ranks: int, scales: Sequence[int]) -> N
 
 def _tokens(numbers: Numbers, steps: int, scales: Sequence[int]) -> Numbers:
     """Per step, over all ranks; padding as a share of all positions."""
-    names = {"visual": "visual", "text": "text", "target": "targets", "padding": "padding"}
+    names = {"visual": "visual", "text": "text", "label": "labels", "padding": "padding"}
     found = {name: numbers[key] / steps for name, key in names.items()}
     found["padding_share"] = numbers["padding"] / max(1, numbers["padding"] + numbers["text"] + numbers["visual"])
     shown = [int(numbers[f"shown {scale}"]) for scale in scales]
@@ -201,7 +201,7 @@ def _images(numbers: Numbers, steps: int) -> Numbers:
 
 def _speed(numbers: Numbers, steps: int, ranks: int) -> Numbers:
     seconds = numbers["seconds"]
-    kinds = {"visual_tokens": "visual", "text_tokens": "text", "target_tokens": "targets"}
+    kinds = {"visual_tokens": "visual", "text_tokens": "text", "label_tokens": "labels"}
     found = {f"{name}_per_s": numbers[key] / seconds for name, key in kinds.items()}
     found["tokens_per_s"] = (numbers["visual"] + numbers["text"]) / seconds
     found["images_per_s"] = (numbers["images"] + numbers["frames"]) / seconds

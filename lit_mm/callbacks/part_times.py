@@ -63,12 +63,11 @@ class PartTimes:
         if inputs[0].requires_grad:
             inputs[0].register_hook(self._marks("encoder"))
 
-    def _leave_projector(self, module: Any, inputs: tuple[Tensor, ...], nested: list[Tensor]) -> None:
-        """The nested tokens' gradients come when the LLM's backward pass is over."""
+    def _leave_projector(self, module: Any, inputs: tuple[Tensor, ...], nested: Tensor) -> None:
+        """The nested tokens' gradient comes when the LLM's backward pass is over."""
         self.mark("llm")
-        for tokens in nested:
-            if tokens.requires_grad:
-                tokens.register_hook(self._marks("projector"))
+        if nested.requires_grad:
+            nested.register_hook(self._marks("projector"))
 
     def stop(self) -> None:
         """The step is over."""

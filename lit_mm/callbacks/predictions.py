@@ -11,7 +11,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_mm.model.projector import Scale
+from lit_mm.model.scales import Scale
 
 
 class AnswerWriter(BasePredictionWriter):
@@ -29,7 +29,7 @@ class AnswerWriter(BasePredictionWriter):
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         rank = f".rank{trainer.global_rank}" if trainer.global_rank else ""
-        for scale in pl_module.levels:  # type: ignore[union-attr]
+        for scale in pl_module.all_scales:  # type: ignore[union-attr]
             self.files[scale] = (folder / f"answers@{scale}{rank}.jsonl").open("w", encoding="utf-8")
 
     def write_on_batch_end(

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from lit_mm.model.projector import Scale
+from lit_mm.model.scales import Scale
 from lit_mm.training.parts import PARTS
 
 Layout = dict[str, dict[str, list[Any]]]
@@ -23,14 +23,14 @@ def writers(trainer: Trainer) -> list[SummaryWriter]:
     return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
 
-def layout(levels: Sequence[Scale], utilisation: bool) -> Layout:
-    """Groups of charts -> charts -> which scalars are its lines; with `utilisation` one for MFU."""
+def layout(scales: Sequence[Scale], utilization: bool) -> Layout:
+    """Groups of charts -> charts -> which scalars are its lines; with `utilization` one for MFU."""
 
     def chart(*names: str) -> list[Any]:
         return ["Multiline", [f"^{re.escape(name)}$" for name in names]]
 
     def of_levels(name: str) -> list[Any]:
-        return chart(*(f"{name}@{level}" for level in levels))
+        return chart(*(f"{name}@{scale}" for scale in scales))
 
     return {
         "quality of every scale": {
@@ -48,7 +48,7 @@ def layout(levels: Sequence[Scale], utilisation: bool) -> Layout:
             "time in a step by part (ms)": chart(*(f"parts/{part}_ms" for part in (*PARTS, "other"))),
             "share of time waiting for data": chart("speed/data_wait_share"),
             "peak memory (GiB)": chart(*(f"memory/{kind}_GiB" for kind in ("allocated", "reserved", "process"))),
-            **({"MFU": chart("speed/MFU", *(f"parts/{part}_MFU" for part in PARTS))} if utilisation else {}),
+            **({"MFU": chart("speed/MFU", *(f"parts/{part}_MFU" for part in PARTS))} if utilization else {}),
         },
     }
 
@@ -72,7 +72,7 @@ def settings(trainer: Trainer, lit: Any) -> dict[str, str | float]:
         "batches per step": trainer.accumulate_grad_batches,
         "devices": trainer.world_size,
         "precision": str(trainer.precision),
-        "attention": lit.packing,
+        "packing": lit.packing,
         "steps": lit.total_steps(),
     }
     return {name: value for name, value in found.items() if value != ""}
@@ -85,12 +85,12 @@ def encoder_name(encoder: Any) -> str:
     return f"{trunk['architecture']} ({kind})" if trunk.get("architecture") else kind
 
 
-def open_page(trainer: Trainer, lit: Any, utilisation: bool) -> None:
+def open_page(trainer: Trainer, lit: Any, utilization: bool) -> None:
     """Lay the charts out and name the settings; HPARAMS shows the last value of each of the scalars that are
     named here."""
-    names = [f"{split}/accuracy@{level}" for split in ("val", "test") for level in lit.levels]
-    final = dict.fromkeys(["val/loss", *names, "speed/tokens_per_s", *(["speed/MFU"] if utilisation else [])], 0)
+    names = [f"{split}/accuracy@{scale}" for split in ("val", "test") for scale in lit.all_scales]
+    final = dict.fromkeys(["val/loss", *names, "speed/tokens_per_s", *(["speed/MFU"] if utilization else [])], 0)
     for writer in writers(trainer):
-        writer.add_custom_scalars(layout(lit.levels, utilisation))
+        writer.add_custom_scalars(layout(lit.all_scales, utilization))
         for part in hparams(settings(trainer, lit), final):
             writer._get_file_writer().add_summary(part)  # add_hparams would write to a run of its own

@@ -1,7 +1,7 @@
 """What every visual token costs and buys: counted in training, judged in validation and test.
 
 Training     tokens, images, speed, memory, MFU, every `trainer.log_every_n_steps` steps
-Validation   accuracy and cost of every level, as scalars, a picture and a table, the last one's also as
+Validation   accuracy and cost of every scale, as scalars, a picture and a table, the last one's also as
              accuracy_tokens_val.png and .json and at the end in the terminal
 Test         the same as accuracy_tokens.png and .json
 
@@ -27,7 +27,7 @@ from lit_mm.callbacks.part_times import OTHER, PartTimes
 from lit_mm.callbacks.tensorboard_page import open_page, writers
 from lit_mm.costs.devices import PeakMemory, arithmetic_of, device_name, peak_flops
 from lit_mm.evaluation.pictures import print_whole
-from lit_mm.model.rows import Batch
+from lit_mm.model.batch import Batch
 from lit_mm.training.parts import PARTS
 
 
@@ -36,7 +36,7 @@ class TokenEfficiency(Callback):
 
     Groups: `tokens/` and `images/` per step over all ranks, `speed/` over all ranks, `parts/` of one
     step in each interval on rank 0 (not the first of a run, which has more to do), `memory/` the most of
-    any rank, `scale/` and `val/accuracy_area` of every level, `train/lr_` of every part. Pixels are those
+    any rank, `scale/` and `val/accuracy_area` of every scale, `train/lr_` of every part. Pixels are those
     that the encoder gets: of a photo that was made square, its filling too; `stride_padding_share` is what
     the encoder adds to reach its stride.
     MFU is the FLOPs that the model needs (lit_mm.costs.flops; what checkpointing computes again is
@@ -50,7 +50,7 @@ class TokenEfficiency(Callback):
         Args:
             peak_tflops: The most TFLOP/s that a device can do in the precision of the run, for MFU;
                 null: by the device's name, and no MFU for an unknown device.
-            repetitions: Answers that are timed at every level behind each validation and test, one at a
+            repetitions: Answers that are timed at every scale behind each validation and test, one at a
                 time; 0: none.
 
         Raises:
@@ -97,7 +97,7 @@ class TokenEfficiency(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lay out TensorBoard's page."""
         self.reported = self.steps = trainer.global_step
-        open_page(trainer, pl_module, utilisation=bool(self.peak and pl_module.costs))
+        open_page(trainer, pl_module, utilization=bool(self.peak and pl_module.costs))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Start the clock; watch the parts in one step of each interval."""
@@ -212,7 +212,7 @@ class TokenEfficiency(Callback):
     on_test_epoch_end = on_validation_epoch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Time every level, log scalars, picture and table."""
+        """Time every scale, log scalars, picture and table."""
         if not trainer.sanity_checking and trainer.is_global_zero and self.judgement.expected:
             self.last = self._judged(trainer)
         if trainer.state.fn == "fit":

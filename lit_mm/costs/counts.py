@@ -7,91 +7,65 @@ Python ints.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from lit_mm.model.attention import causal_pairs
-from lit_mm.model.rows import IGNORED, Batch, Counts, Prompts, Rows, at_time, in_sets
+from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch, Counts, Prompts
+from lit_mm.model.packing import pixels_of
 
 
 def counts_of(batch: Batch, scales: Sequence[int]) -> Counts:
     """The numbers of a batch on the CPU, packed already if it is to be.
 
     Args:
-        batch: The batch; its drawn levels count.
-        scales: All scales of the model, finest first.
+        batch: The batch.
+        scales: The model's image scales, finest first.
     """
-    counts, pixels = Counts(shown=[0] * len(scales)), _pixels_of(batch)
-    for rows in batch.rows:
-        _add_rows(counts, rows, scales, pixels)
-    if not batch.rows:
-        _add_samples(counts, batch, scales, pixels)
-    _add_questions(counts, batch, scales)
+    total = Counts(shown=[0] * len(scales))
+    for counts in [own.counts for own in batch.packed] or _padded(batch, scales):
+        for name in ("text", "visual", "labels", "padding", "pairs", "shown_pixels"):
+            setattr(total, name, getattr(total, name) + getattr(counts, name))
+        total.shown = [before + more for before, more in zip(total.shown, counts.shown, strict=True)]
+    _add_questions(total, batch, scales)
+    return total
+
+
+def _padded(batch: Batch, scales: Sequence[int]) -> list[Counts]:
+    """Samples padded to the longest, at every scale of the step."""
+    drawn = [scale for scale, weight in enumerate(batch.scale_weights) if weight and batch.input_ids]
+    return [_padded_at(batch, scales, *divmod(scale, len(scales))) for scale in drawn]
+
+
+def _padded_at(batch: Batch, scales: Sequence[int], time: int, scale: int) -> Counts:
+    counts, lengths, shown = Counts(shown=[0] * len(scales)), [], []
+    for number, (ids, labels) in enumerate(zip(batch.input_ids, batch.labels, strict=True)):
+        stays = batch.time_scale[number] >= time if batch.time_scale else torch.ones_like(ids, dtype=torch.bool)
+        shown.append(stays[ids == IMAGE])
+        visual = int(shown[-1].sum())
+        lengths.append(int(stays.sum()) + visual * (scales[scale] - 1))
+        counts.visual += visual * scales[scale]
+        counts.labels += int((labels[stays][1:] != IGNORE_INDEX).sum())
+        counts.pairs += causal_pairs(lengths[-1])
+        counts.shown[scale] += visual
+    counts.text, counts.padding = sum(lengths) - counts.visual, max(lengths) * len(lengths) - sum(lengths)
+    rows = batch.images.nested_rows()[time][batch.image_index[torch.cat(shown)]]
+    counts.shown_pixels = int(pixels_of(batch.images)[rows.numpy()].sum())
     return counts
-
-
-def _pixels_of(batch: Batch) -> list[np.ndarray]:
-    """Pixels of every image; with time scales those of every set of frames, at each of them."""
-    groups = batch.images.groups
-    sizes = np.concatenate([np.zeros(0, np.int64), *(np.full(len(g), g.shape[-2] * g.shape[-1]) for g in groups)])
-    own = sizes[batch.images.order.numpy()]
-    over_time = batch.images.over_time
-    return [np.bincount(sets.number.numpy(), own, len(sets.sizes)).astype(np.int64) for sets in over_time] or [own]
-
-
-def _add_rows(counts: Counts, rows: Rows, scales: Sequence[int], pixels: list[np.ndarray]) -> None:
-    """A packed row: `visual_source` tells of every visual token whose it is, and at which scale."""
-    counts.visual += len(rows.visual_index)
-    counts.text += len(rows.token_ids) - len(rows.visual_index)
-    counts.targets += len(rows.targets)
-    counts.pairs += rows.pairs
-    ends = np.cumsum(scales)
-    number, token = np.divmod(rows.visual_source.numpy(), ends[-1])
-    first = np.isin(token, ends - scales)  # the first token of an image at a scale
-    scale = np.searchsorted(ends, token[first], side="right")
-    shown = np.bincount(scale, minlength=len(scales)).tolist()
-    counts.shown = [before + more for before, more in zip(counts.shown, shown, strict=True)]
-    counts.shown_pixels += int(np.concatenate(pixels)[number[first]].sum())
-
-
-def _add_samples(counts: Counts, batch: Batch, scales: Sequence[int], pixels: list[np.ndarray]) -> None:
-    """Samples as `MatryoshkaVLM.loop` has them, padded at every level."""
-    for level in batch.drawn if batch.token_ids else []:
-        time, scale = divmod(level.number, len(scales))
-        lengths, stays = [], []
-        for ids, targets, kept in _samples(batch):
-            positions, images = at_time(ids, kept, time)
-            stays.append(images)
-            tokens, visual = int(positions.sum()), int(images.sum())
-            lengths.append(tokens + visual * (scales[scale] - 1))
-            counts.text += tokens - visual
-            counts.visual += visual * scales[scale]
-            counts.targets += int((targets[positions][1:] != IGNORED).sum())
-            counts.pairs += causal_pairs(lengths[-1])
-            counts.shown[scale] += visual
-        counts.padding += max(lengths) * len(lengths) - sum(lengths)
-        numbers = in_sets(batch.image_index[torch.cat(stays)], batch.images, time)
-        counts.shown_pixels += int(pixels[time][numbers.numpy()].sum())
-
-
-def _samples(batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    kept: list[Tensor | None] = [*batch.kept] or [None] * len(batch.token_ids)
-    return zip(batch.token_ids, batch.targets, kept, strict=True)
 
 
 def _add_questions(counts: Counts, batch: Batch, scales: Sequence[int]) -> None:
     if not batch.questions:
         return
-    times = max(1, len(batch.images.over_time))
+    times = max(1, len(batch.images.frame_sets))
     counts.prompts = [Prompts() for _ in range(times * len(scales))]
     for question in batch.questions:
+        ids, kept = question.input_ids, question.time_scale
         for time in range(times):
-            positions, images = at_time(question.token_ids, question.kept, time)
-            visual = int(images.sum())
-            text = int(positions.sum()) - visual
+            stays = torch.ones_like(ids, dtype=torch.bool) if kept is None else kept >= time
+            visual = int((ids[stays] == IMAGE).sum())
+            text = int(stays.sum()) - visual
             for scale, prompts in zip(scales, counts.prompts[time * len(scales) :], strict=False):
                 prompts.text += text
                 prompts.visual += visual * scale

@@ -34,10 +34,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_mm.costs.counts import counts_of
-from lit_mm.model.attention import Segment, attended_pairs, causal_pairs
+from lit_mm.model.attention import Segment, causal_pairs
+from lit_mm.model.batch import Batch
 from lit_mm.model.encoder import ConvNeXtEncoder, Encoder, TimmEncoder
 from lit_mm.model.llm import packing_of
-from lit_mm.model.rows import Batch
 from lit_mm.model.vlm import MatryoshkaVLM
 
 Size = tuple[int, int]
@@ -72,7 +72,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """FLOPs by part of the model; the head is the LLM's output head, on the positions with a target."""
+    """FLOPs by part of the model; the head is the LLM's output head, on the positions with a label."""
 
     encoder: Flops = Flops()
     projector: Flops = Flops()
@@ -147,11 +147,11 @@ class Answer:
 
 
 def nested_segments(prefix: int, text: int, scales: Sequence[int]) -> list[Segment]:
-    """The segments of a packed row of one sample with one image: `prefix` tokens, then per scale the
+    """The segments of a packed sequence of one sample with one image: `prefix` tokens, then per scale the
     image's tokens and `text` tokens."""
-    segments, end = ([(0, 0, 0, prefix)] if prefix else []), prefix
+    segments, end = ([Segment(0, 0, 0, prefix)] if prefix else []), prefix
     for scale in scales:
-        segments.append((0, prefix, end, scale + text))
+        segments.append(Segment(0, prefix, end, scale + text))
         end += scale + text
     return segments
 
@@ -169,7 +169,7 @@ class Costs:
                 reentrance, as timm and transformers do by default).
 
         Raises:
-            ValueError: The LLM is none of those whose rows this package packs: it may have windows,
+            ValueError: The LLM is none of those that this package packs: it may have windows,
                 experts or states, whose costs are not known here.
         """
         self.encoder = on_meta(vlm.encoder)  # asked again for every new size of images
@@ -207,22 +207,22 @@ class Costs:
         """Encoder and projector on groups of images: how many of which size."""
         return sum((self.image(size) * count for count, size in groups), ModelFlops())
 
-    def text(self, tokens: int, pairs: int, targets: int, visual: bool = True) -> ModelFlops:
+    def text(self, tokens: int, pairs: int, labels: int, visual: bool = True) -> ModelFlops:
         """The LLM on so many tokens, and its head on so many of them.
 
         Args:
             tokens: Positions, visual ones included.
             pairs: Pairs of a query and a key that it sees: see above.
-            targets: Positions at which logits are computed.
+            labels: Positions at which logits are computed.
             visual: Whether some tokens are visual. If the encoder or the projector trains, a gradient
                 then flows through the whole LLM, frozen or not.
         """
         trains = self.parameters["encoder"].training + self.parameters["projector"].training
-        return self.language.flops(tokens, pairs, targets, visual and trains > 0)
+        return self.language.flops(tokens, pairs, labels, visual and trains > 0)
 
-    def row(self, segments: Sequence[Segment], targets: int) -> ModelFlops:
-        """A packed row, without its images."""
-        return self.text(sum(length for *_, length in segments), attended_pairs(segments), targets)
+    def row(self, segments: Sequence[Segment], labels: int) -> ModelFlops:
+        """A packed sequence, without its images."""
+        return self.text(sum(s.length for s in segments), sum(s.pairs for s in segments), labels)
 
     def step(self, batch: Batch, encodings: int = 0) -> ModelFlops:
         """Forward and backward pass of a training step on one rank, without the optimizer's.
@@ -230,17 +230,17 @@ class Costs:
         Only shapes and `Batch.counts` are read, no device is asked. Padding is not counted.
 
         Args:
-            batch: The batch; one without rows (`model.attention: loop`) must be counted, or on the CPU.
+            batch: The batch; one that is not packed (`model.packing: padded`) must be counted, or on the CPU.
             encodings: As in `MatryoshkaVLM.forward`: how often the encoder runs at least.
         """
         groups = [(len(group), cast(Size, tuple(group.shape[-2:]))) for group in batch.images.groups]
         blank = cast(Size, tuple(self.encoder.smallest))
-        runs = [(len(rows.token_ids), rows.pairs, len(rows.targets)) for rows in batch.rows]
+        runs = [(len(own.input_ids), own.counts.pairs, len(own.labels)) for own in batch.packed]
         if not runs:
             counts = batch.counts or counts_of(batch, self.scales)
-            runs = [(counts.text + counts.visual, counts.pairs, counts.targets)]
+            runs = [(counts.text + counts.visual, counts.pairs, counts.labels)]
         texts = sum((self.text(*run, visual=len(groups) > 0) for run in runs), ModelFlops())
-        if len(batch.rows) > 1 and texts.llm.backward:  # the vlm computes the LLM's activations anew, row after row
+        if len(batch.packed) > 1 and texts.llm.backward:  # the vlm computes the LLM's activations anew, row after row
             texts = replace(texts, llm=replace(texts.llm, recompute=texts.llm.recompute + texts.llm.forward))
         return texts + self.images([*groups, (max(0, encodings - len(groups)), blank)])
 
@@ -280,13 +280,13 @@ class LanguageCosts:
         """Read a causal LM of transformers. Adapters inside its layers, such as LoRA's, count too.
 
         Raises:
-            ValueError: It is none of those whose rows are packed.
+            ValueError: It is none of those that are packed.
         """
         config = llm.config.get_text_config(decoder=True)
-        if packing_of(config, "auto") == "loop":
+        if packing_of(config, "auto") == "padded":
             raise ValueError(
-                f"costs of {config.model_type} with these layers are not known: expected an LLM that takes packed "
-                "rows, each layer of which attends to all that precedes"
+                f"costs of {config.model_type} with these layers are not known: expected an LLM that can be packed, "
+                "each layer of which attends to all that precedes"
             )
         heads = config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -305,10 +305,10 @@ class LanguageCosts:
             for gradient in (False, True)
         }
 
-    def flops(self, tokens: int, pairs: int, targets: int, gradient: bool) -> ModelFlops:
+    def flops(self, tokens: int, pairs: int, labels: int, gradient: bool) -> ModelFlops:
         """As `Costs.text`; `gradient`: whether the embeddings have one, because of visual tokens."""
-        token, pair, target = self.rates[gradient]
-        return ModelFlops(llm=token * tokens + pair * pairs, head=target * targets)
+        token, pair, label = self.rates[gradient]
+        return ModelFlops(llm=token * tokens + pair * pairs, head=label * labels)
 
 
 @dataclass(frozen=True)

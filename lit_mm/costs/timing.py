@@ -104,7 +104,7 @@ class AnswerTimer:
 
         Frames are not averaged: which tokens they are makes no difference to the time."""
         encoder, projector = self.vlm.encoder, self.vlm.projector
-        cells = projector.layers(encoder(encoder.normalise(pixels)).permute(0, 2, 3, 1))
+        cells = projector.layers(encoder(encoder.normalize(pixels)).permute(0, 2, 3, 1))
         tokens = cells.flatten(0, 2)[None, :visual]
         if tokens.shape[1] != visual:
             raise ValueError(f"expected {visual} visual tokens, {len(pixels)} images have {tokens.shape[1]} cells")

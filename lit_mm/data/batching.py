@@ -13,7 +13,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from multiprocessing.util import get_temp_dir
 from typing import Any, Literal, cast
@@ -27,7 +27,10 @@ from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
 from lit_mm.costs.counts import counts_of
 from lit_mm.data.records import RecordError
-from lit_mm.model.rows import Batch, Drawn, FrameSets, Images, Packing, Question, every_level, pack
+from lit_mm.model.attention import Attention
+from lit_mm.model.batch import Batch, FrameSets, Images, Question
+from lit_mm.model.packing import Packing, pack
+from lit_mm.model.scales import set_starts
 
 GRACE = 3
 """Seconds that a loader's process outlives SIGTERM."""
@@ -55,21 +58,36 @@ class Sample:
 
     Args:
         visuals: What it shows.
-        token_ids: [T], IMAGE once for each frame; None where there is nothing to train on.
-        targets: [T], IGNORED where nothing is supervised.
-        kept: [T] the coarsest time scale, by number, at which a position still stands.
+        input_ids: [T], IMAGE once for each frame; None where there is nothing to train on.
+        labels: [T], IGNORE_INDEX where nothing is supervised.
+        time_scale: [T] index of the coarsest time scale at which a position still stands.
         questions: What is to be asked about it; their image_index counts this sample's frames.
         skipped: Why there is nothing in it, if its record could not be read.
         where: Its file and record.
     """
 
     visuals: list[Visual] = field(default_factory=list)
-    token_ids: Tensor | None = None
-    targets: Tensor | None = None
-    kept: Tensor | None = None
+    input_ids: Tensor | None = None
+    labels: Tensor | None = None
+    time_scale: Tensor | None = None
     questions: list[Question] = field(default_factory=list)
     skipped: list[RecordError] = field(default_factory=list)
     where: str = ""
+
+
+@dataclass
+class LoadedBatch(Batch):
+    """A batch and where it came from.
+
+    Args:
+        records: How many records were asked for.
+        skipped: What was left out of this batch: (reason, message) of every bad record.
+        where: File and record of every sample.
+    """
+
+    records: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    where: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -89,36 +107,36 @@ class BatchPlan:
 
 @dataclass
 class ScaleDraw:
-    """Which levels take part in a training step.
+    """Which scales take part in a training step.
 
     Args:
-        levels: How many levels the model has.
+        scales: How many scales the model has, time scales included.
         per_step: How many take part; `all`: every one in every step, as in M3.
         keep_finest: Whether the finest always takes part; otherwise it is drawn like the others.
         seed: Decides the draw, together with the epoch and the step.
     """
 
-    levels: int
+    scales: int
     per_step: int | Literal["all"] = "all"
     keep_finest: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.per_step != "all" and not 1 <= self.per_step <= self.levels:
-            raise ValueError(f"scales_per_step: expected all or 1 to {self.levels}, found {self.per_step}")
-        if self.keep_finest and self.per_step == 1 < self.levels:
+        if self.per_step != "all" and not 1 <= self.per_step <= self.scales:
+            raise ValueError(f"scales_per_step: expected all or 1 to {self.scales}, found {self.per_step}")
+        if self.keep_finest and self.per_step == 1 < self.scales:
             raise ValueError("scales_per_step 1 with keep_finest would train the finest scale alone")
 
-    def __call__(self, epoch: int, step: int) -> list[Drawn]:
-        """The step's levels, finest first, with weights that keep the expected loss equal to M3's."""
-        if self.per_step in ("all", self.levels):
-            return every_level(self.levels)
+    def __call__(self, epoch: int, step: int) -> list[float]:
+        """Weight of every scale's loss in the step, 0 for those left out; in the mean over steps M3's 1 / scales."""
+        if self.per_step in ("all", self.scales):
+            return [1 / self.scales] * self.scales
         kept = 1 if self.keep_finest else 0
         others = int(self.per_step) - kept
-        drawn = random.Random(f"{self.seed} {epoch} {step} scales").sample(range(kept, self.levels), others)
-        chance = others / (self.levels - kept)
-        first = [Drawn(0, 1 / self.levels)] * kept
-        return first + [Drawn(number, 1 / (self.levels * chance)) for number in sorted(drawn)]
+        drawn = random.Random(f"{self.seed} {epoch} {step} scales").sample(range(kept, self.scales), others)
+        chance = others / (self.scales - kept)
+        weights = dict.fromkeys(drawn, 1 / (self.scales * chance)) | ({0: 1 / self.scales} if self.keep_finest else {})
+        return [weights.get(number, 0.0) for number in range(self.scales)]
 
 
 @dataclass
@@ -142,12 +160,12 @@ class RecordSizes:
         words, frames = self.words[records], self.frames[records]
         return (frames[:, :1] != frames).any(1) | (words[:, :1] != words).any(1)
 
-    def tokens(self, records: np.ndarray, drawn: Sequence[Drawn], scales: Sequence[int]) -> np.ndarray:
-        """[m] positions of a packed row that m of the records fill at the drawn levels."""
+    def tokens(self, records: np.ndarray, drawn: Iterable[int], scales: Sequence[int]) -> np.ndarray:
+        """[m] positions of a packed sequence that m of the records fill at the drawn scales, given by index."""
         words, frames, video, seen = self.words[records], self.frames[records], self.video(records), set()
         total = self.before[records].astype(np.int64)
-        for level in drawn:
-            time, scale = divmod(level.number, len(scales))
+        for number in drawn:
+            time, scale = divmod(number, len(scales))
             branch = words[:, time] + frames[:, time] * scales[scale]
             total += np.where(video, branch, 0) if scale in seen else branch
             seen.add(scale)
@@ -418,10 +436,11 @@ class Batches(Dataset):
 
     Args:
         samples: Set of `Sample`s.
-        draw: Which levels are laid out.
+        draw: Which scales are laid out.
         scales: Visual tokens per image, finest first.
         time_scales: Sets of frames per video, finest first, if any.
         packing: How.
+        attention: How a packed sequence attends.
         training: Whether a batch needs something to train on: where none of its records can be read,
             the next readable one of the set takes their place.
     """
@@ -433,20 +452,20 @@ class Batches(Dataset):
         scales: Sequence[int],
         time_scales: Sequence[int],
         packing: Packing,
+        attention: Attention,
         training: bool,
     ) -> None:
-        self.samples, self.draw, self.packing, self.training = samples, draw, packing, training
+        self.samples, self.draw, self.training = samples, draw, training
+        self.packing, self.attention = packing, attention
         self.scales, self.time_scales = list(scales), list(time_scales)
 
-    def __getitem__(self, plan: BatchPlan) -> Batch:
+    def __getitem__(self, plan: BatchPlan) -> LoadedBatch:
         samples = [self.samples[record] for record in plan.records]
-        if self.training and all(sample.token_ids is None for sample in samples):
+        if self.training and all(sample.input_ids is None for sample in samples):
             samples += self._stand_in(plan.records[-1])
         batch = collate(samples, self.time_scales)
-        batch.drawn = self.draw(plan.epoch, plan.step)
-        if batch.token_ids:
-            parts = batch.token_ids, batch.targets, batch.image_index
-            batch.rows = pack(*parts, self.scales, batch.drawn, self.packing, batch.kept, batch.images.over_time)
+        batch.scale_weights = self.draw(plan.epoch, plan.step)
+        batch.packed = pack(batch, self.scales, self.packing, self.attention)
         batch.counts = counts_of(batch, self.scales)
         return batch
 
@@ -456,14 +475,14 @@ class Batches(Dataset):
         count = len(cast(Sized, self.samples))
         for further in range(1, count):
             found.append(self.samples[(record + further) % count])
-            if found[-1].token_ids is not None:
+            if found[-1].input_ids is not None:
                 return found
         raise RecordError("data.train", "not one readable record", f"tried all {count}")
 
 
-def collate(samples: Sequence[Sample], time_scales: Sequence[int] = ()) -> Batch:
-    """Samples -> Batch without rows; what is shown twice is encoded once. Records that could not be
-    read are named in `Batch.skipped`."""
+def collate(samples: Sequence[Sample], time_scales: Sequence[int] = ()) -> LoadedBatch:
+    """Samples -> a batch that is not packed yet; what is shown twice is encoded once. Records that could not
+    be read are named in `skipped`."""
     visuals: dict[Hashable, Visual] = {}
     for sample in samples:
         visuals |= {visual.key: visual for visual in sample.visuals}
@@ -473,19 +492,19 @@ def collate(samples: Sequence[Sample], time_scales: Sequence[int] = ()) -> Batch
     questions: list[Question] = []
     for sample in samples:
         own = [places[v.key] + frame for v in sample.visuals for frame in range(len(v.pixels))]
-        index += own if sample.token_ids is not None else []
+        index += own if sample.input_ids is not None else []
         questions += [replace(q, image_index=[own[i] for i in q.image_index]) for q in sample.questions]
     images = group_by_size([visual.pixels for visual in visuals.values()], time_scales)
     images.frames = sum(len(visual.pixels) for visual in visuals.values() if visual.video)
-    return Batch(
+    return LoadedBatch(
         images=images,
-        token_ids=[sample.token_ids for sample in samples if sample.token_ids is not None],
-        targets=[sample.targets for sample in samples if sample.targets is not None],
+        input_ids=[sample.input_ids for sample in samples if sample.input_ids is not None],
+        labels=[sample.labels for sample in samples if sample.labels is not None],
         image_index=torch.tensor(index, dtype=torch.long),
         questions=questions,
         records=len(samples),
         skipped=[(error.reason, str(error)) for sample in samples for error in sample.skipped],
-        kept=[sample.kept for sample in samples if sample.kept is not None],
+        time_scale=[sample.time_scale for sample in samples if sample.time_scale is not None],
         where=[sample.where for sample in samples if not sample.skipped],
     )
 
@@ -500,25 +519,10 @@ def group_by_size(visuals: Sequence[Tensor], time_scales: Sequence[int] = ()) ->
     went = [np.arange(firsts[n], firsts[n + 1]) for members in groups.values() for n in members]
     places = torch.from_numpy(np.concatenate([*went, np.zeros(0, np.int64)]))
     tensors = [torch.cat([visuals[n] for n in members]) for members in groups.values()]
-    return Images(tensors, places.argsort(), [frame_sets([len(v) for v in visuals], most) for most in time_scales])
+    return Images(tensors, places.argsort(), [frames_in_sets([len(v) for v in visuals], most) for most in time_scales])
 
 
-def set_starts(frames: int, most: int) -> list[int]:
-    """The first frame of each of at most so many sets of neighbouring frames, of nearly equal size.
-
-    Where one number of sets divides another, its sets are unions of the other's.
-    """
-    sets = min(frames, most)
-    return [number * frames // sets for number in range(sets)]
-
-
-def coarsest(frames: int, time_scales: Sequence[int]) -> list[int]:
-    """Of every frame the coarsest time scale, by number, at which it begins a set; -1: at none."""
-    starts = [set_starts(frames, most) for most in time_scales]
-    return [sum(frame in begin for begin in starts) - 1 for frame in range(frames)]
-
-
-def frame_sets(frames: Sequence[int], most: int) -> FrameSets:
+def frames_in_sets(frames: Sequence[int], most: int) -> FrameSets:
     """The sets of frames of images and videos of so many frames at one time scale."""
     sizes = [np.diff([*set_starts(count, most), count]) for count in frames]
     flat = torch.from_numpy(np.concatenate([*sizes, np.zeros(0, np.int64)]))

@@ -1,14 +1,14 @@
 """A small video instruction set whose questions need time, rendered here.
 
 A clip is eight frames of 32×32 pixels: on white a shape moves, leaves the picture on one side and
-comes back on the other, and takes four colours one after the other, in a circle that begins
+comes back on the other, and takes four colors one after the other, in a circle that begins
 anywhere; over it a black dot flashes, each time in one frame.
     "in which direction does the circle move?"     left, right, up or down
-    "which colour comes after red?"                "blue"
+    "which color comes after red?"                "blue"
     "how many times does the dot appear?"          1, 2, 3 or 4
 
 No single frame tells. Where the shape is says nothing of where it goes, as the picture has no border
-to start from. Of four colours one frame shows one. A frame with the dot makes a higher count a
+to start from. Of four colors one frame shows one. A frame with the dot makes a higher count a
 little likelier: the best guess from one frame is right in 34 to 42 % of the clips instead of 25 %.
 Videos are H.264 without loss.
 """
@@ -44,7 +44,7 @@ SHAPES = ("circle", "square", "triangle")
 RADIUS, DOT = 6, 4
 STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 ORDER = [(frame + 1) // 2 % 4 for frame in range(FRAMES)]
-"""Which of the four colours every frame has: two frames each, the first one's second frame is the last."""
+"""Which of the four colors every frame has: two frames each, the first one's second frame is the last."""
 Place = tuple[int, int]
 
 
@@ -53,12 +53,12 @@ class Figure:
     """A coloured shape in a clip.
 
     Args:
-        colour: One of COLOURS, or black.
+        color: One of COLOURS, or black.
         shape: One of SHAPES, or dot.
         places: For every frame the row and column of its middle, None where it is not shown.
     """
 
-    colour: str
+    color: str
     shape: str
     places: tuple[Place | None, ...]
 
@@ -197,17 +197,17 @@ def video_name(split: str, number: int, seed: int) -> str:
 def make_clip(split: str, number: int, seed: int = 0) -> Clip:
     """The clip of that number."""
     rng = random.Random(f"{seed} {split} {number}")
-    shape, colours = rng.choice(SHAPES), rng.sample([*COLOURS], 4)
+    shape, colors = rng.choice(SHAPES), rng.sample([*COLOURS], 4)
     places, direction = moves(rng)
     seen = rng.choice(patterns(rng.randint(1, 4)))
     dot = Figure("black", "dot", shown([_inside(rng)] * FRAMES, seen))
-    figures = [Figure(colours[i], shape, shown(places, [now == i for now in ORDER])) for i in range(4)]
-    questions = [(f"which colour comes after {colours[i]}?", colours[(i + 1) % 4]) for i in rng.sample(range(4), 2)]
+    figures = [Figure(colors[i], shape, shown(places, [now == i for now in ORDER])) for i in range(4)]
+    questions = [(f"which color comes after {colors[i]}?", colors[(i + 1) % 4]) for i in rng.sample(range(4), 2)]
     questions.append((f"in which direction does the {shape} move?", direction))
     questions.append(("how many times does the dot appear?", str(appearances(seen))))
     captions = [
         (f"where is the {shape} in each frame?", " ".join(map(cell, places))),
-        (f"which colour has the {shape} in each frame?", " ".join(colours[now] for now in ORDER)),
+        (f"which color has the {shape} in each frame?", " ".join(colors[now] for now in ORDER)),
         ("how often did the dot appear up to each frame?", " ".join(map(str, accumulate(map(int, begins(seen)))))),
     ]
     return Clip((*figures, dot), tuple(rng.sample(questions, 4)), tuple(rng.sample(captions, 3)))
@@ -227,7 +227,7 @@ def path(start: Place, direction: str, speed: int) -> list[Place]:
 
 
 def patterns(count: int) -> list[tuple[bool, ...]]:
-    """All ways to be seen in `count` frames of which no two are neighbours."""
+    """All ways to be seen in `count` frames of which no two are neighbors."""
     return [way for way in product((False, True), repeat=FRAMES) if sum(way) == appearances(way) == count]
 
 
@@ -262,7 +262,7 @@ def render(clip: Clip) -> np.ndarray:
     for figure in clip.figures:
         for frame, place in zip(frames, figure.places, strict=True):
             if place is not None:
-                frame[np.roll(MASKS[figure.shape], place, axis=(0, 1))] = COLOURS.get(figure.colour, BLACK)
+                frame[np.roll(MASKS[figure.shape], place, axis=(0, 1))] = COLOURS.get(figure.color, BLACK)
     return frames
 
 

@@ -1,7 +1,7 @@
-"""Record -> token ids and targets, by the LLM's own chat template.
+"""Record -> token ids and labels, by the LLM's own chat template.
 
 The template is rendered once with a stand-in for every answer. What the rendering puts between the
-stand-ins is prompt, what replaces them is answer: targets are known by construction, for any
+stand-ins is prompt, what replaces them is answer: labels are known by construction, for any
 template, and a prompt at generation has the same ids as in training.
 """
 
@@ -18,9 +18,9 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_mm.data.batching import coarsest
 from lit_mm.data.records import MARKERS, Record, RecordError, Turn
-from lit_mm.model.rows import IGNORED, IMAGE
+from lit_mm.model.batch import IGNORE_INDEX, IMAGE
+from lit_mm.model.scales import coarsest_time_scale
 
 STAND_IN = "\ue000"
 """A private-use character that stands for an answer while the template is rendered."""
@@ -36,24 +36,24 @@ class Encoded:
 
     Args:
         ids: [T], IMAGE once for each frame.
-        kept: [T] the coarsest time scale, by number, at which a position still stands: of the later
-            frames of a set, and what is written before them, nothing remains.
-        targets: [T], IGNORED where nothing is supervised.
+        time_scale: [T] index of the coarsest time scale at which a position still stands: the later frames
+            of a set, and what is written before them, are left out.
+        labels: [T], IGNORE_INDEX where nothing is supervised.
     """
 
     ids: list[int] = field(default_factory=list)
-    kept: list[int] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
+    time_scale: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
 
-    def add(self, other: Encoded, targets: Sequence[int]) -> None:
-        """Append a piece with its targets."""
+    def add(self, other: Encoded, labels: Sequence[int]) -> None:
+        """Append a piece with its labels."""
         self.ids += other.ids
-        self.kept += other.kept
-        self.targets += targets
+        self.time_scale += other.time_scale
+        self.labels += labels
 
     def tensors(self, timed: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Ids, targets and, if there are time scales, kept."""
-        return torch.tensor(self.ids), torch.tensor(self.targets), torch.tensor(self.kept) if timed else None
+        """Ids, labels and, if there are time scales, time_scale."""
+        return torch.tensor(self.ids), torch.tensor(self.labels), torch.tensor(self.time_scale) if timed else None
 
 
 class Conversation:
@@ -77,7 +77,7 @@ class Conversation:
         self.end_id = self._end_id()
 
     def encode(self, record: Record, media: Sequence[Frames] | None = None) -> Encoded:
-        """Token ids with IMAGE once for each frame; targets are the answers with their end token.
+        """Token ids with IMAGE once for each frame; labels are the answers with their end token.
 
         Args:
             record: What to encode.
@@ -91,11 +91,11 @@ class Conversation:
         for text, answer in zip(self._prompts(record.where, record.turns, record.system), answers, strict=False):
             prompt = self._pieces(text.removesuffix(" "), shown, first=not made.ids)
             reply = self._pieces(" " + answer if text.endswith(" ") else answer, shown)
-            # A later prompt opens with the end token of the answer before it, which is a target.
+            # A later prompt opens with the end token of the answer before it, which is a label.
             if made.ids and prompt.ids[0] != self.end_id:
                 raise RecordError(record.where, "chat template", f"expected the end token first in {text!r}")
             end = [self.end_id] * bool(made.ids)
-            made.add(prompt, end + [IGNORED] * (len(prompt.ids) - len(end)))
+            made.add(prompt, end + [IGNORE_INDEX] * (len(prompt.ids) - len(end)))
             made.add(reply, reply.ids)
         made.add(Encoded([self.end_id], [self._always]), [self.end_id])
         return made
@@ -122,11 +122,11 @@ class Conversation:
         return made
 
     def _add_frames(self, made: Encoded, frames: Frames, first: bool) -> None:
-        for before, kept in zip(frames, coarsest(len(frames), self.time_scales), strict=True):
-            self._add(made, [*self._encode(before, first and not made.ids), IMAGE], kept)
+        for before, time in zip(frames, coarsest_time_scale(len(frames), self.time_scales), strict=True):
+            self._add(made, [*self._encode(before, first and not made.ids), IMAGE], time)
 
-    def _add(self, made: Encoded, ids: list[int], kept: int) -> None:
-        made.add(Encoded(ids, [kept] * len(ids)), [])
+    def _add(self, made: Encoded, ids: list[int], time: int) -> None:
+        made.add(Encoded(ids, [time] * len(ids)), [])
 
     def _encode(self, text: str, first: bool) -> list[int]:
         # what the template repeats, and short answers; long texts seldom come again

@@ -25,6 +25,7 @@ from lit_mm.data.batching import (
     BatchPlans,
     Budget,
     Choice,
+    LoadedBatch,
     ResumableLoader,
     Sizes,
     leave_signals_to_the_trainer,
@@ -37,7 +38,6 @@ from lit_mm.data.records import BadRecords
 from lit_mm.data.sets import InstructionSet, Mixture, ModelInputs, Reader, Split, Subset, shares_of
 from lit_mm.data.sources import Source, open_source
 from lit_mm.data.video import VideoOptions
-from lit_mm.model.rows import Batch, Drawn
 
 
 def cache_folder() -> Path:
@@ -89,7 +89,7 @@ class ImageInstructions(LightningDataModule):
             image: How images are brought to size.
             batch_size: Most records per batch and device in training; null: as many as the budgets
                 allow.
-            tokens_per_batch: Most positions of a training batch's packed row, all levels included.
+            tokens_per_batch: Most positions of a training batch's packed row, all scales included.
             pixels_per_batch: Most pixels of a training batch's images and frames.
             eval_batch_size: Records per batch and device elsewhere; null: as batch_size, or 16.
             max_length: The longest conversation to train or validate on, in tokens, images at the finest
@@ -165,7 +165,7 @@ class ImageInstructions(LightningDataModule):
             raise OSError(f"data.cache: expected a folder that can be written, found {error}") from None
         source = open_source(subset.path, self.cache, subset.format)
         conversation = Conversation(self.inputs.tokenizer, self.inputs.time_scales)
-        media = MediaFolder(root, self.image, self.inputs.colour, self.video, self.frame, source.fingerprint)
+        media = MediaFolder(root, self.image, self.inputs.color, self.video, self.frame, source.fingerprint)
         reader = Reader(source, subset.items, conversation, media, split, self.inputs, self.max_length, self.budget)
         index = index_of(
             reader,
@@ -197,7 +197,7 @@ class ImageInstructions(LightningDataModule):
 
     def _warn_of_length(self, name: str, index: Index) -> None:
         """Of records on which an LLM goes on past the positions it was trained on."""
-        lengths = index.costs.tokens(np.arange(len(index.table)), [Drawn(0, 1.0)], self.inputs.scales)
+        lengths = index.costs.tokens(np.arange(len(index.table)), [0], self.inputs.scales)
         known = self.inputs.positions
         if known and (longer := int((lengths > known.most).sum())):
             rank_zero_warn(
@@ -283,7 +283,7 @@ class ImageInstructions(LightningDataModule):
         draw, costs = self.inputs.draw(training, self.seed), mixture.costs
 
         def sizes(epoch: int, step: int, records: np.ndarray) -> np.ndarray:
-            tokens = costs.tokens(records, draw(epoch, step), self.inputs.scales)
+            tokens = costs.tokens(records, np.flatnonzero(draw(epoch, step)), self.inputs.scales)
             return np.stack([np.ones_like(tokens), tokens, costs.pixels[records]], axis=1)
 
         return lambda epoch: partial(sizes, epoch)
@@ -295,7 +295,9 @@ class ImageInstructions(LightningDataModule):
         if place in self.loaders:
             self.loaders[place].close()
         self.loaders[place] = ResumableLoader(
-            Batches(self.sets[name], draw, inputs.scales, inputs.time_scales, inputs.packing, training),
+            Batches(
+                self.sets[name], draw, inputs.scales, inputs.time_scales, inputs.packing, inputs.attention, training
+            ),
             sampler=plans,
             batch_size=None,  # the sampler hands out whole batches
             num_workers=self.num_workers,
@@ -305,7 +307,7 @@ class ImageInstructions(LightningDataModule):
         )
         return self.loaders[place]
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_after_batch_transfer(self, batch: LoadedBatch, dataloader_idx: int) -> LoadedBatch:
         """Count what the loader had to leave out."""
         self.seen += batch.records
         for reason, message in batch.skipped:
@@ -329,7 +331,7 @@ class VideoInstructions(ImageInstructions):
     """Instruction sets of videos, images and text, one or a mixture.
 
     A video becomes frames, and a scale is a number of tokens per frame. With the model's time_scales
-    neighbouring frames are pooled too.
+    neighboring frames are pooled too.
     """
 
     def __init__(

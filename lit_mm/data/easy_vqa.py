@@ -1,7 +1,7 @@
 """easy-VQA: a small real visual question answering set that a Python package carries.
 
 Victor Zhou's easy-VQA (package `easy-vqa`): 4,000 training and 1,000 test images of 64×64 pixels,
-each with one shape of one colour, and 38,575 and 9,673 questions with 13 answers.
+each with one shape of one color, and 38,575 and 9,673 questions with 13 answers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class EasyVQA(ImageInstructions):
             root: Folder for captions.json, train.json, val.json and test.json in LLaVA's format.
             val_images: Training images held out for validation, with all their questions.
             caption_epochs: Epochs of captions before the conversations, one record for every
-                training image whose questions tell its shape and colour. Needs
+                training image whose questions tell its shape and color. Needs
                 trainer.reload_dataloaders_every_n_epochs: 1.
             batch_size: Conversations per batch and device in training.
             eval_batch_size: Conversations per batch and device elsewhere; null: as batch_size.
@@ -137,8 +137,8 @@ def _record(name: str, split: str, image: int, pairs: list[tuple[str, str]]) -> 
 
 def caption(pairs: list[tuple[str, str]]) -> str | None:
     """ "a red triangle", if the image's questions and answers tell both; None otherwise."""
-    shape, colour = _told(pairs, SHAPES), _told(pairs, COLOURS)
-    return f"a {colour} {shape}" if shape and colour else None
+    shape, color = _told(pairs, SHAPES), _told(pairs, COLOURS)
+    return f"a {color} {shape}" if shape and color else None
 
 
 def _told(pairs: list[tuple[str, str]], names: tuple[str, ...]) -> str | None:

@@ -45,7 +45,7 @@ class ImageOptions:
     """How an image is brought to size.
 
     Args:
-        mode: `pad` fills up with the encoder's mean colour to the shape of `size` and resizes (LLaVA,
+        mode: `pad` fills up with the encoder's mean color to the shape of `size` and resizes (LLaVA,
             ConvLLaVA); `squash` resizes whatever the shape; `keep` keeps the image's shape, and the
             encoder pads its sides up to its stride only. Resizing is bicubic.
         size: Pixels of the result: a number for a square, or `[height, width]`. With `keep` one number,
@@ -169,8 +169,8 @@ class ImageFile:
         """Height and width that it will have, from its header alone."""
         return self.options.target(*self._shape())
 
-    def pixels(self, colour: tuple[int, int, int]) -> Tensor:
-        """uint8 [1, 3, H, W], upright and in RGB; `pad` fills with a colour in 0..255.
+    def pixels(self, color: tuple[int, int, int]) -> Tensor:
+        """uint8 [1, 3, H, W], upright and in RGB; `pad` fills with a color in 0..255.
 
         Raises:
             RecordError: The file is truncated.
@@ -180,7 +180,7 @@ class ImageFile:
             if not self.options.exact_decoding:
                 self._draft()
             upright = to_rgb(self._upright())
-        return to_pixels(upright, target, colour if self.options.mode == "pad" else None)[None]
+        return to_pixels(upright, target, color if self.options.mode == "pad" else None)[None]
 
     def _upright(self) -> Image.Image:
         """Turned as the header says; what stands behind the pixels comes too late to tell a size."""
@@ -228,16 +228,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_pixels(image: Image.Image, target: tuple[int, int], colour: tuple[int, int, int] | None = None) -> Tensor:
-    """An RGB image -> uint8 [3, H, W] of a height and width; a colour fills it up to that shape first.
+def to_pixels(image: Image.Image, target: tuple[int, int], color: tuple[int, int, int] | None = None) -> Tensor:
+    """An RGB image -> uint8 [3, H, W] of a height and width; a color fills it up to that shape first.
 
     Bicubic with antialiasing, by torchvision: Pillow's result to one or two levels of 255 in a third
     of the time.
     """
     pixels = torch.from_numpy(np.array(image))
-    if colour is not None:
+    if color is not None:
         height, width = pixels.shape[:2]
-        area = torch.tensor(colour, dtype=torch.uint8).repeat(*filled(height, width, target), 1)
+        area = torch.tensor(color, dtype=torch.uint8).repeat(*filled(height, width, target), 1)
         top, left = (area.shape[0] - height) // 2, (area.shape[1] - width) // 2
         area[top : top + height, left : left + width] = pixels
         pixels = area

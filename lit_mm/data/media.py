@@ -39,19 +39,19 @@ class MediaFolder:
         video: Which frames of a video are shown; None: videos are refused.
         frame: How frames are brought to size.
         source: Tells apart the files whose records carry images themselves.
-        colour: What `pad` fills with: red, green and blue in 0..255.
+        color: What `pad` fills with: red, green and blue in 0..255.
     """
 
     def __init__(
         self,
         root: Path,
         image: ImageOptions,
-        colour: tuple[int, int, int],
+        color: tuple[int, int, int],
         video: VideoOptions | None = None,
         frame: ImageOptions | None = None,
         source: str = "",
     ) -> None:
-        self.root, self.colour, self.source = root.resolve(), colour, source
+        self.root, self.color, self.source = root.resolve(), color, source
         self.image, self.video, self.frame = image, video, frame or image
 
     def shown(self, record: Record) -> list[Shown]:
@@ -84,10 +84,10 @@ class MediaFolder:
 
     def _load(self, record: Record, medium: Media) -> tuple[Tensor, list[str]]:
         if medium.kind == "image":
-            return self._image(record, medium).pixels(self.colour), [""]
+            return self._image(record, medium).pixels(self.color), [""]
         times, frames = self._video(record, medium).read()
-        colour = self.colour if self.frame.mode == "pad" else None
-        pixels = [to_pixels(frame, self.frame.target(frame.height, frame.width), colour) for frame in frames]
+        color = self.color if self.frame.mode == "pad" else None
+        pixels = [to_pixels(frame, self.frame.target(frame.height, frame.width), color) for frame in frames]
         return torch.stack(pixels), self._labels(times)
 
     def _labels(self, times: Sequence[float]) -> list[str]:

@@ -20,9 +20,11 @@ from lit_mm.data.index import Index, costs_of
 from lit_mm.data.media import MediaFolder, Shown
 from lit_mm.data.records import MARKERS, ItemFormat, Record, RecordError, parse
 from lit_mm.data.sources import FileFormat, Source
+from lit_mm.model.attention import Attention
+from lit_mm.model.batch import IMAGE, Question
 from lit_mm.model.llm import Positions
-from lit_mm.model.projector import Pooling, Sampling, all_levels, nested_shapes
-from lit_mm.model.rows import IMAGE, Drawn, Packing, Question
+from lit_mm.model.packing import Packing
+from lit_mm.model.scales import Pooling, Sampling, all_scales, nested_shapes
 
 Split = Literal["train", "val", "test", "predict"]
 
@@ -34,12 +36,13 @@ class ModelInputs:
         tokenizer: The LLM's, chat template set.
         stride: Pixels per grid cell along a side.
         scales: Visual tokens per image, finest first.
-        colour: The encoder's mean colour in 0..255, for padding.
+        color: The encoder's mean color in 0..255, for padding.
         sampling: How coarser tokens come from finer ones.
         pooling: Whether any grid will do.
         time_scales: Sets of frames per video, finest first, if any.
         packing: How batches are laid out for the model.
-        scales_per_step: How many levels take part in a training step.
+        attention: How a packed sequence attends.
+        scales_per_step: How many scales take part in a training step.
         keep_finest: Whether the finest always does.
         positions: How long a sequence its LLM takes; None: any.
         max_new_tokens: Tokens of the longest answer.
@@ -50,29 +53,31 @@ class ModelInputs:
         tokenizer: PreTrainedTokenizerBase,
         stride: int,
         scales: list[int],
-        colour: tuple[int, int, int],
+        color: tuple[int, int, int],
         sampling: Sampling = "mean",
         pooling: Pooling = "exact",
         time_scales: Sequence[int] = (),
-        packing: Packing = "branch",
+        packing: Packing = "packed",
         scales_per_step: int | Literal["all"] = "all",
         keep_finest: bool = False,
         positions: Positions | None = None,
         max_new_tokens: int = 0,
+        attention: Attention = "branch",
     ) -> None:
-        self.tokenizer, self.stride, self.scales, self.colour = tokenizer, stride, scales, colour
+        self.tokenizer, self.stride, self.scales, self.color = tokenizer, stride, scales, color
         self.sampling, self.pooling, self.time_scales = sampling, pooling, list(time_scales)
-        self.packing, self.scales_per_step, self.keep_finest = packing, scales_per_step, keep_finest
+        self.packing, self.attention = packing, attention
+        self.scales_per_step, self.keep_finest = scales_per_step, keep_finest
         self.positions, self.max_new_tokens = positions, max_new_tokens
 
     def draw(self, training: bool, seed: int = 0) -> ScaleDraw:
-        """Which levels take part in a step."""
-        levels = len(all_levels(self.scales, self.time_scales))
-        return ScaleDraw(levels, self.scales_per_step if training else "all", self.keep_finest, seed)
+        """Which scales take part in a step."""
+        count = len(all_scales(self.scales, self.time_scales))
+        return ScaleDraw(count, self.scales_per_step if training else "all", self.keep_finest, seed)
 
     def settings(self) -> dict[str, Any]:
         """What of it decides the length of a record in training, and whether it is too long."""
-        others = ("tokenizer", "colour", "packing", "max_new_tokens")
+        others = ("tokenizer", "color", "packing", "attention", "max_new_tokens")
         told = {name: value for name, value in vars(self).items() if name not in others}
         return told | {"tokenizer": _identity(self.tokenizer)}
 
@@ -116,7 +121,7 @@ class Reader:
         media: Opens images and videos.
         split: train supervises; val asks as well; test and predict only ask.
         inputs: What the model tells.
-        max_length: Most tokens of a record at the finest level.
+        max_length: Most tokens of a record at the finest scale.
         budget: Of a training batch.
     """
 
@@ -159,7 +164,7 @@ class Reader:
         sample, encoded = Sample(visuals, where=record.where), None
         if self.split in ("train", "val"):
             encoded = self.conversation.encode(record, frames)
-            sample.token_ids, sample.targets, sample.kept = encoded.tensors(bool(self.inputs.time_scales))
+            sample.input_ids, sample.labels, sample.time_scale = encoded.tensors(bool(self.inputs.time_scales))
         if self.split != "train":
             sample.questions = [self._question(record, *exchange, frames) for exchange in record.exchanges]
         if (found := self._row(record, shown, encoded, sample.questions)) != list(cost):
@@ -175,11 +180,11 @@ class Reader:
             reason = "images in several questions"
             raise RecordError(record.where, reason, "expected all images in the first, as each question is asked alone")
         encoded = self.conversation.prompt(asked, record.where, frames, record.system)
-        ids, _, kept = encoded.tensors(bool(self.inputs.time_scales))
+        ids, _, time_scale = encoded.tensors(bool(self.inputs.time_scales))
         plain = text
         for marker in MARKERS.values():
             plain = plain.replace(marker, "")
-        return Question(record.id, plain.strip(), ids, list(range(sum(map(len, frames)))), answer, kept)
+        return Question(record.id, plain.strip(), ids, list(range(sum(map(len, frames)))), answer, time_scale)
 
     def cost(self, number: int) -> list[int]:
         """Find out before training what can be known without decoding an image; the record's costs."""
@@ -205,10 +210,10 @@ class Reader:
         conversation, or a question with its answer."""
         pixels = sum(self._pixels(record, each) for each in shown)
         new = self.inputs.max_new_tokens
-        rows = [self._use(pixels, encoded.ids, encoded.kept)] if encoded else []
-        rows += [
-            self._use(pixels, q.token_ids.tolist(), None if q.kept is None else q.kept.tolist(), new) for q in questions
-        ]
+        rows = [self._use(pixels, encoded.ids, encoded.time_scale)] if encoded else []
+        for question in questions:
+            stays = None if question.time_scale is None else question.time_scale.tolist()
+            rows.append(self._use(pixels, question.input_ids.tolist(), stays, new))
         return max(rows, key=self._length)
 
     def _use(self, pixels: int, ids: list[int], kept: list[int] | None, new_tokens: int = 0) -> list[int]:
@@ -233,7 +238,7 @@ class Reader:
 
     def _fits(self, record: Record, row: list[int], encoded: Encoded | None) -> None:
         images = f"with the images at scale {self.inputs.scales[0]}"
-        length = self._length(self._use(0, encoded.ids, encoded.kept)) if encoded else 0
+        length = self._length(self._use(0, encoded.ids, encoded.time_scale)) if encoded else 0
         if length > self.max_length:
             raise RecordError(record.where, "too long", f"{length} tokens {images}, allowed are {self.max_length}")
         known, length = self.inputs.positions, self._length(row)
@@ -249,12 +254,12 @@ class Reader:
                     raise RecordError(record.where, f"more {name} than a batch holds", detail)
 
     def _most_tokens(self, row: list[int]) -> int:
-        """Positions of the record at the levels that need most of all that can be drawn together."""
+        """Positions of the record at the scales that need most of all that can be drawn together."""
         draw, scales = self.inputs.draw(training=True), self.inputs.scales
         costs, one = costs_of(np.array([[0, *row]])), np.zeros(1, np.int64)
-        every = [Drawn(number, 1.0) for number in range(draw.levels)]
+        every = list(range(draw.scales))
         branches = every if costs.video(one)[0] else every[: len(scales)]  # the others are the same again
-        branches.sort(key=lambda level: -int(costs.tokens(one, [level], scales)[0]))
+        branches.sort(key=lambda scale: -int(costs.tokens(one, [scale], scales)[0]))
         return int(costs.tokens(one, branches if draw.per_step == "all" else branches[: draw.per_step], scales)[0])
 
 

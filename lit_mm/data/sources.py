@@ -564,7 +564,7 @@ class _Member(NamedTuple):
 
 
 def _samples(path: str) -> Iterator[tuple[int, int]]:
-    """Byte ranges of the samples of a shard: neighbours that share a name up to its first dot."""
+    """Byte ranges of the samples of a shard: neighbors that share a name up to its first dot."""
     seen: set[str] = set()
     for sample, group in groupby(_members(path), key=lambda member: member.sample):
         members = list(group)

@@ -1,4 +1,4 @@
-"""What every visual token buys: accuracy at each level against what the level costs."""
+"""What every visual token buys: accuracy at each scale against what the scale costs."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from math import log2
 from typing import Any
 
 from lit_mm.costs.flops import Costs, Size
-from lit_mm.model.projector import ClipScale, Scale
-from lit_mm.model.rows import Counts, Prompts
+from lit_mm.model.batch import Counts, Prompts
+from lit_mm.model.scales import Scale, VideoScale
 
 ONE_POINT = 0.01
 
 
 class Asked:
-    """The questions of an evaluation: what their prompts hold at every level.
+    """The questions of an evaluation: what their prompts hold at every scale.
 
     Args:
-        levels: The model's.
+        scales: The model's.
     """
 
-    def __init__(self, levels: Sequence[Scale]) -> None:
-        self.levels, self.questions = list(levels), 0
-        self.prompts = [Prompts() for _ in levels]
+    def __init__(self, scales: Sequence[Scale]) -> None:
+        self.all_scales, self.questions = list(scales), 0
+        self.prompts = [Prompts() for _ in scales]
         self.images = Counter[Size]()
 
     def add(self, counts: Counts, questions: int) -> None:
@@ -41,64 +41,64 @@ class Asked:
     def numbers(self, costs: Costs | None) -> dict[str, float]:
         """Sums of one rank, the same names on every rank: tokens, and with costs forward FLOPs."""
         found = {"questions": float(self.questions)}
-        for level, own in zip(self.levels, self.prompts, strict=True):
-            found |= {f"{level} text": own.text, f"{level} visual": own.visual}
+        for scale, own in zip(self.all_scales, self.prompts, strict=True):
+            found |= {f"{scale} text": own.text, f"{scale} visual": own.visual}
             if costs:
                 read = costs.text(own.text + own.visual, own.pairs, self.questions)
-                found[f"{level} prefill"] = float(read.total.forward)
+                found[f"{scale} prefill"] = float(read.total.forward)
         if costs:
             images = costs.images((number, size) for size, number in self.images.items())
             found["encode"] = float(images.total.forward)
         return found
 
 
-def level_costs(numbers: dict[str, float], levels: Sequence[Scale], cached: int | None) -> list[dict[str, Any]]:
-    """Means per question of every level, from the sums of all ranks.
+def scale_costs(numbers: dict[str, float], scales: Sequence[Scale], cached: int | None) -> list[dict[str, Any]]:
+    """Means per question of every scale, from the sums of all ranks.
 
     Args:
         numbers: Sums.
-        levels: The model's.
+        scales: The model's.
         cached: Bytes that a token leaves in the KV cache; None: unknown.
 
     Returns:
-        A dict per level: `scale`, `visual_tokens` (the level's, at most), `mean_visual_tokens` and
+        A dict per scale: `scale`, `visual_tokens` (the scale's, at most), `mean_visual_tokens` and
         `prompt_tokens` of what was asked, and where the model's costs are known `encode_flops` and
         `prefill_flops` until the first token of the answer, and `kv_bytes` of the prompt.
     """
     questions = max(1.0, numbers["questions"])
-    return [_level(numbers, level, questions, cached) for level in levels]
+    return [_scale(numbers, scale, questions, cached) for scale in scales]
 
 
-def _level(numbers: dict[str, float], level: Scale, questions: float, cached: int | None) -> dict[str, Any]:
-    visual = numbers[f"{level} visual"] / questions
-    prompt = visual + numbers[f"{level} text"] / questions
-    found = {"scale": str(level), **_named(level), "mean_visual_tokens": visual, "prompt_tokens": prompt}
+def _scale(numbers: dict[str, float], scale: Scale, questions: float, cached: int | None) -> dict[str, Any]:
+    visual = numbers[f"{scale} visual"] / questions
+    prompt = visual + numbers[f"{scale} text"] / questions
+    found = {"scale": str(scale), **_named(scale), "mean_visual_tokens": visual, "prompt_tokens": prompt}
     if cached is not None:
         found["encode_flops"] = numbers["encode"] / questions
-        found["prefill_flops"] = numbers[f"{level} prefill"] / questions
+        found["prefill_flops"] = numbers[f"{scale} prefill"] / questions
         found["kv_bytes"] = prompt * cached
     return found
 
 
-def _named(level: Scale) -> dict[str, int]:
-    """`frames` and the tokens of all of them together, for a level of video; tokens of an image otherwise."""
-    if isinstance(level, ClipScale):
-        return {"frames": level.frames, "visual_tokens": level.frames * level.tokens}
-    return {"visual_tokens": level}
+def _named(scale: Scale) -> dict[str, int]:
+    """`frames` and the tokens of all of them together, for a scale of video; tokens of an image otherwise."""
+    if isinstance(scale, VideoScale):
+        return {"frames": scale.frames, "visual_tokens": scale.frames * scale.tokens}
+    return {"visual_tokens": scale}
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the levels say together.
+    """What the scales say together.
 
     Args:
-        rows: `scale`, `visual_tokens` and `accuracy` (0..1) of every level.
+        rows: `scale`, `visual_tokens` and `accuracy` (0..1) of every scale.
 
     Returns:
         `area`: the area under accuracy over log2 of visual tokens as a share of the range, which is
         the mean accuracy of a budget drawn evenly on that axis (None with one number of tokens; where
-        several levels have as many tokens, the best one's accuracy counts; nor where no question shows an
+        several scales have as many tokens, the best one's accuracy counts; nor where no question shows an
         image). `smallest_within_a_point`:
-        the level with the fewest tokens whose accuracy is at most one point below the best.
+        the scale with the fewest tokens whose accuracy is at most one point below the best.
     """
     best: dict[int, float] = {}
     for row in rows:

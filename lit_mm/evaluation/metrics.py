@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-def normalise(answer: str) -> str:
+def normalize(answer: str) -> str:
     """How short answers compare: lower case, white space folded, without quotes around and without
     punctuation at the end ("-5" and "5", "$5" and "5%" stay different)."""
     folded = " ".join(answer.lower().split())
@@ -18,7 +18,7 @@ def normalise(answer: str) -> str:
 
 
 class AnswerAccuracy(Metric):
-    """Share of answers that equal the expected one after `normalise`; correct over ranks."""
+    """Share of answers that equal the expected one after `normalize`; correct over ranks."""
 
     correct: Tensor
     total: Tensor
@@ -31,7 +31,7 @@ class AnswerAccuracy(Metric):
     def update(self, answers: Sequence[str], expected: Sequence[str]) -> None:
         """Count n answers against n expected ones."""
         pairs = zip(answers, expected, strict=True)
-        self.correct += sum(normalise(answer) == normalise(right) for answer, right in pairs)
+        self.correct += sum(normalize(answer) == normalize(right) for answer, right in pairs)
         self.total += len(answers)
 
     def compute(self) -> Tensor:
@@ -41,5 +41,5 @@ class AnswerAccuracy(Metric):
 
 def majority_share(expected: Sequence[str]) -> float:
     """Share of the most common answer: the accuracy of a model that has seen and read nothing."""
-    counts = Counter(map(normalise, expected))
+    counts = Counter(map(normalize, expected))
     return counts.most_common(1)[0][1] / counts.total()

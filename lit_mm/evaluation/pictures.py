@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ENCODER, WHOLE_PROMPT = "#1f5fa8", "#3f8f83"
-"""Colours of the encoder, and of the LLM on text and image together."""
+"""Colors of the encoder, and of the LLM on text and image together."""
 
 
 def print_whole(*things: Any) -> None:

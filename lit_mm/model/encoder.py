@@ -1,6 +1,6 @@
 """Image -> grid: the five-stage ConvNeXt of ConvLLaVA, or any other timm backbone.
 
-Pixels come normalised from `VLM.encode` as [B, 3, H, W]; the grid [B, width, h, w] goes to the
+Pixels come normalized from `VLM.encode` as [B, 3, H, W]; the grid [B, width, h, w] goes to the
 projector. An encoder knows its stride, so that the data side can tell how many tokens an image
 will become before a single weight exists.
 """
@@ -36,18 +36,18 @@ class ExtraStage:
 
 
 class Encoder(nn.Module):
-    """What every encoder offers: `forward`, `grid`, `normalise` and the figures below.
+    """What every encoder offers: `forward`, `grid`, `normalize` and the figures below.
 
     Attributes:
         stride: Pixels per grid cell along a side.
-        width: Channels of the grid.
+        num_features: Channels of the grid.
         mean: Per-channel mean that the backbone was trained with, of values in 0..1.
         std: Per-channel standard deviation, likewise.
         pretrained: Whether the backbone has timm's weights.
     """
 
     stride: int
-    width: int
+    num_features: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     pretrained: bool
@@ -72,7 +72,7 @@ class Encoder(nn.Module):
         """Rows and columns of the grid of a `height` × `width` image, in cells (sides padded up)."""
         return math.ceil(height / self.stride), math.ceil(width / self.stride)
 
-    def normalise(self, pixels: Tensor) -> Tensor:
+    def normalize(self, pixels: Tensor) -> Tensor:
         """uint8 pixels [B, 3, H, W] in 0..255 -> floats of the encoder's dtype, mean 0, deviation 1."""
         dtype = next(self.parameters()).dtype
         exact = torch.promote_types(dtype, torch.float32)  # 255 levels do not survive bf16 arithmetic
@@ -82,7 +82,7 @@ class Encoder(nn.Module):
         return ((pixels.to(exact) / 255 - mean) / std).to(dtype)
 
     def pad(self, pixels: Tensor) -> Tensor:
-        """Pad the right and the bottom of normalised pixels with the mean colour up to the stride."""
+        """Pad the right and the bottom of normalized pixels with the mean colour up to the stride."""
         height, width = pixels.shape[-2:]
         return F.pad(pixels, (0, -width % self.stride, 0, -height % self.stride))
 
@@ -138,7 +138,7 @@ class ConvNeXtEncoder(Encoder):
         # depthwise convolutions and the blocks' linear layers both want the channels last
         self.trunk, self.pretrained = trunk.to(memory_format=torch.channels_last), pretrained
         self.stride = cast(int, trunk.feature_info[-1]["reduction"])
-        self.width = trunk.num_features
+        self.num_features = trunk.num_features
         self._statistics_of(trunk)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ class TimmEncoder(Encoder):
         info = trunk.feature_info[layer]
         if hasattr(trunk, "prune_intermediate_layers"):  # what lies behind would wait for gradients
             trunk.prune_intermediate_layers([self.layer], prune_norm=True, prune_head=True)
-        self.stride, self.width = info["reduction"], info["num_chs"]
+        self.stride, self.num_features = info["reduction"], info["num_chs"]
         self._statistics_of(trunk)
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_mm.model.rows import Packing
+from lit_mm.model.packing import Packing
 
 Template = Literal["own", "vicuna_v1", "chatml", "plain"]
 DType = Literal["float32", "bfloat16", "float16", "float64"]
@@ -144,24 +144,24 @@ def load_config(llm: LLM, tokenizer: PreTrainedTokenizerBase) -> transformers.Pr
     return cast(transformers.PretrainedConfig, from_source(transformers.AutoConfig, llm.source))
 
 
-def packing_of(config: transformers.PretrainedConfig, attention: Packing | Literal["auto"]) -> Packing:
-    """How batches for an LLM of this config are laid out: as asked, where packed rows are exact.
+def packing_of(config: transformers.PretrainedConfig, packing: Packing | Literal["auto"]) -> Packing:
+    """How batches for an LLM of this config are laid out: as asked, where packed sequences are exact.
 
     That is where every layer attends to all that precedes and positions are rotated alike in short
-    and long rows. Models with windows or soft caps, recurrent ones and those without a test here go
-    through the LLM once per scale (`loop`), each branch with its own copy of the prefix.
+    and long sequences. Models with windows or soft caps, recurrent ones and those without a test here
+    run once per scale on padded samples.
     """
     text = config.get_text_config(decoder=True)
     if text.model_type not in PACKED or not _attends_to_all(text):
-        return "loop"
-    return "branch" if attention == "auto" else attention
+        return "padded"
+    return "packed" if packing == "auto" else packing
 
 
 def _attends_to_all(config: Any) -> bool:
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None) is not None if kinds is None else set(kinds) != {"full_attention"}
     rope = getattr(config, "rope_parameters", None) or {}
-    stretched = {"dynamic", "longrope"} & {rope.get("rope_type"), rope.get("type")}  # by the row's longest sequence
+    stretched = {"dynamic", "longrope"} & {rope.get("rope_type"), rope.get("type")}  # by the longest position
     return not window and not stretched and not getattr(config, "attn_logit_softcapping", None)
 
 

@@ -22,7 +22,8 @@ from lit_mm.costs.flops import Size
 from lit_mm.costs.llm_shapes import config_of
 from lit_mm.model.encoder import ConvNeXtEncoder, Encoder, TimmEncoder
 from lit_mm.model.llm import DType, load_config, load_tokenizer
-from lit_mm.model.projector import MatryoshkaProjector, Scale, all_levels, checked_scales, nested_shapes
+from lit_mm.model.projector import MatryoshkaProjector
+from lit_mm.model.scales import Scale, all_scales, check_scales, nested_shapes
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.module import LitMatryoshka
 
@@ -44,7 +45,7 @@ class Experiment:
     dtype: DType
 
     def __post_init__(self) -> None:
-        checked_scales(self.model.scales)
+        check_scales(self.model.scales)
         with torch.device("meta"):
             self.encoder: Encoder = self.model.encoder()
         self.llm = self._llm_config()
@@ -58,7 +59,7 @@ class Experiment:
             encoder: Encoder = self.model.encoder(**({"pretrained": False} if known else {}))
             llm = AutoModelForCausalLM.from_config(self.llm, dtype=dtype)
             width = llm.get_input_embeddings().embedding_dim
-            projector = MatryoshkaProjector(encoder.width, width, self.model.scales)
+            projector = MatryoshkaProjector(encoder.num_features, width, self.model.scales)
         return MatryoshkaVLM(encoder.to(dtype), projector.to(dtype), llm, self.model.time_scales or ()).eval()
 
     @property
@@ -66,7 +67,7 @@ class Experiment:
         """Images that are encoded for an answer: with time scales one for each of the finest sets."""
         return max(self.model.time_scales or [1])
 
-    def levels(self, size: Size) -> tuple[list[Scale], str]:
+    def scales(self, size: Size) -> tuple[list[Scale], str]:
         """What is answered at for images of a size, finest first, and a note where it had to be chosen.
 
         Where the experiment's scales do not fit the grid, pooling by the smallest windows again and
@@ -79,7 +80,7 @@ class Experiment:
         except ValueError as error:
             scales = pooled_again(rows, columns)
             note = f"{error}; shown are {', '.join(map(str, scales))}"
-        return all_levels(scales, self.model.time_scales or ()), note
+        return all_scales(scales, self.model.time_scales or ()), note
 
     def _llm_config(self) -> PretrainedConfig:
         llm = self.model.llm

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lit_mm.costs.flops import Answer, Costs, nested_segments
-from lit_mm.model.projector import ClipScale, Scale
+from lit_mm.model.scales import Scale, VideoScale
 from lit_mm.profile.experiment import Experiment, Size
 from lit_mm.training.parts import apply_parts
 
@@ -55,7 +55,7 @@ class _Asking:
 
     def at(self, size: Size, timer: Timer | None) -> dict[str, Any]:
         """Figures for images of one size: the prompt without image, and every scale."""
-        levels, note = self.experiment.levels(size)
+        scales, note = self.experiment.scales(size)
         without = self._answer(size, 0, images=0)
         rows, columns = self.experiment.encoder.grid(*size)
         return {
@@ -65,12 +65,12 @@ class _Asking:
             "images": self.experiment.frames,
             "note": note,
             "text_only": _described(without, without),
-            "scales": [self._level(size, level, without, timer) for level in levels],
+            "scales": [self._scale(size, scale, without, timer) for scale in scales],
         }
 
-    def _level(self, size: Size, level: Scale, without: Answer, timer: Timer | None) -> dict[str, Any]:
-        visual = _tokens(level)
-        figures = {"scale": str(level), **_described(self._answer(size, visual, self.experiment.frames), without)}
+    def _scale(self, size: Size, scale: Scale, without: Answer, timer: Timer | None) -> dict[str, Any]:
+        visual = _tokens(scale)
+        figures = {"scale": str(scale), **_described(self._answer(size, visual, self.experiment.frames), without)}
         return figures | ({"measured": timer(size, visual)} if timer else {})
 
     def _answer(self, size: Size, visual: int, images: int) -> Answer:
@@ -104,7 +104,7 @@ class _Training:
 
     def at(self, size: Size) -> dict[str, Any]:
         """FLOPs with all scales in a packed row, and with the finest alone."""
-        scales = [_tokens(level) for level in self.experiment.levels(size)[0]]
+        scales = [_tokens(scale) for scale in self.experiment.scales(size)[0]]
         segments = nested_segments(0, self.text, scales)
         images = self.costs.images([(self.experiment.frames, size)])
         row = images + self.costs.row(segments, len(scales) * self.targets)
@@ -118,5 +118,5 @@ class _Training:
         }
 
 
-def _tokens(level: Scale) -> int:
-    return level.frames * level.tokens if isinstance(level, ClipScale) else level
+def _tokens(scale: Scale) -> int:
+    return scale.frames * scale.tokens if isinstance(scale, VideoScale) else scale

@@ -29,8 +29,9 @@ def plan_of(experiment: Experiment, gpus: int, samples: int, precision: str, str
         strategy: How several GPUs share the work: fsdp2 or ddp.
     """
     vlm, model = for_training(experiment), experiment.model
-    packing = packing_of(experiment.llm, model.attention)
-    batch = example_batch(vlm, samples, experiment.sizes[0], frames=experiment.frames, packing=packing)
+    packing = packing_of(experiment.llm, model.packing)
+    size, layout = experiment.sizes[0], {"packing": packing, "attention": model.attention}
+    batch = example_batch(vlm, samples, size, frames=experiment.frames, **layout)
 
     def optimizer(copy: MatryoshkaVLM) -> Any:
         return model.optimizer(with_parameters(parameter_groups(copy, model.parts), copy))
@@ -44,10 +45,10 @@ def for_training(experiment: Experiment) -> MatryoshkaVLM:
     vlm = experiment.build()
     vlm.encoder.float(), vlm.projector.float()
     vlm.llm.to(getattr(torch, experiment.model.llm.dtype))
-    if packing_of(experiment.llm, experiment.model.attention) != "loop":
+    if packing_of(experiment.llm, experiment.model.packing) != "padded":
         vlm.llm.set_attn_implementation(NAME)
     apply_parts(vlm, experiment.model.parts)
-    vlm.recompute(experiment.model.activation_checkpointing)
+    vlm.set_grad_checkpointing(experiment.model.activation_checkpointing)
     return vlm
 
 

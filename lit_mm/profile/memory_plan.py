@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from lit_mm.data.batching import Sample, Visual, coarsest, collate
-from lit_mm.model.attention import BranchLayout, Layout, VarlenLayout
-from lit_mm.model.rows import IGNORED, IMAGE, Batch, Drawn, Packing, every_level, pack
+from lit_mm.data.batching import Sample, Visual, collate
+from lit_mm.model.attention import Attention, BranchLayout, Layout
+from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch
+from lit_mm.model.packing import Packing, pack
+from lit_mm.model.scales import coarsest_time_scale
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.profile.ledger import KINDS, Ledger, as_on, backward, copied, fake_like
 
@@ -107,32 +109,34 @@ def example_batch(
     prefix: int = 35,
     answer: int = 200,
     frames: int = 1,
-    packing: Packing = "branch",
-    drawn: Sequence[Drawn] | None = None,
+    packing: Packing = "packed",
+    scale_weights: Sequence[float] | None = None,
+    attention: Attention = "branch",
 ) -> Batch:
     """Samples of one image or video each, their pixels on the `meta` device.
 
     Args:
-        vlm: Its levels are laid out.
+        vlm: Its scales are laid out.
         samples: How many.
         size: Height and width of an image, in pixels.
         prefix: Tokens before the image; vicuna_v1's are 35.
         answer: Tokens behind it, all of them supervised; LLaVA's mixture has about 200 in the mean.
         frames: Images a sample.
         packing: How they are laid out.
-        drawn: The levels of the step; None: all.
+        scale_weights: Of the step's scales; None: all alike.
+        attention: How a packed sequence attends.
     """
     last, made = len(vlm.time_scales) - 1, []
     for number in range(samples):
         visual = Visual(number, torch.empty(frames, 3, *size, dtype=torch.uint8, device="meta"))
         ids = torch.tensor([1] * prefix + [IMAGE] * frames + [1] * answer)
-        targets = torch.where(torch.arange(len(ids)) < prefix + frames, IGNORED, ids)
-        kept = torch.tensor([last] * prefix + coarsest(frames, vlm.time_scales) + [last] * answer)
-        made.append(Sample([visual], ids, targets, kept if vlm.time_scales else None))
+        labels = torch.where(torch.arange(len(ids)) < prefix + frames, IGNORE_INDEX, ids)
+        time_scale = torch.tensor([last] * prefix + coarsest_time_scale(frames, vlm.time_scales) + [last] * answer)
+        made.append(Sample([visual], ids, labels, time_scale if vlm.time_scales else None))
     batch = collate(made, vlm.time_scales)
-    batch.drawn = every_level(len(vlm.levels)) if drawn is None else list(drawn)
-    parts = batch.token_ids, batch.targets, batch.image_index, vlm.projector.scales
-    batch.rows = pack(*parts, batch.drawn, packing, batch.kept, batch.images.over_time)
+    scales = len(vlm.all_scales)
+    batch.scale_weights = list(scale_weights or [1 / scales] * scales)
+    batch.packed = pack(batch, vlm.projector.scales, packing, attention)
     return batch
 
 
@@ -185,7 +189,7 @@ class Step:
         the step before live through the forward pass."""
         self.ledger.most, self.ledger.phase = Counter(), "forward"
         with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed):
-            total = self.whole(self._fake(batch)).total
+            total = self.whole(self._fake(batch)).loss
         if not accumulate:
             optimizer.zero_grad()
         self.ledger.phase = "backward"
@@ -200,8 +204,8 @@ class Step:
         pixels = [fake_like(group, self.ledger.fake) for group in batch.images.groups]
         for group in pixels:
             self.ledger.book(group, "activations")
-        rows = [replace(row, layout=planned(row.layout)) for row in batch.rows]
-        return replace(batch, images=replace(batch.images, groups=pixels), rows=rows)
+        packed = [replace(own, layout=planned(own.layout)) for own in batch.packed]
+        return replace(batch, images=replace(batch.images, groups=pixels), packed=packed)
 
     def _add_gradient(self, share: Tensor) -> None:
         with self.ledger.making("gradients"):
@@ -289,26 +293,15 @@ def in_float32(parameters: Iterable[Tensor]) -> int:
     return sum(4 * parameter.numel() for parameter in parameters if parameter.requires_grad)
 
 
-@dataclass
 class Fused(Layout):
-    """One attention kernel for the whole row, as flex and varlen have on CUDA.
-
-    Args:
-        key_slots: [slots] where keys and values are gathered from; None: they are not.
-    """
-
-    key_slots: Tensor | None
+    """One attention kernel for the whole packed sequence, as flex has on CUDA."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float) -> Tensor:
-        if self.key_slots is not None:
-            repeat = query.shape[1] // key.shape[1]
-            key, value = (x.index_select(2, self.key_slots).repeat_interleave(repeat, dim=1) for x in (key, value))
+        """Takes as much memory as the kernel."""
         grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(query, key, value, enable_gqa=grouped).transpose(1, 2)
 
 
 def planned(layout: Layout) -> Layout:
-    """The layout, or what takes as much."""
-    if isinstance(layout, BranchLayout):
-        return layout
-    return Fused(layout.key_slots if isinstance(layout, VarlenLayout) else None)
+    """The layout, or what takes as much memory."""
+    return layout if isinstance(layout, BranchLayout) else Fused()

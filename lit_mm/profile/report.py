@@ -25,7 +25,7 @@ COLOURS = {
     "projector": "#6fb1e0",
     "LLM on visual tokens": "#d9822b",
 }
-"""Colours of what a bar is made of, from the bottom up."""
+"""Colors of what a bar is made of, from the bottom up."""
 
 
 def tables(experiments: Sequence[Figures]) -> list[Table]:
@@ -143,7 +143,7 @@ def _draw_flops(axes: Axes, at: Figures, factor: float) -> None:
 
 
 def _labelled(axes: Axes, place: int) -> bool:
-    """Whether a bar is the first of its row of panels: the legend names each colour once."""
+    """Whether a bar is the first of its row of panels: the legend names each color once."""
     spec = axes.get_subplotspec()
     return place == 0 and spec is not None and spec.colspan.start == 0
 

@@ -218,7 +218,7 @@ def _our_name(name: str, is_llava: bool) -> str | None:
 
 
 def start_from(vlm: MatryoshkaVLM, init: InitFrom) -> None:
-    """Copy the named weights into the model; what is on the `meta` device is left for `materialise`.
+    """Copy the named weights into the model; what is on the `meta` device is left for `materialize`.
 
     Raises:
         ValueError: Names are missing or left over and no pattern allows it, or a shape differs.
@@ -270,28 +270,28 @@ def _listed(part: str, names: Sequence[str], most: int = 20) -> str:
 
 
 @torch.no_grad()
-def copy_weights(targets: dict[str, Tensor], weights: Weights) -> None:
+def copy_weights(labels: dict[str, Tensor], weights: Weights) -> None:
     """Copy every tensor that the source has.
 
     Raises:
         ValueError: A shape differs.
     """
-    for name, target in targets.items():
-        if name in weights.tensors and not target.is_meta:
+    for name, label in labels.items():
+        if name in weights.tensors and not label.is_meta:
             given = weights.tensors[name]()
-            if given.shape != target.shape:
+            if given.shape != label.shape:
                 raise ValueError(
-                    f"init_from: {weights.where}: {name} is {list(given.shape)}, expected {list(target.shape)}"
+                    f"init_from: {weights.where}: {name} is {list(given.shape)}, expected {list(label.shape)}"
                 )
-            if target.is_floating_point() and not given.is_floating_point():
+            if label.is_floating_point() and not given.is_floating_point():
                 raise ValueError(
                     f"init_from: {weights.where}: {name} is {given.dtype}, expected floating point numbers"
                 )
-            target.copy_(given)
+            label.copy_(given)
 
 
 @torch.no_grad()
-def materialise(llm: PreTrainedModel, module: nn.Module, weights: Weights) -> None:
+def materialize(llm: PreTrainedModel, module: nn.Module, weights: Weights) -> None:
     """Give a module of an LLM that was built on the `meta` device its weights, on the CPU.
 
     Args:

@@ -20,20 +20,14 @@ from lit_mm.data.conversation import Conversation
 from lit_mm.data.sets import ModelInputs
 from lit_mm.evaluation.metrics import AnswerAccuracy
 from lit_mm.evaluation.pictures import print_whole
-from lit_mm.model.attention import NAME
+from lit_mm.inference.generation import Decoding, all_end_ids, described, generate
+from lit_mm.model.attention import NAME, Attention
+from lit_mm.model.batch import Batch
 from lit_mm.model.encoder import Encoder
-from lit_mm.model.generation import Decoding, all_end_ids, described
 from lit_mm.model.llm import LLM, load_config, load_llm, load_tokenizer, packing_of, positions_of
-from lit_mm.model.projector import (
-    MatryoshkaProjector,
-    Pooling,
-    Sampling,
-    Scale,
-    all_levels,
-    checked_scales,
-    checked_time_scales,
-)
-from lit_mm.model.rows import Batch, Packing
+from lit_mm.model.packing import Packing
+from lit_mm.model.projector import MatryoshkaProjector
+from lit_mm.model.scales import Pooling, Sampling, Scale, all_scales, check_scales, check_time_scales
 from lit_mm.model.vlm import Losses, MatryoshkaVLM
 from lit_mm.training.check import check_packing, stand_in
 from lit_mm.training.checkpoints import InitFrom, Weights, expected_names, llm_weights, start_from
@@ -58,7 +52,8 @@ class LitMatryoshka(LightningModule):
         time_scales: list[int] | None = None,
         sampling: Sampling = "mean",
         pooling: Pooling = "exact",
-        attention: Packing | Literal["auto"] = "auto",
+        packing: Packing | Literal["auto"] = "auto",
+        attention: Attention = "branch",
         scales_per_step: int | Literal["all"] = "all",
         keep_finest: bool = False,
         parts: Parts = Parts(),  # noqa: B008 (read only)
@@ -77,7 +72,7 @@ class LitMatryoshka(LightningModule):
             llm: The causal LM with its tokenizer and chat template.
             scales: Visual tokens per image, or per frame of a video, finest first; each must divide
                 the encoder's grid.
-            time_scales: For video: into how many sets of neighbouring frames a video is cut at most,
+            time_scales: For video: into how many sets of neighboring frames a video is cut at most,
                 finest first; each must divide the one before. The model then trains on and answers
                 at every scale with every time scale, named 8x16 for 8 sets of frames with 16 tokens
                 each. null: frames are not pooled.
@@ -85,12 +80,12 @@ class LitMatryoshka(LightningModule):
             pooling: exact refuses images whose grid a scale does not divide; adaptive gives any grid
                 that is large enough every scale, by cutting it into boxes as equal as the next finer
                 scale's borders allow.
-            attention: How all scales of a sample go through the LLM in one packed row. auto: branch,
-                one causal attention per branch, on any device; flex: FlexAttention (GPU); varlen:
-                variable-length flash attention (GPU, 16 bit); sequential: scale after scale, each
-                computed again in the backward pass, for the least memory; loop: once per scale on
-                padded samples. LLMs with attention windows, recurrent and unknown ones take loop,
-                whatever is chosen here.
+            packing: How samples are laid out for the LLM. packed: all scales of all samples in one packed
+                sequence; sequential: one scale after another, each computed again in the backward pass, for
+                the least memory; padded: one scale after another on padded samples. auto: packed. LLMs with
+                attention windows, recurrent and untested ones take padded, whatever is chosen here.
+            attention: How a packed sequence attends. branch: one causal attention per branch, on any device;
+                flex: FlexAttention (GPU).
             scales_per_step: How many scales (with time scales: of their combinations) take part in a
                 training step, drawn anew in each; their weights keep the expected loss the mean over
                 all. all: every one, as in M3.
@@ -113,8 +108,8 @@ class LitMatryoshka(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.build_encoder, self.llm = encoder, llm
-        self.scales, self.sampling, self.pooling = checked_scales(scales), sampling, pooling
-        self.time_scales = checked_time_scales(time_scales) if time_scales else []
+        self.scales, self.sampling, self.pooling = check_scales(scales), sampling, pooling
+        self.time_scales = check_time_scales(time_scales) if time_scales else []
         self.attention, self.scales_per_step, self.keep_finest = attention, scales_per_step, keep_finest
         self.parts, self.build_optimizer, self.build_scheduler = parts, optimizer, scheduler
         self.init_from = InitFrom(init_from) if isinstance(init_from, str) else init_from or InitFrom()
@@ -122,10 +117,10 @@ class LitMatryoshka(LightningModule):
         self.max_new_tokens, self.decoding, self.init_gain = max_new_tokens, decoding, init_gain
         self.tokenizer = load_tokenizer(llm)
         config = load_config(llm, self.tokenizer)
-        self.packing, self.positions = packing_of(config, attention), positions_of(config)
+        self.packing, self.positions = packing_of(config, packing), positions_of(config)
         self.end_id = Conversation(self.tokenizer).end_id
         self.accuracy = nn.ModuleDict(
-            {f"{split}_{level}": AnswerAccuracy() for split in ("val", "test") for level in self.levels}
+            {f"{split}_{scale}": AnswerAccuracy() for split in ("val", "test") for scale in self.all_scales}
         )
         if llm.quantize and not (parts.llm.frozen or parts.llm.lora):
             raise ValueError(f"llm.quantize {llm.quantize}: its weights cannot train, set parts.llm.frozen or .lora")
@@ -134,21 +129,21 @@ class LitMatryoshka(LightningModule):
         self.recent: list[tuple[list[str], Tensor]] = []
 
     @property
-    def levels(self) -> list[Scale]:
+    def all_scales(self) -> list[Scale]:
         """What the model answers at, finest first: its scales, at each of its time scales."""
-        return all_levels(self.scales, self.time_scales)
+        return all_scales(self.scales, self.time_scales)
 
     @property
     def inputs(self) -> ModelInputs:
         """What the data must know of this model; no weights are made for it."""
         with torch.device("meta"):
             encoder = self.vlm.encoder if hasattr(self, "vlm") else self.build_encoder()
-        colour = tuple(int(255 * value) for value in encoder.mean)  # truncated, as in LLaVA
+        color = tuple(int(255 * value) for value in encoder.mean)  # truncated, as in LLaVA
         return ModelInputs(
             self.tokenizer,
             encoder.stride,
             self.scales,
-            cast(tuple[int, int, int], colour),
+            cast(tuple[int, int, int], color),
             self.sampling,
             self.pooling,
             self.time_scales,
@@ -157,6 +152,7 @@ class LitMatryoshka(LightningModule):
             self.keep_finest,
             self.positions,
             self.max_new_tokens,
+            self.attention,
         )
 
     def configure_model(self) -> None:
@@ -169,7 +165,7 @@ class LitMatryoshka(LightningModule):
         self.vlm = self._build(on_meta=direct is not None)
         start_from(self.vlm, self.init_from)
         apply_parts(self.vlm, self.parts)
-        self.vlm.recompute(self.activation_checkpointing)
+        self.vlm.set_grad_checkpointing(self.activation_checkpointing)
         if self._trainer is not None and self.trainer.precision == "bf16-true":
             self.vlm.to(torch.bfloat16)
         self.groups, self.table = parameter_groups(self.vlm, self.parts), parts_table(self.vlm, self.parts)
@@ -190,19 +186,19 @@ class LitMatryoshka(LightningModule):
     def _build(self, on_meta: bool = False) -> MatryoshkaVLM:
         """The three parts, from the published or from random weights; the LLM without any if on_meta."""
         encoder, llm = self.build_encoder(), load_llm(self.llm, self.tokenizer, on_meta)
-        if self.packing != "loop":
+        if self.packing != "padded":
             llm.set_attn_implementation(NAME)
         width = cast(nn.Embedding, llm.get_input_embeddings()).embedding_dim
-        projector = MatryoshkaProjector(encoder.width, width, self.scales, self.sampling, self.pooling)
+        projector = MatryoshkaProjector(encoder.num_features, width, self.scales, self.sampling, self.pooling)
         vlm = MatryoshkaVLM(encoder, projector, llm, self.time_scales)
         if self.init_gain is not None:
-            vlm.start_from_nothing(self.init_gain)
+            vlm.init_weights(self.init_gain)
         return vlm
 
     def on_fit_start(self) -> None:
         """Say what trains and how samples are packed."""
         if self.packing == "sequential" and is_sharded(self.trainer):
-            raise ValueError("model.attention sequential: ranks would run the LLM unequally often, shard with another")
+            raise ValueError("model.packing sequential: ranks would run the LLM unequally often, shard with another")
         self.divisor: Tensor | None = None
         self.checked = False
         if self.trainer.is_global_zero:
@@ -240,7 +236,7 @@ class LitMatryoshka(LightningModule):
         that `on_before_optimizer_step` corrects.
         """
         if not self.checked:  # here and not earlier, as sharded models compute within a step alone
-            check_packing(self.vlm, self.packing)
+            check_packing(self.vlm, self.packing, self.attention)
             self.checked = True
         window = self.trainer.accumulate_grad_batches
         targets, encodings = self._over_ranks(batch)
@@ -248,9 +244,12 @@ class LitMatryoshka(LightningModule):
             self.divisor, self.targets = targets.clamp(min=1) * window, torch.zeros_like(targets)
         self.targets += targets
         losses = self.vlm(batch, self.divisor / (window * self.trainer.world_size), encodings)
-        self.recent = [*(self.recent if batch_idx % window else []), (batch.where, losses.total.detach())]
+        self.recent = [
+            *(self.recent if batch_idx % window else []),
+            (getattr(batch, "where", []), losses.loss.detach()),
+        ]
         self._log_losses("train", losses, batch)
-        return losses.total
+        return losses.loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide by the number of targets that were accumulated."""
@@ -328,22 +327,22 @@ class LitMatryoshka(LightningModule):
         return cast(Any, data).order() if hasattr(data, "order") else {}
 
     def _over_ranks(self, batch: Batch) -> tuple[Tensor, int]:
-        """Targets of all ranks, and how many times each must run its encoder: as the one with most sizes."""
-        own = torch.tensor([batch.supervised, max(1, len(batch.images.groups))], device=self.device)
+        """Labels of all ranks, and how many times each must run its encoder: as the one with most sizes."""
+        own = torch.tensor([batch.num_labels, max(1, len(batch.images.groups))], device=self.device)
         if self.trainer.world_size == 1:
             return own[0].float(), 1  # without an image nothing might depend on what trains
-        targets, encodings = cast(Tensor, self.all_gather(own)).unbind(1)
-        return targets.sum().float(), int(encodings.max())
+        labels, encodings = cast(Tensor, self.all_gather(own)).unbind(1)
+        return labels.sum().float(), int(encodings.max())
 
     def _encodings(self, batch: Batch) -> int:
         """How often ranks that wait for each other must run their encoders."""
         return self._over_ranks(batch)[1] if self.vlm.sharded else 0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Losses and accuracies at every level; a rank with fewer records logs nothing, by weight, too."""
-        nothing = torch.zeros(len(self.levels), device=self.device)
+        """Losses and accuracies at every scale; a rank with fewer records logs nothing, by weight, too."""
+        nothing = torch.zeros(len(self.all_scales), device=self.device)
         losses, encodings = Losses(nothing, nothing), self._encodings(batch)
-        if batch.token_ids:
+        if batch.input_ids:
             losses = self.vlm(batch, encodings=encodings)
         elif self.vlm.sharded:
             self.vlm(stand_in(batch, self.scales, self.packing, self.device), encodings=encodings)
@@ -355,38 +354,43 @@ class LitMatryoshka(LightningModule):
         self._judge("test", batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """One dict a question: question_id, prompt, and the answer at every level."""
+        """One dict a question: question_id, prompt, and the answer at every scale."""
         answers = self.answers(batch)
         return [
-            {"question_id": q.record, "prompt": q.text, "answers": {level: answers[level][i] for level in self.levels}}
+            {
+                "question_id": q.record,
+                "prompt": q.text,
+                "answers": {scale: own[i] for scale, own in answers.items()},
+            }
             for i, q in enumerate(batch.questions)
         ]
 
     def answers(self, batch: Batch) -> dict[Scale, list[str]]:
-        """level -> the generated answer to each of the batch's questions; images are encoded once."""
+        """scale -> the generated answer to each of the batch's questions; images are encoded once."""
         nested = self.vlm.encode(batch.images, self._encodings(batch))
-        return {level: self._generate(batch, nested, level) for level in self.levels}
+        return {scale: self._generate(batch, nested, scale) for scale in self.all_scales}
 
-    def _generate(self, batch: Batch, nested: list[Tensor], level: Scale) -> list[str]:
-        ids = self.vlm.generate(
-            batch.images, batch.questions, level, self.max_new_tokens, [self.end_id], nested, self.decoding
+    def _generate(self, batch: Batch, nested: Tensor, scale: Scale) -> list[str]:
+        ids = generate(
+            self.vlm, batch.images, batch.questions, scale, self.max_new_tokens, [self.end_id], nested, self.decoding
         )
         return [str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in ids]
 
     def _judge(self, split: Literal["val", "test"], batch: Batch) -> None:
         expected = [question.answer or "" for question in batch.questions]
-        for level, answers in self.answers(batch).items():
-            metric = cast(AnswerAccuracy, self.accuracy[f"{split}_{level}"])
+        for scale, answers in self.answers(batch).items():
+            metric = cast(AnswerAccuracy, self.accuracy[f"{split}_{scale}"])
             metric.update(answers, expected)
-            self.log(f"{split}/accuracy@{level}", metric, on_step=False, on_epoch=True, batch_size=len(expected))
+            self.log(f"{split}/accuracy@{scale}", metric, on_step=False, on_epoch=True, batch_size=len(expected))
 
     def _log_losses(self, split: Literal["train", "val"], losses: Losses, batch: Batch) -> None:
-        """`train/loss` and `train/loss@16`, … of the drawn levels; means of this rank's batch. Epoch
+        """`train/loss` and `train/loss@16`, … of the drawn scales; means of this rank's batch. Epoch
         means are weighted by the number of targets, which Lightning, over ranks, divides in integers."""
-        per_level = {level.number: losses.per_level[level.number] for level in batch.drawn}
-        values = {f"{split}/loss@{self.levels[number]}": loss for number, loss in per_level.items()}
-        training, count = split == "train", batch.supervised * self.trainer.world_size
-        mean = torch.stack(list(per_level.values())).mean()
+        found = zip(self.all_scales, losses.per_scale, batch.scale_weights, strict=True)
+        per_scale = {scale: loss for scale, loss, weight in found if weight}
+        values = {f"{split}/loss@{scale}": loss for scale, loss in per_scale.items()}
+        training, count = split == "train", batch.num_labels * self.trainer.world_size
+        mean = torch.stack(list(per_scale.values())).mean()
         self.log(f"{split}/loss", mean, batch_size=count, sync_dist=not training)
         self.log_dict(values, prog_bar=training, batch_size=count, sync_dist=not training)
 

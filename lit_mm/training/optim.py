@@ -53,7 +53,7 @@ class MuonAdamW(Optimizer):
             weight_decay: Of the groups that name none of their own.
             momentum: Muon's.
             betas: AdamW's.
-            ns_steps: Newton-Schulz iterations of Muon's orthogonalisation.
+            ns_steps: Newton-Schulz iterations of Muon's orthogonalization.
         """
         hidden = [group for group in params if group.get("hidden")]
         others = [group for group in params if not group.get("hidden")]

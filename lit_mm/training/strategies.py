@@ -33,7 +33,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torchmetrics import Metric
 
 from lit_mm.model.vlm import MatryoshkaVLM
-from lit_mm.training.checkpoints import Weights, materialise
+from lit_mm.training.checkpoints import Weights, materialize
 
 warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view")  # nothing changes it in place
 
@@ -157,10 +157,10 @@ def shard(vlm: MatryoshkaVLM, mesh: DeviceMesh, strategy: Strategy, llm_weights:
     layers = set(vlm.decoder_layers)
     for unit in units(vlm):
         if unit in layers and llm_weights is not None:
-            materialise(vlm.llm, unit, llm_weights)
+            materialize(vlm.llm, unit, llm_weights)
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     if llm_weights is not None:
-        materialise(vlm.llm, vlm.llm, llm_weights)
+        materialize(vlm.llm, vlm.llm, llm_weights)
     fully_shard(vlm, mesh=mesh, mp_policy=policy)
-    for method in ("encode", "generate"):  # which must not call each other, nor forward call them
+    for method in ("encode", "run"):  # which must not call each other, nor forward call them
         register_fsdp_forward_method(vlm, method)

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_mm.callbacks.tensorboard_page import layout
 from lit_mm.callbacks.token_efficiency import TokenEfficiency
-from lit_mm.model.projector import ClipScale
+from lit_mm.model.scales import VideoScale
 from tests.callbacks.browser import CHROMIUM, TEXT, Browser
 from tests.callbacks.test_token_efficiency import run
 from tests.conftest import instruction_set as made_set
@@ -40,12 +40,12 @@ LINES = f"""roots => {{
 
 
 def test_charts_name_every_level_and_leave_out_what_there_is_not():
-    charts = layout([ClipScale(8, 16), ClipScale(2, 1)], utilisation=False)
+    charts = layout([VideoScale(8, 16), VideoScale(2, 1)], utilization=False)
     [_, tags] = charts["quality of every scale"]["validation accuracy"]
     assert [bool(re.match(tag, "val/accuracy@8x16")) for tag in tags] == [True, False]
     assert not any(re.match(tag, "val/accuracy@8x161") for tag in tags)
     assert "MFU" not in charts["speed"]
-    assert "MFU" in layout([1], utilisation=True)["speed"]
+    assert "MFU" in layout([1], utilization=True)["speed"]
 
 
 @pytest.fixture(scope="module")

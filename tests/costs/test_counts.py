@@ -1,4 +1,4 @@
-"""Counts of a batch against an obvious count: every sample spelled out token by token, at every level."""
+"""Counts of a batch against an obvious count: every sample spelled out token by token, at every scale."""
 
 import random
 from collections import Counter
@@ -8,21 +8,21 @@ import torch
 
 from lit_mm.costs.counts import counts_of
 from lit_mm.data.batching import Sample, Visual, collate
-from lit_mm.model.rows import IGNORED, IMAGE, Drawn, Question
+from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Question
 from tests.model import test_time_scales as video
 from tests.model.test_rows import SCALES, packed, random_samples
 from tests.model.test_vlm import batch_of, picture
 
 
-def spelled(ids, targets, kept, visuals, level, times):
-    """One sample at a level: (pixels that a visual token stands for or None, whether it has a target)."""
-    time, scale = divmod(level, len(SCALES))
+def spelled(ids, labels, kept, visuals, scale, times):
+    """One sample at a scale: (pixels that a visual token stands for or None, whether it has a label)."""
+    time, scale = divmod(scale, len(SCALES))
     frames = [(n, len(own), own) for own in visuals for n in range(len(own))]
     found, last = [], None
-    for position, (token, target, stays) in enumerate(zip(ids, targets, kept, strict=True)):
+    for position, (token, label, stays) in enumerate(zip(ids, labels, kept, strict=True)):
         if token != IMAGE:
             if stays >= time:
-                found.append((None, position > 0 and target != IGNORED))
+                found.append((None, position > 0 and label != IGNORE_INDEX))
             continue
         number, count, own = frames.pop(0)
         sets = min(count, times[time]) if times else count
@@ -36,22 +36,22 @@ def spelled(ids, targets, kept, visuals, level, times):
 
 
 def slow_counts(samples, drawn, times, packing):
-    """As `Counts`, from (ids, targets, kept, visuals as lists of pixels per frame)."""
+    """As `Counts`, from (ids, labels, kept, visuals as lists of pixels per frame)."""
     found, shown = Counter(), [0] * len(SCALES)
     longest = []
-    for ids, targets, kept, visuals in samples:
+    for ids, labels, kept, visuals in samples:
         prefix = ids.index(IMAGE) if IMAGE in ids else len(ids)
         several = any(len(own) > 1 for own in visuals)
         done, lengths = set(), []
-        for level in drawn:
-            whole = spelled(ids, targets, kept, visuals, level, times)
-            kind = level if several else level % len(SCALES) if visuals else None
+        for scale in drawn:
+            whole = spelled(ids, labels, kept, visuals, scale, times)
+            kind = scale if several else scale % len(SCALES) if visuals else None
             lengths.append(len(whole))
-            if packing != "loop" and kind in done:
+            if packing != "padded" and kind in done:
                 continue
-            shared = prefix if packing == "branch" and done else 0
+            shared = prefix if packing == "packed" and done else 0
             own = whole[shared:]
-            if packing == "loop":
+            if packing == "padded":
                 found["pairs"] += len(own) * (len(own) + 1) // 2
             else:
                 branch = len(whole) - prefix
@@ -60,58 +60,58 @@ def slow_counts(samples, drawn, times, packing):
             visual = [pixels for pixels, _ in own if pixels]
             found["visual"] += len(visual)
             found["text"] += len(own) - len(visual)
-            seen = own if packing == "loop" or not done else whole[prefix:]
-            found["targets"] += sum(asked for _, asked in seen)
-            tokens = SCALES[level % len(SCALES)]
-            shown[level % len(SCALES)] += len(visual) // tokens
+            seen = own if packing == "padded" or not done else whole[prefix:]
+            found["labels"] += sum(asked for _, asked in seen)
+            tokens = SCALES[scale % len(SCALES)]
+            shown[scale % len(SCALES)] += len(visual) // tokens
             found["shown_pixels"] += sum(visual) // tokens
             done.add(kind)
         longest.append(lengths)
-    if packing == "loop":
+    if packing == "padded":
         found["padding"] = sum(max(each) * len(each) - sum(each) for each in zip(*longest, strict=True))
     return dict(found), shown
 
 
 def compare(batch, samples, times, packing):
     counts = counts_of(batch, SCALES)
-    expected, shown = slow_counts(samples, [level.number for level in batch.drawn], times, packing)
-    names = ("text", "visual", "targets", "padding", "pairs", "shown_pixels")
+    expected, shown = slow_counts(samples, [n for n, w in enumerate(batch.scale_weights) if w], times, packing)
+    names = ("text", "visual", "labels", "padding", "pairs", "shown_pixels")
     assert {name: getattr(counts, name) for name in names} == {name: expected.get(name, 0) for name in names}
     assert counts.shown == shown
 
 
-@pytest.mark.parametrize("packing", ["branch", "sequential", "loop"])
+@pytest.mark.parametrize("packing", ["packed", "sequential", "padded"])
 @pytest.mark.parametrize("drawn", [[0, 1, 2], [1], [0, 2]])
 def test_still_images(packing, drawn):
     for seed in range(4):
         made = random_samples(seed)
-        batch = packed(batch_of(*made), packing, [Drawn(number, 1 / 3) for number in drawn])
+        batch = packed(batch_of(*made), packing, [float(number in drawn) for number in range(3)])
         samples = [
-            (ids, targets, [0] * len(ids), [[image[0].numel()] for image in images]) for ids, targets, images in made
+            (ids, labels, [0] * len(ids), [[image[0].numel()] for image in images]) for ids, labels, images in made
         ]
         compare(batch, samples, [], packing)
 
 
-@pytest.mark.parametrize("packing", ["branch", "sequential", "loop"])
+@pytest.mark.parametrize("packing", ["packed", "sequential", "padded"])
 @pytest.mark.parametrize("drawn", [range(9), [4], [2, 5, 8]])
 def test_videos_with_time_scales(packing, drawn):
     for seed in range(4):
         made = video.random_samples(seed)
-        batch = video.batch_of(made, packing=packing, drawn=[Drawn(number, 1 / 9) for number in drawn])
+        batch = video.batch_of(made, packing=packing, weights=[float(number in drawn) for number in range(9)])
         visuals = [[[frame[0].numel() for frame in piece] for piece in p if torch.is_tensor(piece)] for p in made]
-        columns = (batch.token_ids, batch.targets, batch.kept)
+        columns = (batch.input_ids, batch.labels, batch.time_scale)
         samples = [(*map(torch.Tensor.tolist, own[:3]), own[3]) for own in zip(*columns, visuals, strict=True)]
         compare(batch, samples, video.TIMES, packing)
 
 
 def test_a_batch_of_nothing():
-    assert counts_of(packed(batch_of(), "loop"), SCALES).text == 0
+    assert counts_of(packed(batch_of(), "padded"), SCALES).text == 0
 
 
 def test_questions_at_every_level():
     """Two questions about an image and one about two; each is a prompt of its own."""
-    batch = packed(batch_of(([IMAGE, 5, 6], [IGNORED, 5, 6], [picture(64, 64)]), ([7, 8], [IGNORED, 8], [])))
-    other = batch_of(([IMAGE, 9], [IGNORED, 9], [picture(32, 128)]))
+    batch = packed(batch_of(([IMAGE, 5, 6], [IGNORE_INDEX, 5, 6], [picture(64, 64)]), ([7, 8], [IGNORE_INDEX, 8], [])))
+    other = batch_of(([IMAGE, 9], [IGNORE_INDEX, 9], [picture(32, 128)]))
     batch.images.groups += other.images.groups
     batch.images.order = torch.tensor([0, 1])
     asked = [([IMAGE, 5, 6], [0]), ([1, IMAGE], [1]), ([IMAGE, 1, IMAGE, 2], [0, 1])]
@@ -128,7 +128,7 @@ def test_questions_about_a_video_lose_frames_with_the_time_scale():
     rng, piece = random.Random(0), torch.stack([picture(64, 64) for _ in range(8)])
     batch = video.batch_of([[piece, [5, 6, 7]]])
     ids, _, kept = video.encoded([piece, [5, 6, 7]], video.TIMES, rng)
-    batch.questions = [Question("q", "", ids, list(range(8)), kept=kept)]
+    batch.questions = [Question("q", "", ids, list(range(8)), time_scale=kept)]
     counts = counts_of(batch, SCALES)
     sets = [4, 2, 1]
     assert [own.visual for own in counts.prompts] == [number * scale for number in sets for scale in SCALES]

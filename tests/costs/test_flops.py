@@ -25,10 +25,11 @@ from lit_mm.costs.flops import (
 )
 from lit_mm.costs.llm_shapes import published
 from lit_mm.model.attention import NAME, BranchLayout
+from lit_mm.model.batch import Batch, Images
 from lit_mm.model.encoder import ConvNeXtEncoder, ExtraStage, TimmEncoder
 from lit_mm.model.llm import PACKED
+from lit_mm.model.packing import pack
 from lit_mm.model.projector import MatryoshkaProjector
-from lit_mm.model.rows import every_level, pack
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.parts import LoRA, add_adapters
 from tests.conftest import tiny_vlm
@@ -66,7 +67,7 @@ def llm_of(config, **options):
 
 def vlm_of(encoder, config, scales):
     with torch.device("meta"):
-        projector = MatryoshkaProjector(encoder.width, config.hidden_size, scales)
+        projector = MatryoshkaProjector(encoder.num_features, config.hidden_size, scales)
     return MatryoshkaVLM(encoder, projector, llm_of(config))
 
 
@@ -212,17 +213,17 @@ def hidden_of(llm, embeddings):
 @pytest.mark.parametrize("name", LLMS)
 def test_llms_equal_the_counter(name):
     """It counts every pair of attention, causal or not."""
-    llm, length, targets = llm_of(LLMS[name]), 700, 64
+    llm, length, labels = llm_of(LLMS[name]), 700, 64
     embeddings = torch.empty(1, length, LLMS[name].hidden_size, device="meta", requires_grad=True)
-    found = counter(lambda: llm.get_output_embeddings()(hidden_of(llm, embeddings)[:, :targets]).sum())
+    found = counter(lambda: llm.get_output_embeddings()(hidden_of(llm, embeddings)[:, :labels]).sum())
     costs = LanguageCosts(llm, checkpointed=False)
-    total = costs.flops(length, length**2, targets, gradient=True).total
+    total = costs.flops(length, length**2, labels, gradient=True).total
     assert (total.forward, total.backward) == found
     unseen = length * (length - 1) // 2
     attention = (
         4 * LLMS[name].num_hidden_layers * LLMS[name].num_attention_heads * llm.model.layers[0].self_attn.head_dim
     )
-    causal = costs.flops(length, causal_pairs(length), targets, gradient=True).total
+    causal = costs.flops(length, causal_pairs(length), labels, gradient=True).total
     assert total.training - causal.training == 3 * attention * unseen
 
 
@@ -314,18 +315,18 @@ TRAINS = {
 }
 
 
-@pytest.mark.parametrize("packing", ["branch", "sequential"])
+@pytest.mark.parametrize("packing", ["packed", "sequential"])
 @pytest.mark.parametrize("trains", TRAINS)
 def test_a_step_costs_what_the_counter_says_of_the_real_step(trains, packing):
-    """Encoder, projector, LLM over a packed row with its own attention, head and loss, both ways."""
+    """Encoder, projector, LLM over a packed sequence with its own attention, head and loss, both ways."""
     vlm = tiny_vlm()
     vlm.llm.set_attn_implementation(NAME)
     freeze(vlm, TRAINS[trains])
     batch = packed(batch_of(*random_samples(0)), packing)
     real = counter_of_step(vlm, batch)
-    for rows in batch.rows:
-        assert rows.pairs < computed_pairs(rows.layout) < 4 * rows.pairs  # needed, and counted as full squares
-        rows.pairs = computed_pairs(rows.layout)
+    for own in batch.packed:
+        assert own.counts.pairs < computed_pairs(own.layout) < 4 * own.counts.pairs  # needed; counted as full squares
+        own.counts.pairs = computed_pairs(own.layout)
     total = Costs(vlm).step(batch).total
     assert total.training + total.recompute == sum(real)  # the head's gradients are made in the forward pass
     assert bool(total.recompute) == (packing == "sequential")
@@ -333,7 +334,7 @@ def test_a_step_costs_what_the_counter_says_of_the_real_step(trains, packing):
 
 def counter_of_step(vlm, batch):
     meta = apply_to_collection(batch, Tensor, Tensor.to, "meta")
-    return counter(lambda: on_meta(vlm)(meta).total)
+    return counter(lambda: on_meta(vlm)(meta).loss)
 
 
 def computed_pairs(layout: BranchLayout) -> int:
@@ -342,30 +343,25 @@ def computed_pairs(layout: BranchLayout) -> int:
 
 
 def test_needed_pairs_are_those_that_a_mask_over_the_row_shows():
-    batch = packed(batch_of(*random_samples(1)), "flex")
-    [row] = batch.rows
+    batch = packed(batch_of(*random_samples(1)), attention="flex")
+    [row] = batch.packed
     own, prefix = row.layout.segment, row.layout.prefix
     seen = (own[None] == own[:, None]) | (own[None] == prefix[:, None])
-    assert row.pairs == int(seen.tril().sum())
+    assert row.counts.pairs == int(seen.tril().sum())
 
 
 def test_a_row_costs_its_branches_less_the_shared_prefix():
     """As much as each branch with the prefix alone, the prefix counted once."""
     costs = Costs(tiny_vlm())
     prefix, text, scales = 35, 64, [576, 144, 36, 9, 1]
-    row = costs.row(nested_segments(prefix, text, scales), targets=0)
+    row = costs.row(nested_segments(prefix, text, scales), labels=0)
     alone = [prefix + scale + text for scale in scales]
     expected = sum((costs.text(n, causal_pairs(n), 0) for n in alone), ModelFlops())
     shared = costs.text(prefix, causal_pairs(prefix), 0) * (len(scales) - 1)
     assert row + shared == expected
-    [real] = pack(
-        [torch.tensor([1] * prefix + [-200] + [2] * text)],
-        [torch.full((100,), -100)],
-        torch.tensor([0]),
-        scales,
-        every_level(5),
-    )
-    assert (len(real.token_ids), real.pairs) == (
+    ids, labels = torch.tensor([1] * prefix + [-200] + [2] * text), torch.full((100,), -100)
+    [real] = pack(Batch(Images([], torch.arange(1)), [ids], [labels], torch.tensor([0]), [1 / 5] * 5), scales)
+    assert (len(real.input_ids), real.counts.pairs) == (
         sum(length for *_, length in nested_segments(prefix, text, scales)),
         sum(length * before + causal_pairs(length) for _, before, _, length in nested_segments(prefix, text, scales)),
     )
@@ -373,12 +369,12 @@ def test_a_row_costs_its_branches_less_the_shared_prefix():
 
 def test_a_batch_without_rows_costs_every_level_apart():
     costs, mixed = Costs(tiny_vlm()), random_samples(0)
-    batch = packed(batch_of(*mixed), "loop")
+    batch = packed(batch_of(*mixed), "padded")
     step, expected = costs.step(batch), ModelFlops()
     for scale in SCALES:
-        for ids, targets, images in mixed:
+        for ids, labels, images in mixed:
             length = len(ids) + len(images) * (scale - 1)
-            expected += costs.text(length, causal_pairs(length), sum(t != -100 for t in targets[1:]))
+            expected += costs.text(length, causal_pairs(length), sum(t != -100 for t in labels[1:]))
     assert (step.llm, step.head) == (expected.llm, expected.head)
     assert step.encoder == sum((costs.image(i.shape[1:]).encoder for *_, images in mixed for i in images), Flops())
 
@@ -387,16 +383,16 @@ def test_a_video_step_costs_what_the_counter_says():
     vlm = test_time_scales.vlm64()
     batch = test_time_scales.batch_of(test_time_scales.random_samples(2))
     real = counter_of_step(vlm, batch)
-    loop = Costs(vlm).step(replace(batch, rows=[]))
+    loop = Costs(vlm).step(replace(batch, packed=[]))
     needed = Costs(vlm).step(batch)
     assert needed.encoder == loop.encoder
     assert needed.total.training < loop.total.training
-    batch.rows[0].pairs = computed_pairs(batch.rows[0].layout)
+    batch.packed[0].counts.pairs = computed_pairs(batch.packed[0].layout)
     total = Costs(vlm).step(batch).total
     assert total.training == sum(real)
 
 
-@pytest.mark.parametrize("packing", ["branch", "sequential", "varlen"])
+@pytest.mark.parametrize("packing", ["packed", "sequential"])
 def test_a_step_is_counted_without_reading_a_tensor(packing):
     """On `meta` nothing can be read: what would make a GPU wait ends in an error there."""
     costs, batch = Costs(tiny_vlm()), packed(batch_of(*random_samples(0)), packing)

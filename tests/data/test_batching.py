@@ -19,17 +19,16 @@ from lit_mm.data.batching import (
     Sample,
     ScaleDraw,
     Visual,
-    coarsest,
     collate,
     epoch_order,
-    frame_sets,
+    frames_in_sets,
     group_by_size,
-    set_starts,
 )
 from lit_mm.data.conversation import Encoded
 from lit_mm.data.records import RecordError
 from lit_mm.data.sets import positions
-from lit_mm.model.rows import IMAGE, Question
+from lit_mm.model.batch import IMAGE, Question
+from lit_mm.model.scales import coarsest_time_scale, set_starts
 
 LENGTHS = np.array(random.Random(0).choices([8, 15, 40, 100, 300], k=1003))
 PIXELS = np.array(random.Random(1).choices([0, 64, 256], k=1003))
@@ -150,11 +149,11 @@ def test_an_epoch_has_every_record_of_a_whole_share_and_all_of_a_fraction_over_e
 def test_sets_of_frames_by_hand():
     assert set_starts(6, 4) == [0, 1, 3, 4]
     assert set_starts(2, 4) == [0, 1]
-    sets = frame_sets([1, 6, 2], 4)
-    assert sets.number.tolist() == [0, 1, 2, 2, 3, 4, 4, 5, 6]
+    sets = frames_in_sets([1, 6, 2], 4)
+    assert sets.index.tolist() == [0, 1, 2, 2, 3, 4, 4, 5, 6]
     assert sets.sizes.tolist() == [1, 1, 2, 1, 2, 1, 1]
-    assert coarsest(6, [4, 2]) == [1, 0, -1, 1, 0, -1]
-    assert coarsest(3, []) == [-1, -1, -1]
+    assert coarsest_time_scale(6, [4, 2]) == [1, 0, -1, 1, 0, -1]
+    assert coarsest_time_scale(3, []) == [-1, -1, -1]
 
 
 @pytest.mark.parametrize("frames", range(1, 20))
@@ -162,7 +161,7 @@ def test_coarser_sets_of_frames_are_unions_of_finer_ones(frames):
     starts = [set(set_starts(frames, most)) for most in (12, 6, 3, 1)]
     assert all(coarse <= fine for fine, coarse in pairwise(starts))
     for most in (12, 6, 3, 1):
-        sizes = frame_sets([frames], most).sizes
+        sizes = frames_in_sets([frames], most).sizes
         assert sizes.sum() == frames
         assert sizes.max() - sizes.min() <= 1
 
@@ -189,7 +188,7 @@ def test_collate_places_images_and_questions():
     assert [tuple(group.shape) for group in batch.images.groups] == [(2, 3, 4, 4), (2, 3, 2, 8)]
     assert batch.image_index.tolist() == [0, 1, 3]
     assert [question.image_index for question in batch.questions] == [[2], [2], [3]]
-    assert batch.supervised == 2
+    assert batch.num_labels == 2
     assert ask.image_index == [0]
 
 
@@ -201,7 +200,7 @@ def test_frames_of_a_video_stand_in_order_and_in_sets():
     stacked = torch.cat([group.flatten(1).float().mean(1) for group in batch.images.groups])
     assert stacked[batch.images.order].tolist() == [9, 1, 2, 3]
     assert batch.image_index.tolist() == [0, 1, 2, 3]
-    assert [sets.number.tolist() for sets in batch.images.over_time] == [[0, 1, 2, 2], [0, 1, 1, 1]]
+    assert [sets.index.tolist() for sets in batch.images.frame_sets] == [[0, 1, 2, 2], [0, 1, 1, 1]]
 
 
 def test_an_image_shown_twice_is_encoded_once():
@@ -226,23 +225,25 @@ def readable(value=1) -> Sample:
 def test_where_nothing_of_a_batch_can_be_read_the_next_readable_record_stands_in():
     bad = [Sample(skipped=[RecordError("w", "gone", str(number))]) for number in range(2)]
     samples = [readable(7), *bad, readable(8)]
-    make = Batches(samples, ScaleDraw(3), [16, 4, 1], (), "branch", training=True)
+    make = Batches(samples, ScaleDraw(3), [16, 4, 1], (), "packed", "branch", training=True)
     batch = make[BatchPlan([1], 0, 0)]
-    assert [ids[-1] for ids in batch.token_ids] == [8]
+    assert [ids[-1] for ids in batch.input_ids] == [8]
     assert [message for _, message in batch.skipped] == ["w: gone: 0", "w: gone: 1"]
-    assert len(make[BatchPlan([0, 1], 0, 0)].token_ids) == 1
-    assert Batches(samples, ScaleDraw(3), [16, 4, 1], (), "branch", training=False)[BatchPlan([1], 0, 0)].rows == []
+    assert len(make[BatchPlan([0, 1], 0, 0)].input_ids) == 1
+    only_asked = Batches(samples, ScaleDraw(3), [16, 4, 1], (), "packed", "branch", training=False)
+    assert only_asked[BatchPlan([1], 0, 0)].packed == []
     with pytest.raises(RecordError, match="not one readable record: tried all 2"):
-        Batches(bad, ScaleDraw(3), [16, 4, 1], (), "branch", training=True)[BatchPlan([1], 0, 0)]
+        Batches(bad, ScaleDraw(3), [16, 4, 1], (), "packed", "branch", training=True)[BatchPlan([1], 0, 0)]
 
 
 def test_a_batch_is_packed_at_its_drawn_scales():
     draw = ScaleDraw(3, 2, keep_finest=True)
-    batch = Batches([readable()], draw, [16, 4, 1], (), "branch", training=True)[BatchPlan([0, 0], epoch=3, step=5)]
-    assert batch.drawn == draw(3, 5)
-    [row] = batch.rows
-    tokens = sum([16, 4, 1][scale.number] for scale in batch.drawn)
-    assert len(row.token_ids) == 2 * (1 + tokens + 2)
+    make = Batches([readable()], draw, [16, 4, 1], (), "packed", "branch", training=True)
+    batch = make[BatchPlan([0, 0], epoch=3, step=5)]
+    assert batch.scale_weights == draw(3, 5)
+    [row] = batch.packed
+    tokens = sum(scale for scale, weight in zip([16, 4, 1], batch.scale_weights, strict=True) if weight)
+    assert len(row.input_ids) == 2 * (1 + tokens + 2)
 
 
 def random_encoded(generator: random.Random, times: list[int]) -> tuple[Encoded, list[Visual]]:
@@ -253,7 +254,7 @@ def random_encoded(generator: random.Random, times: list[int]) -> tuple[Encoded,
             made.add(Encoded([7], [len(times) - 1]), [7])
         frames = generator.choice([1, 1, 3, 6, 9])
         visuals += shown(picture(4, 4, len(visuals), frames))
-        for kept in coarsest(frames, times):
+        for kept in coarsest_time_scale(frames, times):
             count = generator.choice([1, 3])
             made.add(Encoded([8] * (count - 1) + [IMAGE], [kept] * count), [-100] * count)
     made.add(Encoded([9, 9], [len(times) - 1] * 2), [9, 9])
@@ -267,12 +268,13 @@ def test_costs_are_the_lengths_of_packed_rows(times, per_step):
     scales, draw = [16, 4, 1], ScaleDraw(3 * max(1, len(times)), per_step)
     for step in range(60):
         encoded, visuals = random_encoded(generator, times)
-        before, words, frames = positions(np.array(encoded.ids), np.array(encoded.kept), max(1, len(times)))
-        ids, targets, kept = encoded.tensors(bool(times))
-        make = Batches([Sample(visuals, ids, targets, kept)], draw, scales, times, "branch", training=True)
-        [row] = make[BatchPlan([0], 0, step)].rows
+        before, words, frames = positions(np.array(encoded.ids), np.array(encoded.time_scale), max(1, len(times)))
+        ids, labels, kept = encoded.tensors(bool(times))
+        make = Batches([Sample(visuals, ids, labels, kept)], draw, scales, times, "packed", "branch", training=True)
+        [row] = make[BatchPlan([0], 0, step)].packed
         costs = RecordSizes(np.array([before]), np.array([words]), np.array([frames]), np.array([0]))
-        assert costs.tokens(np.array([0]), draw(0, step), scales) == len(row.token_ids)
+        drawn = np.flatnonzero(draw(0, step))
+        assert costs.tokens(np.array([0]), drawn, scales) == len(row.input_ids)
 
 
 @pytest.mark.parametrize(
@@ -281,12 +283,10 @@ def test_costs_are_the_lengths_of_packed_rows(times, per_step):
 def test_draws_follow_the_seed_and_weigh_every_level_alike(per_step, keep):
     draw, total = ScaleDraw(4, per_step, keep, seed=1), [0.0] * 4
     for step in range(6000):
-        drawn = draw(0, step)
-        assert len(drawn) == (4 if per_step == "all" else per_step)
-        assert [level.number for level in drawn] == sorted({level.number for level in drawn})
-        assert drawn[0].number == 0 or not keep
-        for level in drawn:
-            total[level.number] += level.weight / 6000
+        weights = draw(0, step)
+        assert sum(weight > 0 for weight in weights) == (4 if per_step == "all" else per_step)
+        assert weights[0] or not keep
+        total = [before + weight / 6000 for before, weight in zip(total, weights, strict=True)]
     assert total == pytest.approx([0.25] * 4, rel=0.06)
     assert draw(2, 7) == draw(2, 7)
     if per_step != "all":

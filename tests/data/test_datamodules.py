@@ -10,7 +10,7 @@ from lit_mm.data.datamodules import ImageInstructions
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.records import RecordError
 from lit_mm.data.sets import ModelInputs
-from lit_mm.model.rows import IMAGE
+from lit_mm.model.batch import IMAGE
 from tests.conftest import conversation, draw
 
 
@@ -38,9 +38,9 @@ def test_training_batches_hold_every_record(make):
     data = make()
     data.setup("fit")
     batches = list(data.train_dataloader())
-    assert sum(len(batch.token_ids) for batch in batches) == 14
+    assert sum(len(batch.input_ids) for batch in batches) == 14
     for batch in batches:
-        markers = sum(int((ids == IMAGE).sum()) for ids in batch.token_ids)
+        markers = sum(int((ids == IMAGE).sum()) for ids in batch.input_ids)
         assert markers == len(batch.image_index)
         assert sorted(set(batch.image_index.tolist())) == list(range(len(batch.images.order)))
         assert batch.questions == []
@@ -56,8 +56,8 @@ def test_validation_asks_every_question_alone(make):
         ("0", "is there a circle?", "yes"),
     ]
     assert len(questions) == 8
-    assert all((question.token_ids == IMAGE).sum() == 1 for question in questions)
-    assert "yes" not in data.inputs.tokenizer.decode(questions[1].token_ids[questions[1].token_ids >= 0])
+    assert all((question.input_ids == IMAGE).sum() == 1 for question in questions)
+    assert "yes" not in data.inputs.tokenizer.decode(questions[1].input_ids[questions[1].input_ids >= 0])
 
 
 def test_prediction_reads_questions_without_answers(make, instruction_set):
@@ -70,17 +70,17 @@ def test_prediction_reads_questions_without_answers(make, instruction_set):
     data.setup("predict")
     [batch] = data.predict_dataloader()
     assert [(q.record, q.answer, q.image_index) for q in batch.questions] == [(5, None, [0]), (6, None, [])]
-    assert batch.token_ids == []
+    assert batch.input_ids == []
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_change_nothing(make, workers):
     data = make(num_workers=workers)
     data.setup("fit")
-    ids = [ids.tolist() for batch in data.train_dataloader() for ids in batch.token_ids]
+    ids = [ids.tolist() for batch in data.train_dataloader() for ids in batch.input_ids]
     alone = make()
     alone.setup("fit")
-    assert ids == [ids.tolist() for batch in alone.train_dataloader() for ids in batch.token_ids]
+    assert ids == [ids.tolist() for batch in alone.train_dataloader() for ids in batch.input_ids]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_truncated_image_stops_or_is_counted(make, instruction_set):
     data.setup("fit")
     with pytest.warns(UserWarning, match="truncated image"):
         batches = [data.on_after_batch_transfer(batch, 0) for batch in data.train_dataloader()]
-    assert sum(len(batch.token_ids) for batch in batches) == 13  # the others of its batch are trained on
+    assert sum(len(batch.input_ids) for batch in batches) == 13  # the others of its batch are trained on
     with pytest.warns(UserWarning, match="while loading: skipped 1 of 14 records"):
         data.teardown("fit")
 
@@ -175,7 +175,7 @@ def test_an_unreadable_batch_does_not_end_a_run_that_skips(make, instruction_set
     with pytest.warns(UserWarning, match="truncated image"):
         trained = [data.on_after_batch_transfer(batch, 0) for batch in data.train_dataloader()]
         judged = [data.on_after_batch_transfer(batch, 0) for batch in data.test_dataloader()]
-    assert [len(batch.token_ids) for batch in trained] == [1] * 14
+    assert [len(batch.input_ids) for batch in trained] == [1] * 14
     assert sum(len(batch.questions) == 0 for batch in judged) == 1
 
 

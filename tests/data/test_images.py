@@ -50,7 +50,7 @@ def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 
 def test_pad_is_llavas():
-    """A square of the mean colour with the image in its middle, then bicubic resizing."""
+    """A square of the mean color with the image in its middle, then bicubic resizing."""
     image = noise(60, 40)
     square = Image.new("RGB", (60, 60), COLOUR)
     square.paste(image, (0, 10))

@@ -17,14 +17,14 @@ from lit_mm.data.images import ImageOptions
 from lit_mm.data.records import RecordError
 from lit_mm.data.sets import ModelInputs, Reader, Subset, shares_of
 from lit_mm.data.video import VideoOptions
-from lit_mm.model.rows import IMAGE
+from lit_mm.model.batch import IMAGE
 from tests.conftest import ROOT, conversation, draw
 from tests.data.test_video import render
 
 
-def png(colour: str) -> bytes:
+def png(color: str) -> bytes:
     out = io.BytesIO()
-    Image.new("RGB", (64, 64), colour).save(out, "PNG")
+    Image.new("RGB", (64, 64), color).save(out, "PNG")
     return out.getvalue()
 
 
@@ -95,8 +95,8 @@ def questions(data, epoch=0) -> list[str]:
     decode = data.inputs.tokenizer.decode
     found = []
     for batch in loader:
-        assert len(batch.image_index) == sum(int((ids == IMAGE).sum()) for ids in batch.token_ids)
-        found += [decode([t for t in ids.tolist() if t != IMAGE]).split("?")[0].strip() for ids in batch.token_ids]
+        assert len(batch.image_index) == sum(int((ids == IMAGE).sum()) for ids in batch.input_ids)
+        found += [decode([t for t in ids.tolist() if t != IMAGE]).split("?")[0].strip() for ids in batch.input_ids]
     return sorted(found)
 
 
@@ -118,18 +118,18 @@ def test_a_video_becomes_frames_of_its_own_number(make):
     data = make(["videos.json"])
     data.setup("fit")
     [batch] = list(data.train_dataloader())
-    assert sorted(int((ids == IMAGE).sum()) for ids in batch.token_ids) == [3, 4]
+    assert sorted(int((ids == IMAGE).sum()) for ids in batch.input_ids) == [3, 4]
     assert len(batch.images.order) == 7
-    assert batch.images.over_time == []
+    assert batch.images.frame_sets == []
 
 
 def test_time_scales_come_with_the_batch(make):
     data = make(times=[2, 1])
     data.setup("fit")
     for batch in data.train_dataloader():
-        assert len(batch.kept) == len(batch.token_ids)
-        assert [len(sets.number) for sets in batch.images.over_time] == [len(batch.images.order)] * 2
-    kinds = {int(kept.min()) for batch in data.train_dataloader() for kept in batch.kept}
+        assert len(batch.time_scale) == len(batch.input_ids)
+        assert [len(sets.number) for sets in batch.images.frame_sets] == [len(batch.images.order)] * 2
+    kinds = {int(kept.min()) for batch in data.train_dataloader() for kept in batch.time_scale}
     assert kinds == {-1, 1}  # of four frames two begin no set; images and text stand at every time scale
 
 
@@ -137,7 +137,7 @@ def test_times_of_frames_are_written_on_request(make):
     data = make(["videos.json"], video=VideoOptions(max_frames=4, timestamps=True))
     data.setup("fit")
     [batch] = list(data.train_dataloader())
-    texts = [data.inputs.tokenizer.decode([t for t in ids.tolist() if t != IMAGE]) for ids in batch.token_ids]
+    texts = [data.inputs.tokenizer.decode([t for t in ids.tolist() if t != IMAGE]) for ids in batch.input_ids]
     assert any("0.0s: 0.5s: 0.9s:" in text for text in texts)
 
 
@@ -162,11 +162,11 @@ def test_batches_keep_to_their_budgets(make):
     data = make(batch_size=None, tokens_per_batch=400, pixels_per_batch=6 * 64 * 64)
     data.setup("fit")
     batches = list(data.train_dataloader())
-    assert sum(len(batch.token_ids) for batch in batches) == 16
+    assert sum(len(batch.input_ids) for batch in batches) == 16
     for batch in batches:
-        assert len(batch.rows[0].token_ids) <= 400
+        assert len(batch.packed[0].input_ids) <= 400
         assert sum(group.shape[0] * group.shape[2] * group.shape[3] for group in batch.images.groups) <= 6 * 64 * 64
-    assert max(len(batch.token_ids) for batch in batches) > 1
+    assert max(len(batch.input_ids) for batch in batches) > 1
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_a_still_image_needs_the_room_of_different_scales(make, sets, per_step, 
         for epoch in range(30):
             data.train_plans(epoch)
             loader = data._loader("train", data.train_plans(epoch), training=True)
-            needed |= {len(batch.rows[0].token_ids) for batch in loader}
+            needed |= {len(batch.packed[0].input_ids) for batch in loader}
         assert max(needed) == fits
 
 

@@ -28,7 +28,7 @@ OPEN_GOP = {"bf": "2", "x264-params": "open-gop=1:keyint=12:scenecut=0"}
 KINDS = {
     "mp4": ("mp4", "libx264", OPEN_GOP),
     "mp4-refresh": ("mp4", "libx264", {"x264-params": "intra-refresh=1:keyint=12:bframes=0"}),
-    "hevc": ("mp4", "libx265", {"x265-params": "keyint=12:open-gop=1:bframes=3:log-level=none"}),
+    "hevc": ("mp4", "libx265", {"x265-params": "keyint=12:open-gop=1:bframes=3:log-scale=none"}),
     "mov": ("mov", "mpeg4", {"bf": "2"}),
     "mkv": ("matroska", "libx264", OPEN_GOP),
     "webm": ("webm", "libvpx", {}),
@@ -48,11 +48,11 @@ CHOICES = [
 
 
 def picture(number: int, width: int = 64, height: int = 48) -> np.ndarray:
-    colours = np.random.default_rng(number).integers(0, 255, (2, 3))
+    colors = np.random.default_rng(number).integers(0, 255, (2, 3))
     pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[:16, :16] = colours[0]
+    pixels[:16, :16] = colors[0]
     left = number * 3 % (width - 16)
-    pixels[20:36, left : left + 16] = colours[1]
+    pixels[20:36, left : left + 16] = colors[1]
     return pixels
 
 

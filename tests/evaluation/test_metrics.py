@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_mm.evaluation.metrics import AnswerAccuracy, majority_share, normalise
+from lit_mm.evaluation.metrics import AnswerAccuracy, majority_share, normalize
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from lit_mm.evaluation.metrics import AnswerAccuracy, majority_share, normalise
     ],
 )
 def test_normalise(answer, expected):
-    assert normalise(answer) == expected
+    assert normalize(answer) == expected
 
 
 def test_accuracy_over_updates():

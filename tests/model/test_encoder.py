@@ -19,7 +19,7 @@ def test_the_papers_encoder():
         encoder = ConvNeXtEncoder(extra_stages=[ExtraStage()])
     assert millions(encoder) == 669.16
     assert millions(encoder.trunk.stages[4]) == 472.93
-    assert (encoder.stride, encoder.width) == (64, 3072)
+    assert (encoder.stride, encoder.num_features) == (64, 3072)
     for (height, width), grid in {
         (768, 768): (12, 12),
         (1024, 1024): (16, 16),
@@ -91,8 +91,8 @@ def test_normalised_mean_colour_is_zero():
     encoder = tiny_encoder()
     mean = torch.tensor(encoder.mean).view(1, 3, 1, 1)
     pixels = torch.stack([torch.full((4, 4), round(255 * value)) for value in encoder.mean])[None].to(torch.uint8)
-    assert encoder.normalise(pixels).abs().max() < 0.5 / 255 / min(encoder.std)
-    white = encoder.normalise(torch.full((1, 3, 4, 4), 255, dtype=torch.uint8))
+    assert encoder.normalize(pixels).abs().max() < 0.5 / 255 / min(encoder.std)
+    white = encoder.normalize(torch.full((1, 3, 4, 4), 255, dtype=torch.uint8))
     assert torch.allclose(white[..., :1, :1], (1 - mean) / torch.tensor(encoder.std).view(1, 3, 1, 1))
 
 
@@ -124,7 +124,7 @@ def test_vit_grid_is_the_last_but_one_blocks():
     pixels = torch.randn(2, 3, 64, 64)
     whole(pixels)
     grid = encoder(pixels)
-    assert (encoder.stride, encoder.width, tuple(grid.shape)) == (16, 192, (2, 192, 4, 4))
+    assert (encoder.stride, encoder.num_features, tuple(grid.shape)) == (16, 192, (2, 192, 4, 4))
     assert torch.equal(grid.flatten(2).transpose(1, 2), caught[0][:, 1:])  # without the class token
 
 

@@ -7,16 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lit_mm.model.projector import (
-    ClipScale,
-    MatryoshkaProjector,
-    all_levels,
-    checked_time_scales,
-    legal_scales,
-    nest,
-    nested_cuts,
-    nested_shapes,
-)
+from lit_mm.model.projector import MatryoshkaProjector, nest
+from lit_mm.model.scales import VideoScale, all_scales, check_time_scales, legal_scales, nested_cuts, nested_shapes
 
 M3 = [576, 144, 36, 9, 1]
 
@@ -27,7 +19,7 @@ def test_scales_equal_average_pooling_of_the_finest():
     projector = MatryoshkaProjector(5, 7, M3).double()
     grid = torch.randn(2, 5, 24, 24, dtype=torch.float64)
     projected = projector.layers(grid.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    for tokens, kernel in zip(projector(grid), (1, 2, 4, 8, 24), strict=True):
+    for tokens, kernel in zip(projector(grid).split(M3, dim=1), (1, 2, 4, 8, 24), strict=True):
         pooled = F.avg_pool2d(projected, kernel).flatten(2).transpose(1, 2)
         assert torch.allclose(tokens, pooled, rtol=0, atol=1e-15)
 
@@ -163,12 +155,12 @@ def test_adaptive_goes_with_means_alone():
 
 
 def test_levels_are_scales_at_time_scales():
-    assert all_levels([4, 1]) == [4, 1]
-    assert all_levels([4, 1], [8, 2]) == [ClipScale(8, 4), ClipScale(8, 1), ClipScale(2, 4), ClipScale(2, 1)]
-    assert f"{ClipScale(8, 4)}" == "8x4"
+    assert all_scales([4, 1]) == [4, 1]
+    assert all_scales([4, 1], [8, 2]) == [VideoScale(8, 4), VideoScale(8, 1), VideoScale(2, 4), VideoScale(2, 1)]
+    assert f"{VideoScale(8, 4)}" == "8x4"
 
 
 @pytest.mark.parametrize(("times", "said"), [([8, 3], "3 is not nested in 8"), ([2, 4], "finest first")])
 def test_time_scales_nest(times, said):
     with pytest.raises(ValueError, match=said):
-        checked_time_scales(times)
+        check_time_scales(times)

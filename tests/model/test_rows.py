@@ -5,13 +5,13 @@ from itertools import combinations
 
 import pytest
 import torch
-from torch.nn.attention import varlen
 from transformers import LlamaConfig, MambaConfig
 
 from lit_mm.model import attention, loss
 from lit_mm.model.attention import NAME
+from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch, Images
 from lit_mm.model.llm import PACKED, load_config, packing_of
-from lit_mm.model.rows import IGNORED, IMAGE, Batch, Drawn, every_level, pack
+from lit_mm.model.packing import pack
 from lit_mm.training.check import check_packing
 from tests.conftest import tiny_llm, tiny_vlm, tiny_vlm64
 from tests.model.test_vlm import SCALES, batch_of, picture, samples, slow_loss
@@ -20,14 +20,14 @@ LLMS = ["LlamaConfig", "Qwen2Config", "Qwen3Config"]
 SIZES = [(64, 64), (32, 128), (60, 50), (128, 32)]
 
 
-def packed(batch: Batch, packing="branch", drawn=None) -> Batch:
-    batch.drawn = drawn or every_level(len(SCALES))
-    batch.rows = pack(batch.token_ids, batch.targets, batch.image_index, SCALES, batch.drawn, packing)
+def packed(batch: Batch, packing="packed", weights=None, attention="branch") -> Batch:
+    batch.scale_weights = weights or [1 / len(SCALES)] * len(SCALES)
+    batch.packed = pack(batch, SCALES, packing, attention)
     return batch
 
 
 def random_samples(seed: int, count: int = 5, sizes=SIZES):
-    """Text alone, one image or several, anywhere in short or long text, targets at random."""
+    """Text alone, one image or several, anywhere in short or long text, labels at random."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     made = []
@@ -36,14 +36,14 @@ def random_samples(seed: int, count: int = 5, sizes=SIZES):
         ids = [rng.randrange(348) for _ in range(rng.randint(4, 60))]
         for _ in images:
             ids.insert(rng.choice([0, len(ids) // 2, len(ids) - 2]), IMAGE)
-        targets = [i if i != IMAGE and rng.random() < 0.3 and n else IGNORED for n, i in enumerate(ids)]
-        targets[-1] = ids[-1]
-        made.append((ids, targets, images))
+        labels = [i if i != IMAGE and rng.random() < 0.3 and n else IGNORE_INDEX for n, i in enumerate(ids)]
+        labels[-1] = ids[-1]
+        made.append((ids, labels, images))
     return made
 
 
 def plain_vlm64(source="LlamaConfig", **sizes):
-    """In float64, with the attention of packed rows."""
+    """In float64, with the attention of packed sequences."""
     vlm = tiny_vlm64(source=source, **sizes)
     vlm.llm.set_attn_implementation(NAME)
     return vlm
@@ -54,32 +54,32 @@ def gradients(total, vlm):
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, vlm.parameters(), strict=True)]
 
 
-@pytest.mark.parametrize("packing", ["branch", "sequential"])
+@pytest.mark.parametrize("packing", ["packed", "sequential"])
 @pytest.mark.parametrize("source", LLMS)
 @pytest.mark.parametrize("seed", range(3))
 def test_losses_and_gradients_equal_the_slow_way(source, packing, seed):
     vlm, mixed = plain_vlm64(source), random_samples(seed)
     losses = vlm(packed(batch_of(*mixed), packing))
     expected = torch.stack([slow_loss(vlm, mixed, scale) for scale in SCALES])
-    assert torch.allclose(losses.per_level, expected, rtol=1e-10)
-    assert torch.allclose(losses.total, expected.mean(), rtol=1e-10)
-    for fast, slow in zip(gradients(losses.total, vlm), gradients(expected.mean(), vlm), strict=True):
+    assert torch.allclose(losses.per_scale, expected, rtol=1e-10)
+    assert torch.allclose(losses.loss, expected.mean(), rtol=1e-10)
+    for fast, slow in zip(gradients(losses.loss, vlm), gradients(expected.mean(), vlm), strict=True):
         assert torch.allclose(fast, slow, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("packing", ["branch", "sequential"])
+@pytest.mark.parametrize("packing", ["packed", "sequential"])
 @pytest.mark.parametrize("source", LLMS)
 def test_float32_agrees_to_rounding(source, packing):
     vlm, mixed = tiny_vlm(source=source), random_samples(7)
     vlm.llm.set_attn_implementation(NAME)
     losses = vlm(packed(batch_of(*mixed), packing))
-    assert torch.allclose(losses.per_level, vlm.loop(packed(batch_of(*mixed))).per_level, rtol=1e-5)
+    assert torch.allclose(losses.per_scale, vlm.reference(packed(batch_of(*mixed))).per_scale, rtol=1e-5)
 
 
 def test_every_way_of_a_group_is_tried():
     """Long prefixes ask with a mask, short ones with the branch; both within one row."""
     batch = packed(batch_of(*(sample for seed in range(3) for sample in random_samples(seed))))
-    groups = batch.rows[0].layout.groups
+    groups = batch.packed[0].layout.groups
     assert {group.mask is None for group in groups} == {True, False}
     assert len(groups) > 3
     assert max(group.count for group in groups) > 1
@@ -89,7 +89,7 @@ def test_a_sample_moves_no_other_samples_loss_by_one_bit():
     vlm, mixed = plain_vlm64(), random_samples(3, count=6)
     before = vlm_losses(vlm, mixed)
     for changed in range(len(mixed)):
-        other = [(list(ids), list(targets), list(images)) for ids, targets, images in mixed]
+        other = [(list(ids), list(labels), list(images)) for ids, labels, images in mixed]
         ids, _, images = other[changed]
         ids[:] = [token if token == IMAGE else (token + 1) % 348 for token in ids]
         images[:] = [255 - image for image in images]
@@ -101,78 +101,55 @@ def test_a_sample_moves_no_other_samples_loss_by_one_bit():
 def vlm_losses(vlm, mixed):
     """All losses of each sample, as one tensor a sample."""
     batch, found = packed(batch_of(*mixed)), []
-    original, row = loss._cross_entropy, batch.rows[0]
+    original, row = loss.cross_entropy, batch.packed[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "_cross_entropy", lambda *x: found.append(original(*x)) or found[-1])
+        patch.setattr(loss, "cross_entropy", lambda *x: found.append(original(*x)) or found[-1])
         with torch.no_grad():
             vlm(batch)
-    return [torch.cat(found)[row.target_sample == number] for number in range(len(mixed))]
+    return [torch.cat(found)[row.label_sample == number] for number in range(len(mixed))]
 
 
 def test_layout_of_one_sample_by_hand():
     ids = [torch.tensor([5, 6, IMAGE, 7, 8]), torch.tensor([9, 10])]
-    targets = [torch.tensor([IGNORED, 6, IGNORED, IGNORED, 8]), torch.tensor([IGNORED, 10])]
-    [row] = pack(ids, targets, torch.tensor([1]), [4, 1], every_level(2))
-    assert row.token_ids.tolist() == [5, 6, 0, 0, 0, 0, 7, 8, 0, 7, 8, 9, 10]
+    labels = [torch.tensor([IGNORE_INDEX, 6, IGNORE_INDEX, IGNORE_INDEX, 8]), torch.tensor([IGNORE_INDEX, 10])]
+    batch = Batch(Images([], torch.arange(2)), ids, labels, torch.tensor([1]), [0.25, 0.75])
+    [row] = pack(batch, [4, 1])
+    assert row.input_ids.tolist() == [5, 6, 0, 0, 0, 0, 7, 8, 0, 7, 8, 9, 10]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 2, 3, 4, 0, 1]
     assert row.visual_index.tolist() == [2, 3, 4, 5, 8]
     assert row.visual_source.tolist() == [5, 6, 7, 8, 9]  # image 1 of two with 4 + 1 tokens each
-    assert row.target_index.tolist() == [0, 6, 9, 11]
-    assert row.targets.tolist() == [6, 8, 8, 10]
-    assert row.target_kind.tolist() == [4, 2, 3, 4]  # a prefix and a text alone count at both
-    assert row.target_sample.tolist() == [0, 0, 0, 1]
-    assert row.weights == [0.5, 0.5, 0.5, 0.5, 1.0]
+    assert row.label_index.tolist() == [0, 6, 9, 11]
+    assert row.labels.tolist() == [6, 8, 8, 10]
+    both = [True, True]  # a prefix and a text alone count at both scales
+    assert row.label_scales.tolist() == [both, [True, False], [False, True], both]
+    assert row.label_sample.tolist() == [0, 0, 0, 1]
 
 
 def test_sequential_lays_text_alone_out_once():
     batch = packed(batch_of(*samples()), "sequential")
-    assert [2 in row.target_sample for row in batch.rows] == [True, False, False]
+    assert [2 in row.label_sample for row in batch.packed] == [True, False, False]
 
 
 def test_a_row_is_as_long_as_m3s_scales_without_repetitions():
     """766 visual tokens over five scales, P prefix and T text tokens: P + 766 + 5 T positions."""
     ids, prefix, text = [torch.tensor([1] * 35 + [IMAGE] + [2] * 64)], 35, 64
-    [row] = pack(ids, ids, torch.tensor([0]), [576, 144, 36, 9, 1], every_level(5))
-    assert len(row.token_ids) == prefix + 766 + 5 * text
+    [row] = pack(Batch(Images([], torch.arange(1)), ids, ids, torch.tensor([0]), [1 / 5] * 5), [576, 144, 36, 9, 1])
+    assert len(row.input_ids) == prefix + 766 + 5 * text
 
 
 @pytest.mark.parametrize("per_step", [1, 2])
 def test_mean_gradient_over_all_draws_is_m3s(per_step):
     vlm, batch = plain_vlm64(), batch_of(*samples())
-    whole = gradients(vlm(packed(batch)).total, vlm)
+    whole = gradients(vlm(packed(batch)).loss, vlm)
     draws = list(combinations(range(3), per_step))
     sums = [torch.zeros_like(p) for p in vlm.parameters()]
     for draw in draws:
-        drawn = [Drawn(number, 1 / per_step) for number in draw]
-        for packing in ("branch", "sequential", "loop"):
-            found = gradients(vlm(packed(batch, packing, drawn)).total, vlm)
+        weights = [1 / per_step if number in draw else 0.0 for number in range(3)]
+        for packing in ("packed", "sequential", "padded"):
+            found = gradients(vlm(packed(batch, packing, weights)).loss, vlm)
             sums = [total + each / len(draws) / 3 for total, each in zip(sums, found, strict=True)]
     for total, expected in zip(sums, whole, strict=True):
         assert torch.allclose(total, expected, rtol=1e-9, atol=1e-12)
-
-
-def slow_varlen(query, key, value, ends_q, ends_k, longest_q, longest_k, *, window_size, scale):
-    """What torch documents of varlen_attn: each sequence alone, causal from its last key back."""
-    assert window_size == (-1, 0)
-    pieces = []
-    for q0, q1, k0, k1 in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
-        q, k, v = query[q0:q1].transpose(0, 1), key[k0:k1].transpose(0, 1), value[k0:k1].transpose(0, 1)
-        scores = q @ k.transpose(1, 2) * scale
-        seen = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
-        pieces.append((scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(0, 1))
-        assert len(pieces[-1]) <= longest_q
-        assert k1 - k0 <= longest_k
-    return torch.cat(pieces)
-
-
-def test_varlen_hands_the_kernel_the_right_sequences(monkeypatch):
-    monkeypatch.setattr(varlen, "varlen_attn", slow_varlen)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)  # what varlen asks for; nothing else here looks
-    vlm, mixed = plain_vlm64(), random_samples(0)
-    fast, slow = vlm(packed(batch_of(*mixed), "varlen")), vlm(packed(batch_of(*mixed)))
-    assert torch.allclose(fast.total, slow.total, rtol=1e-12)
-    for a, b in zip(gradients(fast.total, vlm), gradients(slow.total, vlm), strict=True):
-        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -180,8 +157,8 @@ def test_flex_computes_the_same_losses():
     """Forward only: on a CPU flex_attention has no backward."""
     vlm, mixed = plain_vlm64(), random_samples(0)
     with torch.no_grad():
-        fast, slow = vlm(packed(batch_of(*mixed), "flex")), vlm(packed(batch_of(*mixed)))
-    assert torch.allclose(fast.per_level, slow.per_level, rtol=1e-10)
+        fast, slow = vlm(packed(batch_of(*mixed), attention="flex")), vlm(packed(batch_of(*mixed)))
+    assert torch.allclose(fast.per_scale, slow.per_scale, rtol=1e-10)
 
 
 CLASSES = {
@@ -218,7 +195,7 @@ UNPACKED = {
 def by_its_own_packing(source, tokenizer, **sizes):
     packing = packing_of(load_config(tiny_llm(source, **sizes), tokenizer), "auto")
     vlm = tiny_vlm(source=source, **sizes)
-    if packing == "branch":
+    if packing == "packed":
         vlm.llm.set_attn_implementation(NAME)
     return vlm, packing
 
@@ -230,11 +207,11 @@ def test_every_kind_of_llm_is_listed():
 @pytest.mark.parametrize("kind", sorted(PACKED))
 def test_every_listed_llm_is_exact(kind, tokenizer):
     vlm, packing = by_its_own_packing(CLASSES[kind], tokenizer, **EXTRA.get(kind, {}))
-    assert packing == "branch"
+    assert packing == "packed"
     mixed = random_samples(0)
     losses, expected = vlm(packed(batch_of(*mixed), packing)), torch.stack([slow_loss(vlm, mixed, s) for s in SCALES])
-    assert torch.allclose(losses.per_level, expected, rtol=2e-5)
-    for fast, slow in zip(gradients(losses.total, vlm), gradients(expected.mean(), vlm), strict=True):
+    assert torch.allclose(losses.per_scale, expected, rtol=2e-5)
+    for fast, slow in zip(gradients(losses.loss, vlm), gradients(expected.mean(), vlm), strict=True):
         assert torch.allclose(fast, slow, rtol=1e-2, atol=1e-4 * slow.abs().max().item() + 1e-6)
     check_packing(vlm, packing)
 
@@ -244,8 +221,8 @@ def test_windows_and_soft_caps_are_kept(source, tokenizer):
     vlm, packing = by_its_own_packing(source, tokenizer, **UNPACKED[source])
     mixed = random_samples(0)
     losses, expected = vlm(packed(batch_of(*mixed), packing)), torch.stack([slow_loss(vlm, mixed, s) for s in SCALES])
-    assert packing == "loop"
-    assert torch.allclose(losses.per_level, expected, rtol=2e-5)
+    assert packing == "padded"
+    assert torch.allclose(losses.per_scale, expected, rtol=2e-5)
     check_packing(vlm, packing)
 
 
@@ -253,70 +230,72 @@ def test_windows_and_soft_caps_are_kept(source, tokenizer):
 def test_positions_stretched_by_the_length_of_a_row_are_not_packed(kind):
     rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
     rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
-    assert packing_of(LlamaConfig(rope_parameters=rope), "auto") == "loop"
-    assert packing_of(LlamaConfig(), "auto") == "branch"
+    assert packing_of(LlamaConfig(rope_parameters=rope), "auto") == "padded"
+    assert packing_of(LlamaConfig(), "auto") == "packed"
 
 
 def test_recurrent_models_run_scale_after_scale():
-    assert packing_of(MambaConfig(), "branch") == "loop"
-    assert pack([torch.tensor([1, 2])], [torch.tensor([1, 2])], torch.tensor([]), SCALES, every_level(3), "loop") == []
+    assert packing_of(MambaConfig(), "packed") == "padded"
+    assert packed(batch_of(*samples()), "padded").packed == []
 
 
 def test_a_window_is_refused_where_it_would_be_lost():
     vlm = tiny_vlm(source="MistralConfig", sliding_window=8)
     vlm.llm.set_attn_implementation(NAME)
-    with pytest.raises(ValueError, match=r"do not know \['sliding_window'\] of MistralAttention"):
+    with pytest.raises(ValueError, match=r"do not support \['sliding_window'\] of MistralAttention"):
         vlm(packed(batch_of(*samples())))
 
 
 def test_the_start_up_check_finds_an_attention_that_leaks(monkeypatch):
     vlm = plain_vlm64()
-    check_packing(vlm, "branch")
-    real = attention._of_group
-    monkeypatch.setattr(attention, "_of_group", lambda group, q, k, v, *rest: real(group, q, k.roll(1, 0), v, *rest))
-    with pytest.raises(RuntimeError, match=r"set model\.attention to loop"):
-        check_packing(vlm, "branch")
-    check_packing(vlm, "loop")
+    check_packing(vlm, "packed")
+    real = attention._attend_group
+    monkeypatch.setattr(
+        attention, "_attend_group", lambda group, q, k, v, *rest: real(group, q, k.roll(1, 0), v, *rest)
+    )
+    with pytest.raises(RuntimeError, match=r"set model\.packing to padded"):
+        check_packing(vlm, "packed")
+    check_packing(vlm, "padded")
 
 
 def test_the_start_up_check_tries_masked_groups_too(monkeypatch):
-    vlm, real = plain_vlm64(), attention._of_group
+    vlm, real = plain_vlm64(), attention._attend_group
 
     def leaky(group, queries, keys, *rest):
         return real(group, queries, keys if group.mask is None else keys.roll(1, 0), *rest)
 
-    monkeypatch.setattr(attention, "_of_group", leaky)
-    with pytest.raises(RuntimeError, match=r"a packed row's loss"):
-        check_packing(vlm, "branch")
+    monkeypatch.setattr(attention, "_attend_group", leaky)
+    with pytest.raises(RuntimeError, match=r"the packed loss"):
+        check_packing(vlm, "packed")
 
 
 def test_the_start_up_check_under_autocast_knows_rounding_from_a_leak(monkeypatch):
-    vlm, real = tiny_vlm(num_hidden_layers=6), attention._of_group
+    vlm, real = tiny_vlm(num_hidden_layers=6), attention._attend_group
     vlm.llm.set_attn_implementation(NAME)
     with torch.autocast("cpu", torch.bfloat16):
-        check_packing(vlm, "branch")
+        check_packing(vlm, "packed")
         monkeypatch.setattr(
-            attention, "_of_group", lambda group, q, k, v, *rest: real(group, q, k.roll(1, 0), v, *rest)
+            attention, "_attend_group", lambda group, q, k, v, *rest: real(group, q, k.roll(1, 0), v, *rest)
         )
-        with pytest.raises(RuntimeError, match=r"set model\.attention to loop"):
-            check_packing(vlm, "branch")
+        with pytest.raises(RuntimeError, match=r"set model\.packing to padded"):
+            check_packing(vlm, "packed")
 
 
 def test_layer_checkpointing_keeps_every_gradient():
     vlm, mixed = plain_vlm64(), random_samples(1)
-    plain = gradients(vlm(packed(batch_of(*mixed))).total, vlm)
+    plain = gradients(vlm(packed(batch_of(*mixed))).loss, vlm)
     vlm.llm.gradient_checkpointing_enable({"use_reentrant": False})
     vlm.train()
-    again = gradients(vlm(packed(batch_of(*mixed))).total, vlm)
+    again = gradients(vlm(packed(batch_of(*mixed))).loss, vlm)
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
 def test_bf16_stays_near_float32():
     vlm, mixed = tiny_vlm(), random_samples(1)
     vlm.llm.set_attn_implementation(NAME)
-    exact = vlm(packed(batch_of(*mixed))).total
+    exact = vlm(packed(batch_of(*mixed))).loss
     with torch.autocast("cpu", torch.bfloat16):
-        rough = vlm(packed(batch_of(*mixed))).total
+        rough = vlm(packed(batch_of(*mixed))).loss
     assert rough.dtype == torch.float32
     assert torch.allclose(rough, exact, rtol=2e-2)
     rough.backward()
@@ -325,12 +304,12 @@ def test_bf16_stays_near_float32():
 def test_compiled_layers_compute_the_same_however_many_layouts_come():
     """Attention is left out of the graphs: compiled with them, every other layout would be a new one."""
     vlm, seeds = plain_vlm64(), range(12)
-    expected = [vlm(packed(batch_of(*random_samples(seed, 2 + seed)))).total for seed in seeds]
+    expected = [vlm(packed(batch_of(*random_samples(seed, 2 + seed)))).loss for seed in seeds]
     for layer in vlm.llm.model.layers:
         layer.compile(backend="aot_eager", dynamic=True)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for seed in seeds:
-            found = vlm(packed(batch_of(*random_samples(seed, 2 + seed)))).total
+            found = vlm(packed(batch_of(*random_samples(seed, 2 + seed)))).loss
             assert torch.allclose(found, expected[seed], rtol=1e-12)
     found.backward()
     expected[-1].backward(inputs=[(check := vlm.llm.model.layers[0].mlp.up_proj.weight)])
@@ -343,20 +322,19 @@ def test_compiled_layers_compute_the_same_however_many_layouts_come():
         ("LlamaConfig", {}),
         ("GraniteConfig", {"logits_scaling": 8.0}),
         ("CohereConfig", {"logit_scale": 0.25}),
-        ("Gemma2Config", {"final_logit_softcapping": 5.0, "head_dim": 8}),
     ],
 )
 @pytest.mark.parametrize("tied", [False, True])
 def test_chunks_of_logits_give_plain_autograds_gradients(source, sizes, tied, monkeypatch):
-    monkeypatch.setitem(loss.CHUNK, "cpu", 348 * 3)  # three targets at a time
+    monkeypatch.setitem(loss.CHUNK, "cpu", 348 * 3)  # three labels at a time
     llm = tiny_vlm64(source=source, tie_word_embeddings=tied, **sizes).llm
     torch.manual_seed(0)
     hidden = torch.randn(10, 32, dtype=torch.float64, requires_grad=True)
-    targets, weights = torch.randint(348, (10,)), torch.rand(10, dtype=torch.float64)
-    total, losses = loss.weighted_loss(llm, hidden, targets, weights)
+    labels, weights = torch.randint(348, (10,)), torch.rand(10, dtype=torch.float64)
+    total, losses = loss.weighted_loss(llm, hidden, labels, weights)
     head, wanted = llm.get_output_embeddings(), [hidden, llm.get_output_embeddings().weight]
-    logits = loss.Behind.of(llm.config)(head(hidden))
-    plain = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    logits = loss.logit_factor(llm.config) * head(hidden)
+    plain = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     assert torch.allclose(losses, plain, rtol=1e-12)
     found = torch.autograd.grad(3 * total, wanted)
     for a, b in zip(found, torch.autograd.grad(3 * (plain * weights).sum(), wanted), strict=True):

@@ -5,17 +5,20 @@ import random
 import pytest
 import torch
 
-from lit_mm.data.batching import coarsest, group_by_size, set_starts
+from lit_mm.data.batching import group_by_size
+from lit_mm.inference.generation import generate
 from lit_mm.model.attention import NAME
+from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch, Question
 from lit_mm.model.encoder import TimmEncoder
-from lit_mm.model.projector import ClipScale, MatryoshkaProjector
-from lit_mm.model.rows import IGNORED, IMAGE, Batch, Drawn, Images, Question, every_level, pack
+from lit_mm.model.packing import pack
+from lit_mm.model.projector import MatryoshkaProjector
+from lit_mm.model.scales import VideoScale, coarsest_time_scale, set_starts
 from tests.conftest import tiny_vlm64
 from tests.model.test_rows import gradients
 from tests.model.test_vlm import picture
 
 SCALES, TIMES = [16, 4, 1], [4, 2, 1]
-LEVELS = [ClipScale(frames, tokens) for frames in TIMES for tokens in SCALES]
+ALL_SCALES = [VideoScale(frames, tokens) for frames in TIMES for tokens in SCALES]
 LAST = len(TIMES) - 1
 
 
@@ -26,7 +29,7 @@ def vlm64(times=TIMES):
 
 
 def random_samples(seed: int, times=TIMES, count: int = 4):
-    """Each (text and visuals in turn): a visual is its frames, text a list of ids; targets at random."""
+    """Each (text and visuals in turn): a visual is its frames, text a list of ids; labels at random."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     samples = []
@@ -40,116 +43,122 @@ def random_samples(seed: int, times=TIMES, count: int = 4):
 
 
 def encoded(pieces, times, rng):
-    """ids, targets, kept; every frame but the first of a visual has an id of its own before it."""
+    """ids, labels, kept; every frame but the first of a visual has an id of its own before it."""
     ids, kept = [], []
     for piece in pieces:
         if isinstance(piece, list):
             ids, kept = ids + piece, kept + [len(times) - 1] * len(piece)
         else:
-            for frame, stays in enumerate(coarsest(len(piece), times)):
+            for frame, stays in enumerate(coarsest_time_scale(len(piece), times)):
                 own = [IMAGE] if frame == 0 else [100 + frame, IMAGE]
                 ids, kept = ids + own, kept + [stays] * len(own)
     always = [
         token < 100 and token != IMAGE and stays == len(times) - 1 for token, stays in zip(ids, kept, strict=True)
     ]
-    targets = [token if keep and rng.random() < 0.4 else IGNORED for token, keep in zip(ids, always, strict=True)]
-    targets[0], targets[-1] = IGNORED, ids[-1]
-    return torch.tensor(ids), torch.tensor(targets), torch.tensor(kept)
+    labels = [token if keep and rng.random() < 0.4 else IGNORE_INDEX for token, keep in zip(ids, always, strict=True)]
+    labels[0], labels[-1] = IGNORE_INDEX, ids[-1]
+    return torch.tensor(ids), torch.tensor(labels), torch.tensor(kept)
 
 
-def batch_of(samples, times=TIMES, packing="branch", drawn=None) -> Batch:
+def batch_of(samples, times=TIMES, packing="packed", weights=None) -> Batch:
     rng = random.Random(0)
-    ids, targets, kept = zip(*(encoded(pieces, times, rng) for pieces in samples), strict=True)
+    ids, labels, kept = zip(*(encoded(pieces, times, rng) for pieces in samples), strict=True)
     visuals = [piece for pieces in samples for piece in pieces if not isinstance(piece, list)]
     images, index = group_by_size(visuals, times), torch.arange(sum(len(visual) for visual in visuals))
-    drawn = drawn or every_level(len(SCALES) * len(times))
-    rows = pack(ids, targets, index, SCALES, drawn, packing, kept, images.over_time)
-    return Batch(images, list(ids), list(targets), index, drawn, rows, kept=list(kept))
+    count = len(SCALES) * len(times)
+    batch = Batch(images, list(ids), list(labels), index, weights or [1 / count] * count, time_scale=list(kept))
+    batch.packed = pack(batch, SCALES, packing)
+    return batch
 
 
-def slow_sequence(vlm, pieces, targets, frames, tokens):
-    """Embeddings [T, D] and targets [T] of one sample with its visuals cut into sets by hand."""
-    embed, found, labels, targets = vlm.llm.get_input_embeddings(), [], [], iter(targets)
+def slow_sequence(vlm, pieces, labels, frames, tokens):
+    """Embeddings [T, D] and labels [T] of one sample with its visuals cut into sets by hand."""
+    embed, found, own, given = vlm.llm.get_input_embeddings(), [], [], iter(labels)
     for piece in pieces:
         if isinstance(piece, list):
             found.append(embed(torch.tensor(piece, dtype=torch.long)))
-            labels += [next(targets) for _ in piece]
+            own += [next(given) for _ in piece]
             continue
         for _ in range(2 * len(piece) - 1):
-            next(targets)
+            next(given)
         starts = set_starts(len(piece), frames)
         for number, (begin, end) in enumerate(zip(starts, [*starts[1:], len(piece)], strict=True)):
             if number:
                 found.append(embed(torch.tensor([100 + begin])))
-            alone = [vlm.projector(vlm.encoder(vlm.encoder.normalise(frame[None]))) for frame in piece[begin:end]]
-            found.append(torch.stack([nested[SCALES.index(tokens)][0] for nested in alone]).mean(0))
-            labels += [IGNORED] * (tokens + bool(number))
-    return torch.cat(found), labels
+            alone = [vlm.projector(vlm.encoder(vlm.encoder.normalize(frame[None]))) for frame in piece[begin:end]]
+            found.append(
+                torch.stack([nested.split(SCALES, dim=1)[SCALES.index(tokens)][0] for nested in alone]).mean(0)
+            )
+            own += [IGNORE_INDEX] * (tokens + bool(number))
+    return torch.cat(found), own
 
 
 def slow_loss(vlm, samples, frames, tokens):
     rng, losses = random.Random(0), []
     for pieces in samples:
-        targets = encoded(pieces, vlm.time_scales, rng)[1].tolist()
-        sequence, labels = slow_sequence(vlm, pieces, targets, frames, tokens)
+        labels = encoded(pieces, vlm.time_scales, rng)[1].tolist()
+        sequence, labels = slow_sequence(vlm, pieces, labels, frames, tokens)
         logarithms = vlm.llm(inputs_embeds=sequence[None]).logits[0].log_softmax(-1)
-        losses += [-logarithms[place - 1, label] for place, label in enumerate(labels) if label != IGNORED]
+        losses += [-logarithms[place - 1, label] for place, label in enumerate(labels) if label != IGNORE_INDEX]
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("packing", ["branch", "sequential", "loop"])
+@pytest.mark.parametrize("packing", ["packed", "sequential", "padded"])
 @pytest.mark.parametrize("times", [TIMES, [2], [4]])
 def test_losses_and_gradients_equal_the_slow_way(times, packing):
     vlm, samples = vlm64(times), random_samples(len(times), count=5)
     losses = vlm(batch_of(samples, times, packing))
-    levels = [ClipScale(frames, tokens) for frames in times for tokens in SCALES]
-    assert vlm.levels == levels
-    expected = torch.stack([slow_loss(vlm, samples, *level) for level in levels])
-    assert torch.allclose(losses.per_level, expected, rtol=1e-10)
-    assert torch.allclose(losses.total, expected.mean(), rtol=1e-10)
-    for fast, slow in zip(gradients(losses.total, vlm), gradients(expected.mean(), vlm), strict=True):
+    scales = [VideoScale(frames, tokens) for frames in times for tokens in SCALES]
+    assert vlm.all_scales == scales
+    expected = torch.stack([slow_loss(vlm, samples, *scale) for scale in scales])
+    assert torch.allclose(losses.per_scale, expected, rtol=1e-10)
+    assert torch.allclose(losses.loss, expected.mean(), rtol=1e-10)
+    for fast, slow in zip(gradients(losses.loss, vlm), gradients(expected.mean(), vlm), strict=True):
         assert torch.allclose(fast, slow, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("packing", ["branch", "sequential", "loop"])
+@pytest.mark.parametrize("packing", ["packed", "sequential", "padded"])
 @pytest.mark.parametrize("drawn", [[3], [0, 4], [2, 5, 8]])
-def test_drawn_levels_count_by_their_weights(drawn, packing):
+def test_drawn_scales_count_by_their_weights(drawn, packing):
     vlm, samples = vlm64(), random_samples(3)
     weights = torch.softmax(torch.arange(len(drawn), dtype=torch.float64), 0)
-    levels = [Drawn(number, weight) for number, weight in zip(drawn, weights.tolist(), strict=True)]
-    found = vlm(batch_of(samples, packing=packing, drawn=levels)).total
-    expected = torch.stack([slow_loss(vlm, samples, *LEVELS[number]) for number in drawn])
+    of_scales = dict(zip(drawn, weights.tolist(), strict=True))
+    spread = [of_scales.get(number, 0.0) for number in range(len(ALL_SCALES))]
+    found = vlm(batch_of(samples, packing=packing, weights=spread)).loss
+    expected = torch.stack([slow_loss(vlm, samples, *ALL_SCALES[number]) for number in drawn])
     assert torch.allclose(found, (weights * expected).sum(), rtol=1e-10)
 
 
 def test_a_sample_without_video_is_laid_out_once_a_scale():
     still, text = [[5, 6], torch.stack([picture(64, 64)]), [7, 8]], [[9, 10, 11]]
-    [row] = batch_of([still, text]).rows
-    assert len(row.token_ids) == 2 + sum(SCALES) + 3 * 2 + 3
+    [row] = batch_of([still, text]).packed
+    assert len(row.input_ids) == 2 + sum(SCALES) + 3 * 2 + 3
 
 
 def test_coarser_times_are_means_of_finer_ones():
     vlm = vlm64()
     images = group_by_size([torch.stack([picture(64, 64) for _ in range(8)])], TIMES)
-    nested = dict(zip(vlm.levels, vlm.encode(images), strict=True))
-    for tokens in SCALES:
-        four, two, one = (nested[ClipScale(frames, tokens)] for frames in TIMES)
+    nested = vlm.encode(images).split(TIMES)  # [4, T, D], [2, T, D], [1, T, D]
+    for number, tokens in enumerate(SCALES):
+        four, two, one = (sets.split(SCALES, dim=1)[number] for sets in nested)
         assert torch.allclose(two, four.view(2, 2, tokens, -1).mean(1), rtol=1e-12)
         assert torch.allclose(one, two.mean(0, keepdim=True), rtol=1e-12)
 
 
-@pytest.mark.parametrize("level", [LEVELS[0], LEVELS[4], LEVELS[8]], ids=str)
-def test_generation_equals_a_greedy_loop_without_cache(level):
+@pytest.mark.parametrize("scale", [ALL_SCALES[0], ALL_SCALES[4], ALL_SCALES[8]], ids=str)
+def test_generation_equals_a_greedy_loop_without_cache(scale):
     vlm, samples = vlm64(), random_samples(5, count=3)
     vlm.llm.generation_config.eos_token_id = None
     batch, questions, done = batch_of(samples), [], 0
-    for number, ids in enumerate(batch.token_ids):
+    for number, ids in enumerate(batch.input_ids):
         count = int((ids == IMAGE).sum())
-        questions.append(Question(number, "", ids, list(range(done, done + count)), kept=batch.kept[number]))
+        questions.append(
+            Question(number, "", ids, list(range(done, done + count)), time_scale=batch.time_scale[number])
+        )
         done += count
-    answers = vlm.generate(batch.images, questions, level, max_new_tokens=4, end_ids=[347])
-    for pieces, ids, answer in zip(samples, batch.token_ids, answers, strict=True):
-        sequence, _ = slow_sequence(vlm, pieces, ids.tolist(), *level)
+    answers = generate(vlm, batch.images, questions, scale, max_new_tokens=4, end_ids=[347])
+    for pieces, ids, answer in zip(samples, batch.input_ids, answers, strict=True):
+        sequence, _ = slow_sequence(vlm, pieces, ids.tolist(), *scale)
         for token in answer.tolist():
             assert int(vlm.llm(inputs_embeds=sequence[None]).logits[0, -1].argmax()) == token
             sequence = torch.cat([sequence, vlm.llm.get_input_embeddings()(torch.tensor([token]))])
@@ -158,9 +167,9 @@ def test_generation_equals_a_greedy_loop_without_cache(level):
 def test_the_blank_image_adds_exactly_nothing():
     """Text alone, on a rank that must run its encoder: the same loss, gradients of zero and not None."""
     vlm, samples = vlm64([1]), [[[5, 6, 7]], [[8, 9, 10, 11]]]
-    plain = vlm(batch_of(samples, [1])).total
+    plain = vlm(batch_of(samples, [1])).loss
     assert torch.autograd.grad(plain, list(vlm.encoder.parameters()), allow_unused=True)[0] is None
-    total = vlm(batch_of(samples, [1]), encodings=2).total
+    total = vlm(batch_of(samples, [1]), encodings=2).loss
     assert torch.equal(total, plain)
     total.backward()
     for parameter in [*vlm.encoder.parameters(), *vlm.projector.parameters()]:
@@ -184,24 +193,23 @@ def test_the_blank_image_is_one_that_the_encoder_takes(options):
     vlm.encoder = TimmEncoder("vit_tiny_patch16_224", -1, overrides={"depth": 1, **options}).double()
     vlm.projector = MatryoshkaProjector(192, 32, [4, 1]).double()
     assert vlm.encoder.smallest == ((16, 16) if "dynamic_img_size" in options else (32, 32))
-    assert vlm._blank() == 0
+    assert vlm._dummy() == 0
 
 
 def test_the_blank_image_passes_no_infinity_on():
     vlm = vlm64([1])
     with torch.no_grad():
         vlm.encoder.trunk.stem[0].bias.fill_(float("inf"))
-    assert vlm._blank() == 0
+    assert vlm._dummy() == 0
 
 
 def test_the_blank_image_is_tiny():
     """One grid cell: a 576th of what a 24×24 grid costs."""
     vlm, sizes = vlm64([1]), []
     vlm.encoder.register_forward_hook(lambda module, inputs, grid: sizes.append(grid.shape[2:]))
-    vlm._blank()
+    vlm._dummy()
     assert sizes == [(1, 1)]
 
 
 def test_images_without_time_scales_have_no_sets():
-    assert group_by_size([picture(64, 64)[None]]).over_time == []
-    assert Images([], torch.arange(0)).over_time == []
+    assert group_by_size([picture(64, 64)[None]]).frame_sets == []

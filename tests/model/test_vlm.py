@@ -5,7 +5,8 @@ import torch
 from transformers import GenerationConfig
 
 from lit_mm.data.batching import group_by_size
-from lit_mm.model.rows import IGNORED, IMAGE, Batch, Images, Question, every_level, expand, stack
+from lit_mm.inference.generation import generate
+from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch, Images, Question
 from tests.conftest import tiny_vlm, tiny_vlm64
 
 SCALES = [16, 4, 1]
@@ -16,9 +17,9 @@ def batch_of(*samples: tuple[list[int], list[int], list[torch.Tensor]]) -> Batch
     return Batch(
         group_by_size([image[None] for image in images]),
         [torch.tensor(ids) for ids, *_ in samples],
-        [torch.tensor(targets) for _, targets, _ in samples],
+        [torch.tensor(labels) for _, labels, _ in samples],
         torch.arange(len(images)),
-        every_level(len(SCALES)),
+        [1 / len(SCALES)] * len(SCALES),
     )
 
 
@@ -29,7 +30,7 @@ def picture(height: int, width: int) -> torch.Tensor:
 def samples():
     """One image; two of different shapes with text before and between; text alone."""
     torch.manual_seed(1)
-    _ = IGNORED
+    _ = IGNORE_INDEX
     return [
         ([IMAGE, 5, 6, 7, 8, 0], [_, _, _, _, 8, 0], [picture(64, 64)]),
         ([9, IMAGE, 10, IMAGE, 11, 12, 13, 14, 0], [_, _, _, _, _, 12, _, 14, 0], [picture(32, 128), picture(60, 50)]),
@@ -43,20 +44,21 @@ def slow_sequence(vlm, ids, images, scale) -> torch.Tensor:
     for token in ids:
         if token == IMAGE:
             alone = Images([next(images)[None]], torch.tensor([0]))
-            pieces.append(vlm.encode(alone)[vlm.levels.index(scale)][0])
+            pieces.append(vlm.encode(alone).split(SCALES, dim=1)[vlm.all_scales.index(scale)][0])
         else:
             pieces.append(vlm.llm.get_input_embeddings()(torch.tensor([token])))
     return torch.cat(pieces)
 
 
 def slow_loss(vlm, samples, scale) -> torch.Tensor:
-    """Every target's loss from all the logits of each sample alone, averaged over all targets."""
+    """Every label's loss from all the logits of each sample alone, averaged over all labels."""
     losses = []
-    for ids, targets, images in samples:
-        labels = [label for t, i in zip(targets, ids, strict=True) for label in [t] * (scale if i == IMAGE else 1)]
+    for ids, labels, images in samples:
+        repeated = zip(labels, ids, strict=True)
+        labels = [label for own, i in repeated for label in [own] * (scale if i == IMAGE else 1)]  # noqa: PLW2901
         logits = vlm.llm(inputs_embeds=slow_sequence(vlm, ids, images, scale)[None]).logits[0]
         logarithms = logits.log_softmax(-1)
-        losses += [-logarithms[place - 1, label] for place, label in enumerate(labels) if label != IGNORED]
+        losses += [-logarithms[place - 1, label] for place, label in enumerate(labels) if label != IGNORE_INDEX]
     return torch.stack(losses).mean()
 
 
@@ -65,8 +67,8 @@ def test_losses_and_gradients_equal_the_slow_way(source):
     vlm = tiny_vlm64(source=source)
     losses = vlm(batch_of(*samples()))
     expected = torch.stack([slow_loss(vlm, samples(), scale) for scale in SCALES])
-    assert torch.allclose(losses.per_level, expected, rtol=1e-12)
-    means = losses.total, expected.mean()
+    assert torch.allclose(losses.per_scale, expected, rtol=1e-12)
+    means = losses.loss, expected.mean()
     gradients = [torch.autograd.grad(x, list(vlm.parameters()), allow_unused=True) for x in means]
     for fast, slow in zip(*gradients, strict=True):
         assert (fast is None) == (slow is None)
@@ -83,14 +85,14 @@ def test_losses_and_gradients_equal_the_slow_way(source):
 )
 def test_logits_scaled_or_capped_behind_the_head(source, sizes):
     vlm = tiny_vlm(source=source, **sizes)
-    losses = vlm(batch_of(*samples())).per_level
+    losses = vlm(batch_of(*samples())).per_scale
     expected = torch.stack([slow_loss(vlm, samples(), scale) for scale in SCALES])
     assert torch.allclose(losses, expected, rtol=1e-5)
 
 
 def test_text_alone():
     vlm = tiny_vlm64()
-    losses = vlm(batch_of(samples()[2])).per_level
+    losses = vlm(batch_of(samples()[2])).per_scale
     assert torch.allclose(losses, slow_loss(vlm, samples()[2:], 1).expand(3), rtol=1e-12)
 
 
@@ -120,7 +122,7 @@ def questions():
 
 def greedy(vlm, question, images, scale, steps, ends) -> list[int]:
     """The likeliest token again and again, without a cache."""
-    sequence, answer = slow_sequence(vlm, question.token_ids.tolist(), images, scale), []
+    sequence, answer = slow_sequence(vlm, question.input_ids.tolist(), images, scale), []
     for _ in range(steps):
         token = int(vlm.llm(inputs_embeds=sequence[None]).logits[0, -1].argmax())
         if token in ends:
@@ -148,7 +150,7 @@ def test_generation_equals_a_greedy_loop_without_cache(own):
     images = [picture(64, 64), picture(32, 128)]
     groups = group_by_size([image[None] for image in images])
     for scale in SCALES:
-        answers = vlm.generate(groups, questions(), scale, max_new_tokens=6, end_ids=[347])
+        answers = generate(vlm, groups, questions(), scale, max_new_tokens=6, end_ids=[347])
         shown = [[images[i] for i in question.image_index] for question in questions()]
         for question, seen, answer in zip(questions(), shown, answers, strict=True):
             assert answer.tolist() == greedy(vlm, question, seen, scale, 6, [345, 346, 347])
@@ -159,40 +161,40 @@ def test_the_llms_own_settings_if_asked_for():
     vlm = tiny_vlm64()
     images = group_by_size([picture(64, 64)[None], picture(32, 128)[None]])
     vlm.llm.generation_config = GenerationConfig(no_repeat_ngram_size=1, num_return_sequences=1, max_length=2)
-    answers = vlm.generate(images, questions(), 4, max_new_tokens=9, end_ids=[347], decoding="own")
+    answers = generate(vlm, images, questions(), 4, max_new_tokens=9, end_ids=[347], decoding="own")
     assert len(answers) == 3 and all(len(answer.unique()) == len(answer) for answer in answers)
-    greedily = vlm.generate(images, questions(), 4, max_new_tokens=9, end_ids=[347])
+    greedily = generate(vlm, images, questions(), 4, max_new_tokens=9, end_ids=[347])
     assert any(len(answer.unique()) < len(answer) for answer in greedily)
 
 
 def test_every_end_token_of_a_list_ends_an_answer():
     vlm = tiny_vlm64()
     images = group_by_size([picture(64, 64)[None], picture(32, 128)[None]])
-    [free, *_] = vlm.generate(images, questions(), 4, max_new_tokens=6, end_ids=[347])
+    [free, *_] = generate(vlm, images, questions(), 4, max_new_tokens=6, end_ids=[347])
     for end in free.unique().tolist():
         vlm.llm.generation_config.eos_token_id = [346, end]
-        [answer, *_] = vlm.generate(images, questions(), 4, max_new_tokens=6, end_ids=[347])
+        [answer, *_] = generate(vlm, images, questions(), 4, max_new_tokens=6, end_ids=[347])
         assert answer.tolist() == free.tolist()[: free.tolist().index(end)]
 
 
 def test_generation_stops_at_an_end_token():
     vlm = tiny_vlm64()
     images = group_by_size([picture(64, 64)[None], picture(32, 128)[None]])
-    free = vlm.generate(images, questions(), 4, max_new_tokens=6, end_ids=[347])[0].tolist()
+    free = generate(vlm, images, questions(), 4, max_new_tokens=6, end_ids=[347])[0].tolist()
     assert (
-        vlm.generate(images, questions(), 4, max_new_tokens=6, end_ids=[free[2]])[0].tolist()
+        generate(vlm, images, questions(), 4, max_new_tokens=6, end_ids=[free[2]])[0].tolist()
         == free[: free.index(free[2])]
     )
 
 
 def test_unknown_scale_is_refused():
     with pytest.raises(ValueError, match=r"scale 9 is not one of the model's 16, 4, 1"):
-        tiny_vlm().generate(Images([], torch.tensor([])), questions(), 9)
+        generate(tiny_vlm(), Images([], torch.tensor([])), questions(), 9)
 
 
 def test_image_of_an_illegal_grid_is_refused():
     with pytest.raises(ValueError, match=r"\[16, 4\] do not divide a 3×5 grid, which allows \[15, 1\]"):
-        tiny_vlm()(batch_of(([IMAGE, 5, 0], [IGNORED, 5, 0], [picture(48, 80)])))
+        tiny_vlm()(batch_of(([IMAGE, 5, 0], [IGNORE_INDEX, 5, 0], [picture(48, 80)])))
 
 
 def test_images_come_back_in_order_from_groups():
@@ -201,11 +203,4 @@ def test_images_come_back_in_order_from_groups():
     together = vlm.encode(group_by_size([image[None] for image in images]))
     for number, image in enumerate(images):
         alone = vlm.encode(Images([image[None]], torch.tensor([0])))
-        assert all(torch.allclose(a[number], b[0], rtol=1e-12) for a, b in zip(together, alone, strict=True))
-
-
-def test_expand_and_stack():
-    ids = torch.tensor([1, IMAGE, 2])
-    assert expand(ids, ids, 3).tolist() == [1, IMAGE, IMAGE, IMAGE, 2]
-    assert stack([torch.tensor([1]), torch.tensor([2, 3])], 0).tolist() == [[1, 0], [2, 3]]
-    assert stack([torch.tensor([1]), torch.tensor([2, 3])], 0, left=True).tolist() == [[0, 1], [2, 3]]
+        assert torch.allclose(together[number], alone[0], rtol=1e-12)

@@ -20,9 +20,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_mm.model.attention import NAME
+from lit_mm.model.batch import Batch
 from lit_mm.model.encoder import ConvNeXtEncoder
+from lit_mm.model.packing import Packing
 from lit_mm.model.projector import MatryoshkaProjector
-from lit_mm.model.rows import Batch, Packing
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.profile.memory_plan import example_batch
 
@@ -62,7 +63,7 @@ SIDE, SCALES = 256, [64, 16, 4, 1]
 def build(case: Case) -> MatryoshkaVLM:
     """On torch's default device."""
     encoder, llm = ConvNeXtEncoder("convnext_nano"), language_model(case)
-    vlm = MatryoshkaVLM(encoder, MatryoshkaProjector(encoder.width, WIDTH, SCALES), llm).train()
+    vlm = MatryoshkaVLM(encoder, MatryoshkaProjector(encoder.num_features, WIDTH, SCALES), llm).train()
     if case.frozen_llm:
         llm.requires_grad_(False).eval()
     if case.checkpointing:
@@ -110,7 +111,7 @@ def step(case: Case, device: str = "cpu", prepare: Callable[[MatryoshkaVLM], Non
     optimizer.step()
     batch = real(batch_of(case, vlm), device)
     with torch.autocast(device, torch.bfloat16, enabled=case.precision == "bf16-mixed"):
-        total = vlm(batch).total
+        total = vlm(batch).loss
     if not case.accumulate:
         optimizer.zero_grad()
     total.backward()

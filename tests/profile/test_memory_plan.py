@@ -18,7 +18,6 @@ from lit_mm.model import loss
 from lit_mm.model.attention import NAME
 from lit_mm.model.encoder import ConvNeXtEncoder, ExtraStage
 from lit_mm.model.projector import MatryoshkaProjector
-from lit_mm.model.rows import Drawn
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.profile.ledger import FLOAT32
 from lit_mm.profile.memory_plan import MemoryPlan, example_batch, plan
@@ -101,7 +100,7 @@ def test_a_sharded_step_takes_what_was_planned(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("packing", "checkpointing"), [("branch", True), ("sequential", False), ("loop", False), ("loop", True)]
+    ("packing", "checkpointing"), [("branch", True), ("sequential", False), ("padded", False), ("padded", True)]
 )
 def test_torchs_own_tracker_of_real_tensors_finds_as_much(packing, checkpointing):
     vlm = packing_vlm()
@@ -116,7 +115,7 @@ def test_torchs_own_tracker_of_real_tensors_finds_as_much(packing, checkpointing
     optimizer.step()
     tracker.track_external(vlm, optimizer)
     with tracker:
-        total = vlm(batch).total
+        total = vlm(batch).loss
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -201,10 +200,10 @@ def test_the_model_stays_as_it_is():
 
 
 def test_kernels_of_cuda_alone_are_planned_without_what_only_branches_need():
-    """Copies of queries, keys and values: branch gathers all of them, varlen keys and values, flex none."""
+    """Copies of queries, keys and values: branch gathers all of them, flex none."""
     vlm, found = packing_vlm(), []
-    for packing in ("flex", "varlen", "branch"):
-        batch = example_batch(vlm, 2, (64, 64), answer=20, packing=packing)
+    for attention in ("flex", "branch"):
+        batch = example_batch(vlm, 2, (64, 64), answer=20, attention=attention)
         found.append(plan(vlm, batch, optimizer_of, "bf16-true").activations)
     assert found == sorted(set(found))
     assert found[-1] < 1.1 * found[0]
@@ -214,13 +213,13 @@ def test_a_video_is_as_many_images_at_every_time_scale():
     vlm = tiny_vlm(time_scales=[4, 1]).train()
     batch = example_batch(vlm, 2, (64, 64), prefix=5, answer=7, frames=8)
     assert [len(group) for group in batch.images.groups] == [16]
-    assert len(batch.rows[0].token_ids) == 2 * (5 + sum(sets * scale + 7 for sets in (4, 1) for scale in (16, 4, 1)))
+    assert len(batch.packed[0].input_ids) == 2 * (5 + sum(sets * scale + 7 for sets in (4, 1) for scale in (16, 4, 1)))
     assert plan(vlm, batch, optimizer_of, device="cpu").activations > 16 * 3 * 64 * 64 * 4
 
 
-def test_drawn_levels_alone_are_laid_out():
-    batch = example_batch(packing_vlm(), 1, (64, 64), prefix=5, answer=7, drawn=[Drawn(1, 1.0)])
-    assert len(batch.rows[0].token_ids) == 5 + 4 + 7
+def test_drawn_scales_alone_are_laid_out():
+    batch = example_batch(packing_vlm(), 1, (64, 64), prefix=5, answer=7, scale_weights=[0.0, 1.0, 0.0])
+    assert len(batch.packed[0].input_ids) == 5 + 4 + 7
 
 
 def test_an_unknown_precision_is_refused():

@@ -15,7 +15,7 @@ from lit_mm.__main__ import main
 from lit_mm.costs.flops import causal_pairs
 from lit_mm.costs.timing import AnswerTimer, quartiles
 from lit_mm.costs.units import in_bytes, in_flops
-from lit_mm.model.projector import nested_shapes
+from lit_mm.model.scales import nested_shapes
 from lit_mm.profile.experiment import Experiment, pooled_again, read_model
 from lit_mm.profile.memory import plan_of
 from lit_mm.profile.report import without_common_start

@@ -45,7 +45,11 @@ class Recorder(Callback):
         """Record, and perhaps end."""
         self.seen += 1
         line = {"epoch": trainer.current_epoch, "batch": batch_idx, "step": trainer.global_step}
-        line |= {"rank": trainer.global_rank, "digest": digest_of(batch), "drawn": [d.number for d in batch.drawn]}
+        line |= {
+            "rank": trainer.global_rank,
+            "digest": digest_of(batch),
+            "drawn": [n for n, w in enumerate(batch.scale_weights) if w],
+        }
         with (self.folder / f"batches{trainer.global_rank}.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         self._end(trainer, "train_batch_start")
@@ -103,5 +107,5 @@ def tensors(state: Any) -> list[torch.Tensor]:
 
 def digest_of(batch: Any) -> str:
     """Of ids, targets and pixels."""
-    parts = [*batch.token_ids, *batch.targets, batch.image_index, *batch.images.groups]
+    parts = [*batch.input_ids, *batch.labels, batch.image_index, *batch.images.groups]
     return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()[:16]

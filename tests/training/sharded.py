@@ -17,7 +17,8 @@ import torch.multiprocessing as mp
 from torch.utils.data import DataLoader
 
 from lit_mm.costs.counts import counts_of
-from lit_mm.model.rows import Batch, Packing, Question, every_level, pack
+from lit_mm.model.batch import Batch, Question
+from lit_mm.model.packing import Packing, pack
 from lit_mm.training import strategies  # noqa: F401 (registers fsdp1 and fsdp2)
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.optim import FusedAdamW
@@ -87,30 +88,29 @@ class Samples(lightning.LightningDataModule):
 
     def __init__(self, packing: Packing) -> None:
         super().__init__()
-        self.rows_of = partial(rows_of, packing=packing)
+        self.packed_of = partial(packed_of, packing=packing)
 
     def share(self, lists: list[list[int]]) -> list[int]:
         """This rank's."""
         return [*chain(*lists)] if self.trainer.world_size == 1 else lists[self.trainer.global_rank]
 
     def train_dataloader(self) -> DataLoader:
-        return Epoch([self.share(step) for step in STEPS], batch_size=None, collate_fn=self.rows_of)
+        return Epoch([self.share(step) for step in STEPS], batch_size=None, collate_fn=self.packed_of)
 
     def val_dataloader(self) -> DataLoader:
         ranks, rank = self.trainer.world_size, self.trainer.global_rank
-        return DataLoader(QUESTIONS[rank::ranks], batch_size=None, collate_fn=partial(self.rows_of, ask=True))
+        return DataLoader(QUESTIONS[rank::ranks], batch_size=None, collate_fn=partial(self.packed_of, ask=True))
 
     test_dataloader = val_dataloader
 
 
-def rows_of(numbers: list[int], packing: Packing, ask: bool = False) -> Batch:
+def packed_of(numbers: list[int], packing: Packing, ask: bool = False) -> Batch:
     """Samples -> a packed batch, with a question each if asked for."""
     made = random_samples(11, 12, [(64, 64), (32, 128)])
     ordered = [sample for sample in made if sample[2]][:6] + [sample for sample in made if not sample[2]]
     samples = [ordered[number] for number in numbers]
     batch = batch_of(*samples)
-    if samples and packing != "loop":
-        batch.rows = pack(batch.token_ids, batch.targets, batch.image_index, SCALES, every_level(3), packing)
+    batch.packed = pack(batch, SCALES, packing)
     first = 0
     for ids, _, images in samples if ask else []:
         index = list(range(first, first + len(images)))
@@ -121,7 +121,7 @@ def rows_of(numbers: list[int], packing: Packing, ask: bool = False) -> Batch:
 
 
 def perform(run: Run) -> None:
-    """Fit, validate and save; told.pt has the losses of all ranks' targets, and the answers."""
+    """Fit, validate and save; told.pt has the losses of all ranks' labels, and the answers."""
     lightning.seed_everything(5, verbose=False)
     llm = run.model.pop("llm", None) or tiny_llm()
     defaults: dict[str, Any] = {"init_gain": 1.0, "optimizer": partial(FusedAdamW, eps=1e-3), "max_new_tokens": 4}
@@ -156,7 +156,7 @@ class Teller(lightning.Callback):
         self.losses: list[tuple[float, float]] = []
 
     def on_train_batch_end(self, trainer: Any, lit: Any, outputs: Any, *_: Any) -> None:
-        """A rank's loss is divided by its share of all targets, so that their mean is the whole's."""
+        """A rank's loss is divided by its share of all labels, so that their mean is the whole's."""
         norm = float(trainer.callback_metrics.get("train/gradient_norm", 0.0))
         self.losses.append((float(lit.all_gather(outputs["loss"]).mean()), norm))
 

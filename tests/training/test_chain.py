@@ -72,8 +72,8 @@ def place_data(*names: str) -> None:
 
 
 def place_set(file: Path, root: Path, has_video: bool) -> None:
-    for number, colour in enumerate(["red", "green", "blue", "teal"]):
-        draw(root / f"pictures/{number}.png", (128, 64) if number % 2 else (64, 64), colour)
+    for number, color in enumerate(["red", "green", "blue", "teal"]):
+        draw(root / f"pictures/{number}.png", (128, 64) if number % 2 else (64, 64), color)
     asked = conversation(("<image>\nwhat color is the shape?", "teal"), ("is there a circle?", "yes"))
     records = [{"image": f"pictures/{number % 4}.png", "conversations": asked} for number in range(39)]
     records.append({"conversations": conversation(("is a red shape red?", "yes"))})

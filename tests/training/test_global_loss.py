@@ -1,4 +1,4 @@
-"""The loss is a mean over all targets of a step: over ranks and over accumulated batches, however
+"""The loss is a mean over all labels of a step: over ranks and over accumulated batches, however
 unevenly they hold them. One SGD step from the same weights must end at the same weights."""
 
 from functools import partial
@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from torch.utils.data import DataLoader
 
-from lit_mm.model.rows import Batch, every_level, pack
+from lit_mm.model.batch import Batch
+from lit_mm.model.packing import pack
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.parts import LLMPart, Part, Parts
 from tests.conftest import tiny_encoder, tiny_llm
@@ -31,13 +32,13 @@ class Samples(lightning.LightningDataModule):
         return DataLoader(
             [[samples[i] for i in numbers] for numbers in self.shares[self.trainer.global_rank]],
             batch_size=None,
-            collate_fn=rows_of,
+            collate_fn=packed_of,
         )
 
 
-def rows_of(samples) -> Batch:
+def packed_of(samples) -> Batch:
     batch = batch_of(*samples)
-    batch.rows = pack(batch.token_ids, batch.targets, batch.image_index, SCALES, every_level(3))
+    batch.packed = pack(batch, SCALES)
     return batch
 
 

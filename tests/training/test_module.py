@@ -159,7 +159,7 @@ def test_validation_loss_is_the_mean_over_targets_not_over_batches(instruction_s
     data = trainer.datamodule
     total, count = 0.0, 0
     for batch in data.val_dataloader():
-        total, count = total + lit.vlm(batch).total.item() * batch.supervised, count + batch.supervised
+        total, count = total + lit.vlm(batch).loss.item() * batch.num_labels, count + batch.num_labels
     [metrics] = trainer.validate(lit, data, verbose=False)
     assert metrics["val/loss"] == pytest.approx(total / count, rel=1e-5)
 
@@ -199,7 +199,7 @@ def test_inputs_need_no_weights():
     lit = module()
     inputs = lit.inputs
     assert not hasattr(lit, "vlm")
-    assert (inputs.stride, inputs.scales, inputs.colour) == (16, [16, 4, 1], (123, 116, 103))
+    assert (inputs.stride, inputs.scales, inputs.color) == (16, [16, 4, 1], (123, 116, 103))
 
 
 def test_building_twice_keeps_the_model():

@@ -42,7 +42,7 @@ def moved(parts: Parts, **sizes) -> set[str]:
     before = copy.deepcopy(dict(vlm.named_parameters()))
     optimizer = FusedAdamW(with_parameters(parameter_groups(vlm, parts), vlm), weight_decay=0.1)
     for _ in range(2):  # in the first step one of an adapter's two matrices has no gradient
-        vlm(packed(batch_of(*samples()))).total.backward()
+        vlm(packed(batch_of(*samples()))).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert len(optimizer.state) == sum(len(group["params"]) for group in optimizer.param_groups)
@@ -161,10 +161,10 @@ def test_what_is_frozen_drops_nothing_and_keeps_its_statistics():
 def test_a_frozen_llm_is_recomputed_too_without_dropout():
     """transformers recomputes in training mode only; a frozen LLM is not in it, its layers say they are."""
     plain, again = (vlm_for(Parts(llm=LLMPart(frozen=True)), attention_dropout=0.5) for _ in range(2))
-    again.recompute(["encoder", "llm"])
+    again.set_grad_checkpointing(["encoder", "llm"])
     calls = []
     again.decoder_layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
-    totals = [vlm(packed(batch_of(*samples()))).total for vlm in (plain, again)]
+    totals = [vlm(packed(batch_of(*samples()))).loss for vlm in (plain, again)]
     assert torch.equal(*totals) and len(calls) == 1
     for total in totals:
         total.backward()

@@ -67,11 +67,11 @@ def data(tmp_path_factory) -> dict:
     """A mixture: images in LLaVA's format, text as chat messages, a shard of a webdataset."""
     root = tmp_path_factory.mktemp("sets")
     items, lines = [], []
-    for number, colour in enumerate(["red", "green", "blue", "teal"] * 4):
-        draw(root / f"{number}.png", (64, 64) if number % 2 else (128, 32), colour)
-        turns = conversation(("<image>\nwhat color is the shape?", colour))
+    for number, color in enumerate(["red", "green", "blue", "teal"] * 4):
+        draw(root / f"{number}.png", (64, 64) if number % 2 else (128, 32), color)
+        turns = conversation(("<image>\nwhat color is the shape?", color))
         items.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
-        messages = [{"role": "user", "content": f"is there a {colour} shape?" * (number % 3 + 1)}]
+        messages = [{"role": "user", "content": f"is there a {color} shape?" * (number % 3 + 1)}]
         lines.append(json.dumps({"messages": [*messages, {"role": "assistant", "content": "yes"}]}))
     (root / "train.json").write_text(json.dumps(items))
     (root / "val.json").write_text(json.dumps(items[:4]))

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 
 from lit_mm.model.attention import NAME
-from lit_mm.model.rows import IGNORED, IMAGE, Batch
+from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch
 from tests.conftest import tiny_vlm
 from tests.model.test_rows import packed
 from tests.model.test_vlm import batch_of, picture
@@ -29,7 +29,7 @@ def batch_for(sizes) -> Batch:
     for size in sizes:
         images = [] if size is None else [picture(*size)]
         ids = [5, 6, *[IMAGE] * len(images), 7, 8]
-        samples.append((ids, [IGNORED] * (len(ids) - 1) + [8], images))
+        samples.append((ids, [IGNORE_INDEX] * (len(ids) - 1) + [8], images))
     return packed(batch_of(*samples))
 
 
@@ -48,12 +48,12 @@ def step(rank: int, kind: str) -> None:
     vlm, batch = tiny_vlm().train(), batch_for(KINDS[kind][rank])
     vlm.llm.set_attn_implementation(NAME)
     vlm.encoder.to(memory_format=torch.contiguous_format)  # what cannot be sharded otherwise
-    expected = vlm(batch).total.item()
+    expected = vlm(batch).loss.item()
     for part in [*vlm.encoder.trunk.stages, vlm.projector, *vlm.llm.model.layers]:
         fully_shard(part)
     fully_shard(vlm)
     encodings = max(len({size for size in sizes if size}) for sizes in KINDS[kind])
-    total = vlm(batch, encodings=max(1, encodings)).total
+    total = vlm(batch, encodings=max(1, encodings)).loss
     total.backward()
     assert abs(total.item() - expected) < 1e-5
     missing = [name for name, parameter in vlm.named_parameters() if parameter.grad is None]

@@ -33,7 +33,7 @@ CASES = {
     "clipped values": (EVERYTHING, {}, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
     "recomputed": (EVERYTHING, RECOMPUTED, {}),
     "recomputed stage 1": (STAGE_1, RECOMPUTED, {}),
-    "loop": (EVERYTHING, {"attention": "loop"}, {}),
+    "padded": (EVERYTHING, {"packing": "padded"}, {}),
     "accumulated": (EVERYTHING, {}, {"accumulate_grad_batches": 2, "max_steps": 2, **CLIPPED}),
     "bf16": (EVERYTHING, {}, {"precision": "bf16-mixed"}),
     "adapters on bf16": (ADAPTERS, {"llm": tiny_llm(dtype="bfloat16")}, {"precision": "bf16-mixed"}),
@@ -79,7 +79,7 @@ def folder(tmp_path_factory) -> Path:
     runs += [run_of(root / "fsdp2/resumed", "fsdp2", "all", eight, **copy.deepcopy(same), **resume)]
     muon = {"optimizer": partial(MuonAdamW)}
     runs += [run_of(root / "fsdp2/muon", "fsdp2", "all", model=muon, fails="wants whole matrices")]
-    sequential = {"attention": "sequential"}
+    sequential = {"packing": "sequential"}
     runs += [run_of(root / "fsdp2/sequential", "fsdp2", "all", model=sequential, fails="unequally often")]
     on_ranks(2, runs)
     on_ranks(1, [run_of(root / "fsdp2/resumed on one", "fsdp2", "all", eight, **copy.deepcopy(same), **resume)])
@@ -119,7 +119,7 @@ def test_two_ranks_are_one_process(folder, strategy, case):
 def test_every_case_changes_the_weights_its_own_way(folder):
     """Or the comparison above would compare nothing."""
     ends = {case: told(folder / "auto" / case)["losses"][-1][0] for case in CASES}
-    assert ends.pop("recomputed") == pytest.approx(ends["all"]) == pytest.approx(ends.pop("loop"))
+    assert ends.pop("recomputed") == pytest.approx(ends["all"]) == pytest.approx(ends.pop("padded"))
     assert ends.pop("recomputed stage 1") == pytest.approx(ends["stage 1"])
     values = sorted(ends.values())
     assert all(b - a > 1e-4 for a, b in pairwise(values)), ends

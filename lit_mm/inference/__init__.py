@@ -1,0 +1,1 @@
+"""What answers: generation at any scale."""

@@ -1,0 +1,154 @@
+"""Samples -> packed sequences, on the CPU, from input_ids and scales alone.
+
+All scales of a sample share what stands before its first image. A packed sequence holds samples after each
+other, each as
+
+    [prefix][branch][branch] …      one branch a scale: the sample from its first image on
+
+so the LLM runs once for all scales and computes every prefix once. With scales 4 and 1, prefix `5 6`, an
+image and the text `7 8`:
+
+    input_ids      5  6 | .  .  .  .  7  8 | .  7  8        . is filled with a visual token
+    position_ids   0  1 | 2  3  4  5  6  7 | 2  3  4        as if the other branches were not there
+
+A text alone is a prefix without branches. A sample without video has one branch per number of tokens, also
+where the model has time scales. The LLM's attention keeps branches apart: see `attention.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from lit_mm.model.attention import Attention, Segment, layout_of
+from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch, Counts, Images, PackedSequence
+
+Packing = Literal["packed", "sequential", "padded"]
+"""How a batch is laid out: all scales in one packed sequence, one sequence a scale, or padded samples."""
+
+
+def pack(
+    batch: Batch, scales: Sequence[int], packing: Packing = "packed", attention: Attention = "branch"
+) -> list[PackedSequence]:
+    """Lay the samples of a batch out at the scales whose weight is not 0.
+
+    Args:
+        batch: Samples on the CPU; of its images only the sizes are read.
+        scales: The model's image scales, finest first.
+        packing: `packed`: one sequence with all branches. `sequential`: one for each scale; what no scale
+            changes has its labels in the first alone. `padded`: none.
+        attention: The mechanism that the sequences are laid out for.
+    """
+    drawn = [scale for scale, weight in enumerate(batch.scale_weights) if weight]
+    samples = list(_samples(batch, drawn, len(scales)))
+    if packing == "padded" or not samples:
+        return []
+    if packing == "packed":
+        return [_sequence(batch, samples, drawn, scales, attention)]
+    asking = [[sample for sample in samples if scale in sample.branches] for scale in drawn[1:]]
+    others = [
+        _sequence(batch, members, [scale], scales, attention, prefix_labels=False)
+        for scale, members in zip(drawn[1:], asking, strict=True)
+        if members
+    ]
+    return [_sequence(batch, samples, drawn[:1], scales, attention), *others]
+
+
+@dataclass
+class _Sample:
+    """One sample as arrays: ids, labels and time scales [T], the images that its IMAGE ids mean, and the
+    scales at which it differs."""
+
+    number: int
+    ids: np.ndarray
+    labels: np.ndarray
+    time_scale: np.ndarray | None
+    images: np.ndarray
+    branches: list[int]
+
+
+def _samples(batch: Batch, drawn: Sequence[int], image_scales: int) -> Iterator[_Sample]:
+    images, done = batch.image_index.numpy(), 0
+    for number, (input_ids, labels) in enumerate(zip(batch.input_ids, batch.labels, strict=True)):
+        ids, stays = input_ids.numpy(), batch.time_scale[number].numpy() if batch.time_scale else None
+        own = images[done : done + (count := int((ids == IMAGE).sum()))]
+        done += count
+        is_video = stays is not None and (stays < stays.max()).any()
+        # without video, time scales change nothing: the first drawn scale of each number of tokens is enough
+        first = {scale % image_scales: scale for scale in reversed(drawn)}
+        branches = list(drawn) if is_video else sorted(first.values())
+        yield _Sample(number, ids, labels.numpy(), stays if is_video else None, own, branches if count else [])
+
+
+def _sequence(
+    batch: Batch,
+    samples: Sequence[_Sample],
+    drawn: Sequence[int],
+    scales: Sequence[int],
+    attention: Attention,
+    prefix_labels: bool = True,
+) -> PackedSequence:
+    """One packed sequence of the samples at some of the drawn scales."""
+    tables, offsets = [rows.numpy() for rows in batch.images.nested_rows()], np.cumsum([0, *scales])
+    pixels, counts = pixels_of(batch.images), Counts(shown=[0] * len(scales))
+    columns: dict[str, list[np.ndarray]] = {name: [np.zeros(0, np.int64)] for name in COLUMNS}
+    belongs = [np.zeros((0, len(batch.scale_weights)), bool)]
+    segments: list[Segment] = []
+    length = 0
+
+    def add(ids: np.ndarray, labels: np.ndarray, position: int, sample: int, of_scales: np.ndarray) -> None:
+        nonlocal length
+        labeled = np.flatnonzero(labels[1:] != IGNORE_INDEX)  # the state at t predicts the label at t + 1
+        columns["input_ids"].append(np.where(ids == IMAGE, 0, ids))
+        columns["position_ids"].append(position + np.arange(len(ids)))
+        columns["visual_index"].append(np.flatnonzero(ids == IMAGE) + length)
+        columns["label_index"].append(labeled + length)
+        columns["labels"].append(labels[1:][labeled])
+        columns["label_sample"].append(np.full(len(labeled), sample))
+        belongs.append(np.tile(of_scales, (len(labeled), 1)))
+        length += len(ids)
+
+    number = np.arange(len(batch.scale_weights))
+    for sample in samples:
+        start, is_image = length, sample.ids == IMAGE
+        prefix = int(is_image.argmax()) if len(sample.images) else len(sample.ids)
+        if prefix:
+            labels = sample.labels[:prefix] if prefix_labels else np.full(prefix, IGNORE_INDEX)
+            add(sample.ids[:prefix], labels, 0, sample.number, number >= 0)
+            segments.append(Segment(start, 0, start, length - start))
+        for scale in sample.branches:
+            if scale not in drawn:
+                continue
+            time, image_scale = divmod(scale, len(scales))
+            stays = np.full(len(sample.ids), True) if sample.time_scale is None else sample.time_scale >= time
+            rows = tables[time][sample.images[stays[is_image]]]
+            ids, labels = sample.ids[prefix:][stays[prefix:]], sample.labels[prefix:][stays[prefix:]]
+            tokens = np.where(ids == IMAGE, scales[image_scale], 1)
+            source = rows[:, None] * offsets[-1] + np.arange(offsets[image_scale], offsets[image_scale + 1])
+            columns["visual_source"].append(source.ravel())
+            same = number % len(scales) == image_scale if sample.time_scale is None else number == scale
+            begin = length
+            add(ids.repeat(tokens), labels.repeat(tokens), prefix, sample.number, same)
+            segments.append(Segment(start, prefix, begin, length - begin))
+            counts.shown[image_scale] += len(rows)
+            counts.shown_pixels += int(pixels[rows].sum())
+    tensors = {name: torch.from_numpy(np.concatenate(pieces)) for name, pieces in columns.items()}
+    counts.visual, counts.labels = len(tensors["visual_index"]), len(tensors["labels"])
+    counts.text, counts.pairs = length - counts.visual, sum(segment.pairs for segment in segments)
+    label_scales = torch.from_numpy(np.concatenate(belongs))
+    return PackedSequence(**tensors, label_scales=label_scales, layout=layout_of(segments, attention), counts=counts)
+
+
+COLUMNS = ("input_ids", "position_ids", "visual_index", "visual_source", "label_index", "labels", "label_sample")
+
+
+def pixels_of(images: Images) -> np.ndarray:
+    """[M] pixels of every image; with time scales of every set of frames, at each of them."""
+    sizes = [np.full(len(group), group.shape[-2] * group.shape[-1]) for group in images.groups]
+    own = np.concatenate(sizes)[images.order.numpy()] if sizes else np.zeros(len(images.order), np.int64)
+    over_time = [np.bincount(sets.index.numpy(), own, len(sets.sizes)) for sets in images.frame_sets]
+    return np.concatenate(over_time).astype(np.int64) if over_time else own
