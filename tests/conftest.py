@@ -12,8 +12,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from lit_mm.data.records import RecordError
+from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.model.encoder import ConvNeXtEncoder, ExtraStage
-from lit_mm.model.llm import LLM, load_llm, load_tokenizer
+from lit_mm.model.llm import LLM, load_llm
 from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.vlm import MatryoshkaVLM
 
@@ -30,7 +31,7 @@ SIZES = {
 
 
 def tiny_llm(source: str = "LlamaConfig", dtype: str = "float32", **sizes) -> LLM:
-    return LLM(source, {**SIZES, **sizes}, TOKENIZER, "plain", dtype)
+    return LLM(source, {**SIZES, **sizes}, TOKENIZER, "bare", dtype)
 
 
 def tiny_encoder() -> ConvNeXtEncoder:

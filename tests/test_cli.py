@@ -31,7 +31,7 @@ model:
     source: LlamaConfig
     sizes: {{hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 4, intermediate_size: 48}}
     tokenizer: {TOKENIZER}
-    template: plain
+    template: bare
   init_gain: 1.0
   max_new_tokens: 3
 data:

@@ -37,7 +37,7 @@ def test_a_run_with_ones_own_encoder_and_format(tmp_path, monkeypatch):
                 "source": "LlamaConfig",
                 "sizes": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48},
                 "tokenizer": TOKENIZER,
-                "template": "plain",
+                "template": "bare",
             },
         },
         "data": {

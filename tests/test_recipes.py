@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 from lit_mm.cli import LitMMCLI
 from lit_mm.costs.llm_shapes import published
 from lit_mm.data.images import ImageOptions
-from lit_mm.model.llm import load_tokenizer
+from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.model.scales import nested_shapes
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.parts import count_parameters

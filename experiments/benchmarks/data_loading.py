@@ -45,8 +45,9 @@ from lit_mm.data.batching import Budget, RecordSizes, fill
 from lit_mm.data.datamodules import ImageInstructions, VideoInstructions
 from lit_mm.data.images import ImageFile, ImageOptions, to_pixels
 from lit_mm.data.sets import ModelInputs
+from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.data.video import Video, VideoOptions
-from lit_mm.model.llm import LLM, load_tokenizer
+from lit_mm.model.llm import LLM
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = str(ROOT / "experiments/quickstart_tokenizer")
@@ -126,7 +127,7 @@ def alternating(ways: dict[str, Callable[[], int]], repetitions: int) -> dict[st
 
 def inputs_of() -> ModelInputs:
     """Of a model with the quickstart's tokenizer and a stride of 32 pixels."""
-    tokenizer = load_tokenizer(LLM("LlamaConfig", {}, TOKENIZER, "plain"))
+    tokenizer = load_tokenizer(LLM("LlamaConfig", {}, TOKENIZER, "bare"))
     return ModelInputs(tokenizer, 32, SCALES, COLOUR, pooling="adaptive")
 
 

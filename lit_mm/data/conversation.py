@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_mm.data.records import MARKERS, Record, RecordError, Turn
+from lit_mm.data.tokenizer import IN_CHUNKS, TEMPLATES
 from lit_mm.model.batch import IGNORE_INDEX, IMAGE
 from lit_mm.model.scales import coarsest_time_scale
 
@@ -69,10 +70,13 @@ class Conversation:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, time_scales: Sequence[int] = ()) -> None:
         self.tokenizer, self.time_scales = tokenizer, list(time_scales)
-        first = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False))[0]
-        self._prepends_space = first.startswith("▁")
+        plain, spaced = (tokenizer.encode(text, add_special_tokens=False) for text in ("a", " a"))
+        self._prepends_space = tokenizer.convert_ids_to_tokens(plain)[0].startswith("▁")
+        self._doubles_space = plain != spaced  # or a text that begins with a space gets no other
+        self._in_chunks = tokenizer.chat_template in IN_CHUNKS
         self._special = {*tokenizer.all_special_tokens}
         self._special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._special -= {*MARKERS.values()}  # which never get to the tokenizer
         self._often = lru_cache(maxsize=4096)(self._encode_text)
         self.end_id = self._end_id()
 
@@ -118,7 +122,8 @@ class Conversation:
         for number, chunk in enumerate(re.split("|".join(MARKERS.values()), text)):
             if number:
                 self._add_frames(made, next(media), first and not made.ids)
-            self._add(made, self._encode(chunk, first and not made.ids), self._always)
+            starts = (first and not made.ids) or (number > 0 and self._in_chunks)
+            self._add(made, self._encode(chunk, starts), self._always)
         return made
 
     def _add_frames(self, made: Encoded, frames: Frames, first: bool) -> None:
@@ -128,15 +133,21 @@ class Conversation:
     def _add(self, made: Encoded, ids: list[int], time: int) -> None:
         made.add(Encoded(ids, [time] * len(ids)), [])
 
-    def _encode(self, text: str, first: bool) -> list[int]:
+    def _encode(self, text: str, starts: bool) -> list[int]:
         # what the template repeats, and short answers; long texts seldom come again
-        return self._often(text, first) if len(text) <= OFTEN else self._encode_text(text, first)
+        return self._often(text, starts) if len(text) <= OFTEN else self._encode_text(text, starts)
 
-    def _encode_text(self, text: str, first: bool) -> list[int]:
-        # SentencePiece-like tokenizers put a space before any text they get: in the middle of a
-        # sequence it stands for the space that is there already.
-        if self._prepends_space and not first:
-            text = text.removeprefix(" ")
+    def _encode_text(self, text: str, starts: bool) -> list[int]:
+        """Ids of a piece of text. A SentencePiece tokenizer puts one space before a text that `starts`; in the
+        middle of a text that space is the one that is there already."""
+        bos = self.tokenizer.bos_token
+        if starts and self._in_chunks and bos and text.startswith(bos):
+            # apart: transformers would put no space between a special token and what follows
+            return [self.tokenizer.bos_token_id, *self._encode_text(text.removeprefix(bos), starts)]
+        if self._prepends_space and not starts:
+            text = text.removeprefix(" ") if self._doubles_space else text
+        elif self._prepends_space and self._in_chunks and not self._doubles_space and text.startswith(" "):
+            text = f" {text}"
         return self.tokenizer.encode(text, add_special_tokens=False) if text else []
 
     def _prompts(self, where: str, turns: Sequence[Turn], system: str | None = None) -> list[str]:
@@ -172,8 +183,11 @@ class Conversation:
         self._often = lru_cache(maxsize=4096)(self._encode_text)
 
     def _end_id(self) -> int:
-        *_, after = self._prompts("chat template", [Turn("user", "a"), Turn("assistant", "b")])
-        ids = self._encode_text(after, first=False)
+        asked = "".join(MARKERS.values()) if self._in_chunks else "a"
+        *_, after = self._prompts("chat template", [Turn("user", asked), Turn("assistant", "b")])
+        if self.tokenizer.chat_template == TEMPLATES["plain"]:  # what ends a caption is no special token
+            return self._encode_text("a\n", starts=True)[-1]
+        ids = self._encode_text(after, starts=False)
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         if not ids or ids[0] not in special:
             raise ValueError(f"the chat template ends an answer with {after!r}, expected a special token first")

@@ -71,6 +71,7 @@ class ImageInstructions(LightningDataModule):
         pixels_per_batch: int | None = None,
         eval_batch_size: int | None = None,
         max_length: int = 2048,
+        image_first: bool = False,
         on_bad_record: Literal["error", "skip"] = "error",
         num_workers: int = 0,
         cache: str | None = None,
@@ -96,6 +97,8 @@ class ImageInstructions(LightningDataModule):
                 scale included. A longer one is a bad record; nothing is ever cut. So is, in every file,
                 what has more positions than the LLM, a question counted with model.max_new_tokens; an LLM
                 that rotates its positions reads on past what it was trained on, with a warning.
+            image_first: In a record of one image, put it on a line of its own before its turn's text,
+                wherever it stood: what LLaVA, ConvLLaVA and M3 do with their data.
             on_bad_record: `error` stops at the first bad record, before training where it can be
                 known; `skip` leaves bad records out, counts them and reports why.
             num_workers: Processes that load batches; 0 loads in the main process.
@@ -119,7 +122,7 @@ class ImageInstructions(LightningDataModule):
         }
         self.image_root, self.image = image_root, image
         self.eval_batch_size = eval_batch_size or batch_size or 16
-        self.max_length, self.on_bad_record = max_length, on_bad_record
+        self.max_length, self.on_bad_record, self.image_first = max_length, on_bad_record, image_first
         self.num_workers, self.seed = num_workers, seed
         self.cache = Path(cache).expanduser() if cache else cache_folder()
         self.sets: dict[str, Mixture] = {}
@@ -166,7 +169,8 @@ class ImageInstructions(LightningDataModule):
         source = open_source(subset.path, self.cache, subset.format)
         conversation = Conversation(self.inputs.tokenizer, self.inputs.time_scales)
         media = MediaFolder(root, self.image, self.inputs.color, self.video, self.frame, source.fingerprint)
-        reader = Reader(source, subset.items, conversation, media, split, self.inputs, self.max_length, self.budget)
+        limits = self.max_length, self.budget, self.image_first
+        reader = Reader(source, subset.items, conversation, media, split, self.inputs, *limits)
         index = index_of(
             reader,
             self.cache,
@@ -189,6 +193,7 @@ class ImageInstructions(LightningDataModule):
             "root": media.root,
             "media": (media.image, media.video, media.frame),
             "split": split,
+            "image_first": self.image_first,
             "limits": (self.max_length, *self._split_limits(split)),
         }
 

@@ -10,7 +10,8 @@ Three formats are read, told apart by their content:
 The fields image, images, video and videos hold one file or a list: a path below the media root, a
 data URI, bytes, or {"bytes", "path"} as the library datasets stores an image. The k-th <image> of
 the text, or the k-th part of type image without a file of its own, takes the k-th image; videos
-likewise. A field that is null counts as absent: that is how Arrow writes it.
+likewise. A field that is null or "" counts as absent: that is how Arrow and some sets write it. The first
+turn of a conversation may be from "system". Where a conversation has a video and no image, <image> marks it.
 Every error names the file, the record, the field, what was found and what was expected. No file is
 opened here.
 """
@@ -21,7 +22,7 @@ import base64
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -202,19 +203,43 @@ def _conversation(where: str, item: dict[str, Any]) -> Record:
     raw = item["conversations"]
     if not isinstance(raw, list) or not raw:
         raise RecordError(where, "empty conversation", f"conversations: expected a list of turns, found {raw!r:.60}")
-    turns = tuple(_turn(where, number, turn) for number, turn in enumerate(raw))
-    if len(turns) % 2:
+    system, columns = None, _columns(where, item)
+    if isinstance(raw[0], dict) and raw[0].get("from") == "system":
+        system = _text(where, "conversations[0].value", raw[0].get("value"))
+        _refuse_markers(where, "conversations[0].value", system, "in a system message", "in a system turn")
+    first = int(system is not None)
+    turns = tuple(_turn(where, number, first, raw[number]) for number in range(first, len(raw)))
+    if len(turns) % 2 or not turns:
+        found = "human's" if turns else "the system's"
         raise RecordError(
-            where, "no answer", f"conversations: the last turn ({len(turns) - 1}) is human's, expected gpt's"
+            where, "no answer", f"conversations: the last turn ({len(raw) - 1}) is {found}, expected gpt's"
         )
-    return _record(where, item, turns, _columns(where, item))
+    if columns["video"] and not columns["image"] and not any(MARKERS["video"] in turn.text for turn in turns):
+        # LLaVA-NeXT's video sets mark a video as <image>
+        turns = tuple(Turn(turn.role, turn.text.replace(MARKERS["image"], MARKERS["video"])) for turn in turns)
+    return _record(where, item, turns, columns, system=system)
 
 
-def _turn(where: str, number: int, turn: Any) -> Turn:
+def image_first(record: Record) -> Record:
+    """A record of one image with its marker on a line of its own before the turn's text, as LLaVA,
+    ConvLLaVA and M3 rewrite every turn (`preprocess_multimodal`); other records as they are."""
+    if [medium.kind for medium in record.media] != ["image"]:
+        return record
+    marker = MARKERS["image"]
+    turns = tuple(
+        replace(turn, text=f"{marker}\n{turn.text.replace(marker, '').strip()}".strip())
+        if marker in turn.text
+        else turn
+        for turn in record.turns
+    )
+    return replace(record, turns=turns)
+
+
+def _turn(where: str, number: int, first: int, turn: Any) -> Turn:
     field = f"conversations[{number}]"
     if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
         raise RecordError(where, "malformed turn", f"{field}: expected {{'from', 'value'}}, found {turn!r:.80}")
-    role = _role(where, f"{field}.from", turn["from"], number, ("human", "gpt"))
+    role = _role(where, f"{field}.from", turn["from"], number - first, ("human", "gpt"))
     text = _text(where, f"{field}.value", turn["value"])
     if role == "assistant":
         _refuse_markers(where, f"{field}.value", text, "in an answer", "in a gpt turn")
@@ -331,7 +356,9 @@ def _role(where: str, field: str, found: Any, number: int, names: tuple[str, str
 
 
 def _text(where: str, field: str, value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) and value is not None:
+        raise RecordError(where, "not text", f"{field}: expected text, found {type(value).__name__} {value!r:.60}")
+    if not value or not value.strip():
         raise RecordError(where, "empty text", f"{field}: expected text, found {value!r:.60}")
     if not _is_unicode(value):
         raise RecordError(where, "not Unicode", f"{field}: expected Unicode text, found half of a character")
@@ -358,7 +385,7 @@ def _columns(where: str, item: dict[str, Any]) -> dict[Kind, list[Media]]:
 
 
 def _column(where: str, item: dict[str, Any], kind: Kind) -> list[Media]:
-    fields = [field for field in (kind, f"{kind}s") if item.get(field) not in (None, [])]
+    fields = [field for field in (kind, f"{kind}s") if item.get(field) not in (None, [], "")]
     if not fields:
         return []
     if len(fields) > 1:

@@ -18,7 +18,7 @@ from lit_mm.data.batching import Budget, RecordSizes, Sample, ScaleDraw, epoch_o
 from lit_mm.data.conversation import Conversation, Encoded
 from lit_mm.data.index import Index, costs_of
 from lit_mm.data.media import MediaFolder, Shown
-from lit_mm.data.records import MARKERS, ItemFormat, Record, RecordError, parse
+from lit_mm.data.records import MARKERS, ItemFormat, Record, RecordError, image_first, parse
 from lit_mm.data.sources import FileFormat, Source
 from lit_mm.model.attention import Attention
 from lit_mm.model.batch import IMAGE, Question
@@ -123,6 +123,7 @@ class Reader:
         inputs: What the model tells.
         max_length: Most tokens of a record at the finest scale.
         budget: Of a training batch.
+        image_first: Whether the marker of a record's only image goes before its turn's text.
     """
 
     def __init__(
@@ -135,9 +136,11 @@ class Reader:
         inputs: ModelInputs,
         max_length: int,
         budget: Budget,
+        image_first: bool = False,
     ) -> None:
         self.source, self.items, self.conversation, self.media = source, items, conversation, media
         self.split, self.inputs, self.max_length, self.budget = split, inputs, max_length, budget
+        self.image_first = image_first
 
     def __len__(self) -> int:
         return len(self.source)
@@ -149,7 +152,8 @@ class Reader:
             RecordError: Anything in it that is not as it should be.
         """
         where, item = self.source[number]
-        return parse(where, item, self.items)
+        record = parse(where, item, self.items)
+        return image_first(record) if self.image_first else record
 
     def sample(self, number: int, cost: Sequence[int]) -> Sample:
         """One record, encoded and decoded, that costs what the table says.
@@ -166,13 +170,21 @@ class Reader:
             encoded = self.conversation.encode(record, frames)
             sample.input_ids, sample.labels, sample.time_scale = encoded.tensors(bool(self.inputs.time_scales))
         if self.split != "train":
-            sample.questions = [self._question(record, *exchange, frames) for exchange in record.exchanges]
+            sample.questions = self._questions(record, frames)
         if (found := self._row(record, shown, encoded, sample.questions)) != list(cost):
             detail = f"expected {list(cost)} (positions, pixels, words, frames), found {found}: other images or videos"
             raise RecordError(record.where, "changed since the first start", detail)
         return sample
 
-    def _question(self, record: Record, text: str, answer: str | None, frames: list[list[str]]) -> Question:
+    def _questions(self, record: Record, frames: list[list[str]]) -> list[Question]:
+        """Every question of a record, on its own; of several each has a number behind the record's id."""
+        exchanges = list(record.exchanges)
+        ids = [record.id] if len(exchanges) == 1 else [f"{record.id}#{number + 1}" for number in range(len(exchanges))]
+        return [self._question(record, id, *own, frames) for id, own in zip(ids, exchanges, strict=True)]
+
+    def _question(
+        self, record: Record, id: str | int, text: str, answer: str | None, frames: list[list[str]]
+    ) -> Question:
         """One exchange on its own: every question is asked with all media and without history."""
         markers = [MARKERS[medium.kind] for medium in record.media]
         asked = text if any(marker in text for marker in markers) else "".join(f"{m}\n" for m in markers) + text
@@ -184,7 +196,7 @@ class Reader:
         plain = text
         for marker in MARKERS.values():
             plain = plain.replace(marker, "")
-        return Question(record.id, plain.strip(), ids, list(range(sum(map(len, frames)))), answer, time_scale)
+        return Question(id, plain.strip(), ids, list(range(sum(map(len, frames)))), answer, time_scale)
 
     def cost(self, number: int) -> list[int]:
         """Find out before training what can be known without decoding an image; the record's costs."""
@@ -196,7 +208,7 @@ class Reader:
         frames = [each.frames for each in shown]
         encoded, questions = None, []
         if self.split != "train":
-            questions = [self._question(record, *exchange, frames) for exchange in record.exchanges]
+            questions = self._questions(record, frames)
         if self.split in ("train", "val"):
             encoded = self.conversation.encode(record, frames)
         row = self._row(record, shown, encoded, questions)

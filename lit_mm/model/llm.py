@@ -10,34 +10,12 @@ from typing import Any, Literal, cast
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_mm.model.packing import Packing
 
-Template = Literal["own", "vicuna_v1", "chatml", "plain"]
+Template = Literal["own", "vicuna_v1", "chatml", "plain", "bare"]
 DType = Literal["float32", "bfloat16", "float16", "float64"]
-
-TEMPLATES: dict[str, str] = {
-    "vicuna_v1": (
-        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-        "helpful, detailed, and polite answers to the user's questions.{% endif %} {% for message in messages %}"
-        "{% if message['role'] == 'user' %}USER: {{ message['content'] }} "
-        "{% elif message['role'] == 'assistant' %}ASSISTANT: {{ message['content'] }}{{ eos_token }}"
-        "{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
-    ),
-    "chatml": (
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    ),
-    "plain": (
-        "{% for message in messages %}{{ message['content'] }}"
-        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}{% endfor %}"
-    ),
-}
-"""Named chat templates (Jinja, as in transformers). vicuna_v1 is LLaVA's and ConvLLaVA's; plain is
-the bare conversation, each answer ended by the tokenizer's end token."""
 
 PACKED = {"cohere", "gemma", "granite", "llama", "mistral", "olmo", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"}
 PACKED |= {"starcoder2"}
@@ -55,8 +33,9 @@ class LLM:
         sizes: Keywords of the config class of a random model; vocab_size follows from the
             tokenizer. The default initializer_range of 0.02 is too small for widths below 500.
         tokenizer: Hub name or folder of the tokenizer; null: the model's own.
-        template: Chat template: `own` is the tokenizer's; vicuna_v1 (LLaVA, ConvLLaVA), chatml and
-            plain are named ones.
+        template: Chat template: `own` is the tokenizer's. Named ones are vicuna_v1 (LLaVA, ConvLLaVA, M3),
+            plain (LLaVA's for captions: the image, the caption and a newline; the question is left out),
+            chatml, and bare (the conversation as it is, each answer ended by the tokenizer's end token).
         dtype: Type of the weights.
         quantize: Keep a frozen LLM's linear layers in 4 bits (NF4, as QLoRA) or 8 bits, through
             bitsandbytes; it can train through adapters (`parts.llm.lora`) alone.
@@ -84,12 +63,12 @@ def load_llm(llm: LLM, tokenizer: PreTrainedTokenizerBase, on_meta: bool = False
         FileNotFoundError: No such folder, GGUF file or package.
     """
     dtype = getattr(torch, llm.dtype)
-    if llm.quantize and (_is_config_class(llm.source) or llm.source.endswith(".gguf")):
+    if llm.quantize and (is_config_class(llm.source) or llm.source.endswith(".gguf")):
         raise ValueError(f"llm.quantize goes with a pretrained model in safetensors, found {llm.source}")
     if on_meta:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(load_config(llm, tokenizer), dtype=dtype)
-    elif _is_config_class(llm.source):
+    elif is_config_class(llm.source):
         model = AutoModelForCausalLM.from_config(_random_config(llm, tokenizer), dtype=dtype)
     elif llm.sizes:
         raise ValueError(f"llm.sizes is for random models; {llm.source} brings its own")
@@ -117,29 +96,9 @@ def _quantized(llm: LLM) -> dict[str, Any]:
     return {"quantization_config": transformers.BitsAndBytesConfig(**bits, **options)}
 
 
-def load_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:
-    """Load the tokenizer with the chat template set.
-
-    Raises:
-        ValueError: A random model names no tokenizer, or the template is `own` and there is none.
-        FileNotFoundError: No such folder, GGUF file or package.
-    """
-    if llm.tokenizer is None and _is_config_class(llm.source):
-        raise ValueError(f"llm.source {llm.source} is a random model: set llm.tokenizer too")
-    tokenizer = from_source(AutoTokenizer, llm.tokenizer or llm.source)
-    if llm.template != "own":
-        tokenizer.chat_template = TEMPLATES[llm.template]
-    if not tokenizer.chat_template:
-        named = ", ".join(TEMPLATES)
-        raise ValueError(
-            f"{llm.tokenizer or llm.source} has no chat template of its own: set llm.template to one of {named}"
-        )
-    return tokenizer
-
-
 def load_config(llm: LLM, tokenizer: PreTrainedTokenizerBase) -> transformers.PretrainedConfig:
     """The model's config, without its weights. Raises as `load_llm` does."""
-    if _is_config_class(llm.source):
+    if is_config_class(llm.source):
         return _random_config(llm, tokenizer)
     return cast(transformers.PretrainedConfig, from_source(transformers.AutoConfig, llm.source))
 
@@ -190,7 +149,8 @@ def positions_of(config: transformers.PretrainedConfig) -> Positions | None:
     return Positions(max(most, *map(int, stretched)) if rope else most, table=not rope)
 
 
-def _is_config_class(source: str) -> bool:
+def is_config_class(source: str) -> bool:
+    """Whether the source is a config class of transformers: a model with random weights."""
     return source.endswith("Config") and source.isidentifier()
 
 

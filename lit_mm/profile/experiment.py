@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from lit_mm.costs.flops import Size
 from lit_mm.costs.llm_shapes import config_of
+from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.model.encoder import ConvNeXtEncoder, Encoder, TimmEncoder
-from lit_mm.model.llm import DType, load_config, load_tokenizer
+from lit_mm.model.llm import DType, load_config
 from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.scales import Scale, all_scales, check_scales, nested_shapes
 from lit_mm.model.vlm import MatryoshkaVLM

@@ -18,13 +18,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from lit_mm.costs.flops import Costs
 from lit_mm.data.conversation import Conversation
 from lit_mm.data.sets import ModelInputs
+from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.evaluation.metrics import AnswerAccuracy
 from lit_mm.evaluation.pictures import print_whole
 from lit_mm.inference.generation import Decoding, all_end_ids, described, generate
 from lit_mm.model.attention import NAME, Attention
 from lit_mm.model.batch import Batch
 from lit_mm.model.encoder import Encoder
-from lit_mm.model.llm import LLM, load_config, load_llm, load_tokenizer, packing_of, positions_of
+from lit_mm.model.llm import LLM, load_config, load_llm, packing_of, positions_of
 from lit_mm.model.packing import Packing
 from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.scales import Pooling, Sampling, Scale, all_scales, check_scales, check_time_scales

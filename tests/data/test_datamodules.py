@@ -52,8 +52,8 @@ def test_validation_asks_every_question_alone(make):
     data.setup("validate")
     questions = [question for batch in data.val_dataloader() for question in batch.questions]
     assert [(q.record, q.text, q.answer) for q in questions[:2]] == [
-        ("0", "what color is the shape?", "red"),
-        ("0", "is there a circle?", "yes"),
+        ("0#1", "what color is the shape?", "red"),
+        ("0#2", "is there a circle?", "yes"),
     ]
     assert len(questions) == 8
     assert all((question.input_ids == IMAGE).sum() == 1 for question in questions)

@@ -391,7 +391,7 @@ import time
 
 from lit_mm.data.datamodules import ImageInstructions
 from lit_mm.data.sets import ModelInputs
-from lit_mm.model.llm import load_tokenizer
+from lit_mm.data.tokenizer import load_tokenizer
 from tests.conftest import tiny_llm
 inputs = ModelInputs(load_tokenizer(tiny_llm()), 16, [16, 4, 1], (0, 0, 0))
 data = ImageInstructions(inputs, train="{sets}/text.jsonl", num_workers=1)

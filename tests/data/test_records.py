@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from lit_mm.data import records
-from lit_mm.data.records import BadRecords, Media, RecordError, id_of, parse
+from lit_mm.data.records import BadRecords, Media, RecordError, id_of, image_first, parse
 from tests.conftest import conversation, kept_of
 
 
@@ -65,7 +65,7 @@ def turns(*pairs):
             "empty text",
             "conversations[1].value: expected text, found ' '",
         ),
-        (item(conversations=turns(("human", "<image>"), ("gpt", 3))), "empty text", "found 3"),
+        (item(conversations=turns(("human", "<image>"), ("gpt", 3))), "not text", "expected text, found int 3"),
         (item(conversations=[{"role": "human"}]), "malformed turn", "conversations[0]: expected {'from', 'value'}"),
         (item(conversations=["hi"]), "malformed turn", "found 'hi'"),
         (item(image=["a.png", "b.png"]), "image count disagrees", "1 <image> in the text, 2 in the field image"),
@@ -201,7 +201,7 @@ def uri(header, content):
         (chat(("user", "a"), ("tool", "b")), "unknown role", "found 'tool'"),
         (chat(("user", "a"), (["x"], "b")), "unknown role", "found ['x']"),
         (chat(("user", "")), "empty text", "messages[0].content: expected text, found ''"),
-        (chat(("user", [])), "empty text", "messages[0].content: expected text, found []"),
+        (chat(("user", [])), "not text", "messages[0].content: expected text, found list []"),
         (chat(("user", None)), "empty text", "found None"),
         (chat(("user", [{"type": "text"}])), "empty text", "messages[0].content[0].text: expected text, found None"),
         (chat(("user", ["a"])), "unknown part", "messages[0].content[0]: expected an object of type text, image, "),
@@ -248,7 +248,7 @@ def uri(header, content):
         (item(image={"path": "a.png", "bytes": b""}), "malformed image path", "expected a relative path or a list"),
         (item(image={"path": "a.png", "bytes": "b"}), "malformed image path", "expected a relative path or a list"),
         (item(image={"path": None, "bytes": None}), "malformed image path", "expected a relative path or a list"),
-        (item(image=""), "malformed image path", "found ''"),
+        (item(image=""), "image count disagrees", "1 <image> in the text, 0 in"),
         (item(images=["b.png"]), "two image fields", "expected either image or images, found both"),
         (item(video=3), "malformed video path", "video: expected a relative path or a list, found 3"),
         (item(video="a.mp4"), "video count disagrees", "0 <video> in the text, 1 in the field video"),
@@ -343,3 +343,37 @@ def test_formats_are_not_taken_twice_nor_guessed(queries):
         records.add_format("others", "conversations", dict)
     with pytest.raises(ValueError, match="items nothing: expected one of conversations, messages, question, queries"):
         records.parse("a", {"query": "?"}, "nothing")
+
+
+def test_a_conversation_may_begin_with_the_system():
+    raw = [{"from": "system", "value": "Be brief."}, *conversation(("<image>\nWhat?", "A dog."))]
+    record = parse("set.json, record 0", {"image": "a.jpg", "conversations": raw})
+    assert (record.system, [turn.role for turn in record.turns]) == ("Be brief.", ["user", "assistant"])
+    for wrong, said in (([raw[0]], "the system's"), ([raw[1], raw[2], raw[0]], "found 'system'")):
+        with pytest.raises(RecordError, match=said):
+            parse("set.json, record 0", {"image": "a.jpg", "conversations": wrong})
+
+
+def test_a_video_may_be_marked_as_an_image():
+    """As in LLaVA-NeXT's video sets."""
+    item = {"video": "a.mp4", "conversations": conversation(("<image>\nWhat?", "A dog."))}
+    record = parse("set.json, record 0", item)
+    assert [(medium.kind, medium.name) for medium in record.media] == [("video", "a.mp4")]
+    assert record.turns[0].text == "<video>\nWhat?"
+
+
+def test_an_empty_image_field_is_none():
+    assert parse("set.json, record 0", {"image": "", "conversations": conversation(("What?", "A dog."))}).media == ()
+
+
+@pytest.mark.parametrize("asked", ["<image>\nWhat?", "What?\n<image>", "<image> What?", "What?<image>"])
+def test_image_first_puts_the_image_on_a_line_before_the_text(asked):
+    item = {"image": "a.jpg", "conversations": conversation(("Hello.", "Hi."), (asked, "A dog."))}
+    record = image_first(parse("set.json, record 0", item))
+    assert [turn.text for turn in record.turns] == ["Hello.", "Hi.", "<image>\nWhat?", "A dog."]
+
+
+def test_image_first_leaves_several_images_where_they_are():
+    item = {"image": ["a.jpg", "b.jpg"], "conversations": conversation(("Is <image> like <image>?", "No."))}
+    record = parse("set.json, record 0", item)
+    assert image_first(record) == record

@@ -5,7 +5,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lit_mm.model.llm import LLM, TEMPLATES, Positions, load_llm, load_tokenizer, positions_of
+from lit_mm.data.tokenizer import TEMPLATES, load_tokenizer
+from lit_mm.model.llm import LLM, Positions, load_llm, positions_of
 from tests.conftest import SIZES, TOKENIZER, installed, tiny_llm
 
 
@@ -31,7 +32,7 @@ def test_vicuna_template_is_the_papers(tokenizer):
     tokenizer.chat_template = TEMPLATES["vicuna_v1"]
     messages = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "This."}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    tokenizer.chat_template = TEMPLATES["plain"]
+    tokenizer.chat_template = TEMPLATES["bare"]
     assert text == (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
         "detailed, and polite answers to the user's questions. USER: <image>\nWhat? ASSISTANT: This.<|end|>"
@@ -41,11 +42,11 @@ def test_vicuna_template_is_the_papers(tokenizer):
 @pytest.mark.parametrize(
     ("llm", "message"),
     [
-        (LLM("LlamaConfig", {"hidden_sizes": 3}, TOKENIZER, "plain"), "does not know \\['hidden_sizes'\\]; it knows"),
-        (LLM("LlamaConfig", {}, TOKENIZER, "plain"), "without sizes"),
+        (LLM("LlamaConfig", {"hidden_sizes": 3}, TOKENIZER, "bare"), "does not know \\['hidden_sizes'\\]; it knows"),
+        (LLM("LlamaConfig", {}, TOKENIZER, "bare"), "without sizes"),
         (tiny_llm(vocab_size=300), "348 ids, LlamaConfig only 300 embeddings"),
-        (LLM("LamaConfig", {"hidden_size": 3}, TOKENIZER, "plain"), "no such config class"),
-        (LLM("some/model", {"hidden_size": 3}, TOKENIZER, "plain"), "some/model brings its own"),
+        (LLM("LamaConfig", {"hidden_size": 3}, TOKENIZER, "bare"), "no such config class"),
+        (LLM("some/model", {"hidden_size": 3}, TOKENIZER, "bare"), "some/model brings its own"),
     ],
 )
 def test_wrong_models_are_refused(llm, message, tokenizer):
@@ -70,7 +71,7 @@ def test_wrong_places_are_refused(source, message):
 def test_tokenizer_and_template_must_come_from_somewhere():
     with pytest.raises(ValueError, match=r"set llm\.tokenizer"):
         load_tokenizer(LLM("LlamaConfig"))
-    with pytest.raises(ValueError, match=r"set llm\.template to one of vicuna_v1, chatml, plain"):
+    with pytest.raises(ValueError, match=r"set llm\.template to one of vicuna_v1, plain, chatml, bare"):
         load_tokenizer(LLM("LlamaConfig", tokenizer=TOKENIZER))
 
 

@@ -19,7 +19,7 @@ QUESTION = "<image>\nwhat color is the shape in this picture?"
 
 def gpt2(positions: int) -> LLM:
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": positions}
-    return LLM("GPT2Config", sizes, TOKENIZER, "plain")
+    return LLM("GPT2Config", sizes, TOKENIZER, "bare")
 
 
 def llama(positions: int) -> LLM:

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.model.attention import NAME
 from lit_mm.model.encoder import TimmEncoder
-from lit_mm.model.llm import load_llm, load_tokenizer
+from lit_mm.model.llm import load_llm
 from lit_mm.training.optim import FusedAdamW
 from lit_mm.training.parts import (
     LLMPart,

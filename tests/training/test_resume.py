@@ -52,7 +52,7 @@ CONFIG = {
                 "attention_dropout": 0.1,
             },
             "tokenizer": TOKENIZER,
-            "template": "plain",
+            "template": "bare",
         },
         "scales_per_step": 2,
         "max_new_tokens": 3,

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import ConstantLR
 
-from lit_mm.model.llm import LLM, load_llm, load_tokenizer
+from lit_mm.data.tokenizer import load_tokenizer
+from lit_mm.model.llm import LLM, load_llm
 from lit_mm.training.checkpoints import open_weights
 from lit_mm.training.optim import MuonAdamW
 from lit_mm.training.parts import LLMPart, LoRA, Part, Parts
@@ -61,11 +62,11 @@ def folder(tmp_path_factory) -> Path:
     published = root / "published"
     lightning.seed_everything(5)
     load_llm(tiny_llm(), load_tokenizer(tiny_llm())).save_pretrained(published, max_shard_size="20KB")
-    read = {"llm": LLM(str(published), tokenizer=TOKENIZER, template="plain")}
+    read = {"llm": LLM(str(published), tokenizer=TOKENIZER, template="bare")}
     same, eight = {"model": {"scheduler": unchanged}}, {"max_steps": 8}
     for case in CASES:
         perform(run_of(root / "auto" / case, "auto", case))
-    tied = {"llm": LLM(str(root / "tied"), tokenizer=TOKENIZER, template="plain")}
+    tied = {"llm": LLM(str(root / "tied"), tokenizer=TOKENIZER, template="bare")}
     load_llm(tiny_llm(tie_word_embeddings=True), load_tokenizer(tiny_llm())).save_pretrained(root / "tied")
     reads = {"read": ("lora", read), "read tied": ("all", tied), "read head": ("lora head", read)}
     for name, (case, model) in reads.items():

@@ -1,0 +1,91 @@
+"""The LLM's tokenizer, with a chat template, equal to the authors' own id for id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from tokenizers import models
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lit_mm.model.llm import LLM, from_source, is_config_class
+
+TEMPLATES: dict[str, str] = {
+    "vicuna_v1": (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+        "helpful, detailed, and polite answers to the user's questions.{% endif %} {% for message in messages %}"
+        "{% if message['role'] == 'user' %}USER: {{ message['content'] }} "
+        "{% elif message['role'] == 'assistant' %}ASSISTANT: {{ message['content'] }}{{ eos_token }}"
+        "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+    ),
+    "plain": (
+        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] }}\n"
+        "{% elif '<image>' in message['content'] %}<image>{% elif '<video>' in message['content'] %}<video>"
+        "{% else %}{{ raise_exception('plain is for captions: expected an image in the question') }}"
+        "{% endif %}{% endfor %}"
+    ),
+    "chatml": (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "bare": (
+        "{% for message in messages %}{{ message['content'] }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %} {% endif %}{% endfor %}"
+    ),
+}
+"""Named chat templates (Jinja, as in transformers). vicuna_v1 and plain are LLaVA's; bare is the
+conversation as it is, each answer ended by the tokenizer's end token."""
+IN_CHUNKS = (TEMPLATES["vicuna_v1"], TEMPLATES["plain"])
+"""Templates whose authors encode what stands between images apart, each piece as a text of its own
+(LLaVA's `tokenizer_image_token`); the others are encoded as transformers does it."""
+
+
+def load_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:
+    """Load the tokenizer with the chat template set.
+
+    Raises:
+        ValueError: A random model names no tokenizer, or the template is `own` and there is none.
+        FileNotFoundError: No such folder, GGUF file or package.
+    """
+    if llm.tokenizer is None and is_config_class(llm.source):
+        raise ValueError(f"llm.source {llm.source} is a random model: set llm.tokenizer too")
+    tokenizer = from_source(AutoTokenizer, llm.tokenizer or llm.source)
+    rank_merges(tokenizer)
+    if llm.template != "own":
+        tokenizer.chat_template = TEMPLATES[llm.template]
+    if not tokenizer.chat_template:
+        named = ", ".join(TEMPLATES)
+        raise ValueError(
+            f"{llm.tokenizer or llm.source} has no chat template of its own: set llm.template to one of {named}"
+        )
+    return tokenizer
+
+
+def rank_merges(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer that transformers made of a `tokenizer.model` the merges in SentencePiece's order.
+
+    transformers 5 ranks merges by the id of what they make, which puts runs of spaces first: "x  y" would
+    become `▁x ▁▁ y` where SentencePiece, which goes by the pieces' scores, has `▁x ▁ ▁y`.
+    """
+    file = Path(str(tokenizer.init_kwargs.get("vocab_file")))
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if file.suffix != ".model" or file.with_name("tokenizer.json").is_file() or not file.is_file():
+        return
+    if not isinstance(getattr(backend, "model", None), models.BPE):
+        return
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    scores = {pieces.id_to_piece(number): pieces.get_score(number) for number in range(len(pieces))}
+    ids = {piece: number for number, piece in enumerate(scores)}
+    merges = sorted(
+        (-score, ids[piece[:cut]], ids[piece[cut:]], piece[:cut], piece[cut:])
+        for piece, score in scores.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in ids and piece[cut:] in ids
+    )
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    backend.model = models.BPE(
+        vocabulary, [(left, right) for *_, left, right in merges], fuse_unk=True, byte_fallback=True
+    )
