@@ -568,7 +568,7 @@ def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub does not answer for owner/name"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}, "the hub does not answer for owner/name"),
         ({"HF_HUB_OFFLINE": "1"}, "not in the cache"),
     ],
 )
