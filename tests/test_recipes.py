@@ -208,7 +208,7 @@ def test_convllava(parse, build, size, stage):
     assert global_batch(config) == batch
     assert lit.scales == [TOKENS[size]] == [math.prod(lit.vlm.encoder.grid(size, size))]
     image = config.data.init_args.image
-    assert (image.mode, image.size, lit.packing) == ("pad", size, "branch")
+    assert (image.mode, image.size, lit.packing) == ("pad", size, "packed")
     encoder = {1: convnext(first=4), 2: convnext(first=2), 3: 0}[stage]
     assert count_parameters(lit.vlm.encoder, False) == convnext()
     assert count_parameters(lit.vlm, True) == encoder + projector(3072, 4096) + (VICUNA if stage > 1 else 0)
