@@ -6,15 +6,18 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_mm.callbacks.advice import MemoryAdvice
@@ -27,6 +30,7 @@ from lit_mm.data import clips, easy_vqa  # noqa: F401 (known to --data by their 
 from lit_mm.training import strategies  # noqa: F401 (likewise to --trainer.strategy)
 from lit_mm.training.checkpoints import SHARDED, InitFrom, check_new, export, start_from
 from lit_mm.training.module import LitMatryoshka
+from lit_mm.training.saving import WholeFiles, check_readable, check_room
 
 PROGRAM = "python -m lit_mm"
 warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # what is frozen, on purpose
@@ -41,9 +45,9 @@ class SaveConfig(SaveConfigCallback):
     """Writes config.yaml into the run's folder when a fit starts."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Only a fit defines a run; test and predict leave its config as it is. What it resumed from
-        is no part of the experiment."""
-        if stage == "fit":
+        """Only a new fit defines a run: a resume, test and predict leave its config as it is."""
+        resumed = self.config.get("ckpt_path") and (Path(trainer.log_dir or ".") / "config.yaml").exists()
+        if stage == "fit" and not resumed:
             self.config = self.config.clone()
             self.config["ckpt_path"] = None
             super().setup(trainer, pl_module, stage)
@@ -53,10 +57,28 @@ class Checkpoints(ModelCheckpoint):
     """Lightning's ModelCheckpoint, but last.ckpt is the end of the run, whatever was saved on the way, and
     a rank that fails alone does not wait for the others to save with it."""
 
+    trained = False
+    """Whether this process has trained on a batch: before that nothing is written."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a folder that could not hold a checkpoint.
+
+        Raises:
+            OSError: It cannot be written, or its disk is too full.
+        """
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            check_room(Path(str(self.dirpath)), list(pl_module.parameters()))
+        super().on_train_start(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        """From now on there is something to save."""
+        self.trained = True
+        super().on_train_batch_end(trainer, *arguments)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save where all ranks have stopped: by a signal, agreed upon, or gradients that are no numbers."""
         together = isinstance(exception, KeyboardInterrupt | SIGTERMException | FloatingPointError)
-        if together or trainer.world_size == 1:
+        if self.trained and (together or trainer.world_size == 1):
             super().on_exception(trainer, pl_module, exception)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,31 +156,31 @@ class LitMMCLI(LightningCLI):
         parser.link_arguments("model.inputs", "data.init_args.inputs", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
-        """`--ckpt_path last` means the newest run's; the config given now beats the checkpoint's."""
-        config = self.config[self.config.subcommand]
-        if config.get("ckpt_path") == "last":
-            config.ckpt_path = str(newest_checkpoint(Path(config.trainer.default_root_dir)))
-        if config.get("ckpt_path"):
-            if not Path(config.ckpt_path).exists():
-                raise FileNotFoundError(f"--ckpt_path: no checkpoint {config.ckpt_path} (expected a file, or `last`)")
-            sharded, strategy = (Path(config.ckpt_path) / SHARDED).is_file(), str(config.trainer.strategy).lower()
-            if sharded and self.config.subcommand != "export" and "fsdp" not in strategy:
-                raise ValueError(
-                    f"--ckpt_path: {config.ckpt_path} is sharded: give the trainer.strategy that wrote it, fsdp2 or "
-                    "fsdp1, on as many devices as you like, or `export` it"
-                )
-            config.model.init_from = None  # all comes from the checkpoint, the sources may be gone
-            if "weights_only" in config:
-                config.weights_only = True
-        if not config.get("ckpt_path") and self.config.subcommand != "fit":
-            rank_zero_warn(f"{self.config.subcommand} without --ckpt_path: the weights are those before training")
+        """Find the checkpoint that is meant; the config given now beats the checkpoint's."""
+        verb, config = self.config.subcommand, self.config[self.config.subcommand]
+        if not config.get("ckpt_path"):
+            if verb not in ("fit", "export") and not config.model.init_from:
+                raise ValueError(f"{verb} needs trained weights: --ckpt_path last, best, or the path of a checkpoint")
+            return
+        path = find_checkpoint(config.ckpt_path, Path(config.trainer.default_root_dir).expanduser())
+        check_readable(path)
+        sharded, strategy = (path / SHARDED).is_file(), str(config.trainer.strategy).lower()
+        if sharded and verb != "export" and "fsdp" not in strategy:
+            raise ValueError(
+                f"--ckpt_path: {path} is sharded: give the trainer.strategy that wrote it, fsdp2 or "
+                "fsdp1, on as many devices as you like, or `export` it"
+            )
+        config.ckpt_path = str(path)
+        config.model.init_from = None  # all comes from the checkpoint, the sources may be gone
+        if "weights_only" in config:
+            config.weights_only = True
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """TensorBoard in the run's folder, unless the config says otherwise; what follows a
         checkpoint (test, predict, resume) is logged in the folder of the run that made it."""
         config = self.config[self.subcommand]
         if config.trainer.logger is None:
-            root, checkpoint = Path(config.trainer.default_root_dir).resolve(), config.get("ckpt_path")
+            root, checkpoint = Path(config.trainer.default_root_dir).expanduser().resolve(), config.get("ckpt_path")
             run = run_of(Path(checkpoint), root) if checkpoint else None
             kwargs["logger"] = TensorBoardLogger(root, name="", version=run, default_hp_metric=False)
         return super().instantiate_trainer(**kwargs)
@@ -167,19 +189,74 @@ class LitMMCLI(LightningCLI):
         """Leave out the bar and the checkpoints where the config switches them off."""
         off = {Progress: "enable_progress_bar", Checkpoints: "enable_checkpointing"}
         kept = [callback for callback in callbacks if config.get(off.get(type(callback), "")) is not False]
+        plugins = config.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            config["plugins"] = [*plugins, WholeFiles()]
         return super()._instantiate_trainer(config, kept)
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """A fit that fails before its first step leaves no folder behind."""
+        folder = Path(self.trainer.log_dir) if self.trainer.log_dir else None
+        new = subcommand == "fit" and folder is not None and not folder.exists()
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            trained = any(
+                callback.trained for callback in cast(Any, self.trainer).callbacks if isinstance(callback, Checkpoints)
+            )
+            if new and folder is not None and not trained and self.trainer.is_global_zero:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
-def newest_checkpoint(root: Path) -> Path:
-    """The newest last.ckpt of the runs below root.
+
+def find_checkpoint(asked: str, root: Path) -> Path:
+    """The checkpoint that `--ckpt_path` means.
+
+    Args:
+        asked: `last` or `best` of the newest run below the root, a run's folder (its last.ckpt), or a checkpoint.
+        root: `trainer.default_root_dir`.
 
     Raises:
         FileNotFoundError: There is none.
     """
-    found = sorted(root.glob("version_*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
-    if not found:
-        raise FileNotFoundError(f"--ckpt_path last: no version_*/checkpoints/last.ckpt below {root}: run fit first")
-    return found[-1]
+    if asked in ("last", "best"):
+        return newest_checkpoint(root, asked)
+    path = Path(asked).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"--ckpt_path: no checkpoint {path} (expected a file, a run's folder, last or best)")
+    if path.is_file() or (path / SHARDED).is_file():
+        return path
+    return newest_checkpoint(path, "last")
+
+
+def newest_checkpoint(root: Path, asked: str = "last") -> Path:
+    """The newest last.ckpt below a folder, or the checkpoint that its run found best.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    folders = [folder for depth in ("", "*/", "*/*/") for folder in root.glob(f"{depth}checkpoints")]
+    found = sorted(
+        (folder / "last.ckpt" for folder in folders), key=lambda file: file.exists() and file.stat().st_mtime
+    )
+    if not found or not found[-1].exists():
+        raise FileNotFoundError(f"--ckpt_path {asked}: no checkpoints/last.ckpt below {root}: run fit first")
+    return found[-1] if asked == "last" else best_beside(found[-1])
+
+
+def best_beside(last: Path) -> Path:
+    """The best checkpoint of the run that wrote a last.ckpt, by its `checkpoint.monitor`.
+
+    Raises:
+        FileNotFoundError: It monitored nothing, or the file is gone.
+    """
+    states = {} if last.is_dir() else torch.load(last, weights_only=True, mmap=True, map_location="cpu")["callbacks"]
+    paths = [Path(state["best_model_path"]) for state in states.values() if state.get("best_model_score") is not None]
+    here = [last.parent / path.name for path in paths]
+    if not here or not here[0].exists():
+        raise FileNotFoundError(f"--ckpt_path best: the run of {last} has none: set checkpoint.monitor in its fit")
+    return here[0]
 
 
 def run_of(checkpoint: Path, root: Path) -> str | None:

@@ -47,14 +47,23 @@ class WholeCheckpoints(Strategy):
         part = final.with_name(f"{final.name}.part")
         self._on_rank_zero(remove, part)
         super().save_checkpoint(checkpoint, part, storage_options)
-        self._on_rank_zero(remove, final)
-        self._on_rank_zero(part.rename, final)
+        self._on_rank_zero(lambda path: put_in_place(path, final), part)
 
     def _on_rank_zero(self, act: Callable[[Path], Any], path: Path) -> None:
         self.barrier()
         if self.is_global_zero:
             act(path)
         self.barrier()
+
+
+def put_in_place(part: Path, final: Path) -> None:
+    """Rename a file or folder; what stood there goes when the new one is there."""
+    before = final.with_name(f"{final.name}.before")
+    remove(before)
+    if final.exists():
+        final.rename(before)
+    part.rename(final)
+    remove(before)
 
 
 def remove(path: Path) -> None:

@@ -1,0 +1,70 @@
+"""Checkpoints that are whole or not there: written beside their place, on the disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from torch import Tensor
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint of one file so that a kill leaves the one before, or the new one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write beside the target, wait for the disk, then rename."""
+        final = Path(path)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        part = final.with_name(f"{final.name}.part")
+        try:
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, final)  # noqa: PTH105 (the same as Path.replace; this is what is meant)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def check_room(folder: Path, parameters: Sequence[Tensor]) -> None:
+    """Whether a folder can hold a checkpoint, with AdamW's two moments of what trains.
+
+    Raises:
+        OSError: It cannot be written, or its disk is too full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.write_bytes(b"checkpoint")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"checkpoint.dirpath: checkpoints cannot be written to {folder}: {error}") from None
+    moments = sum(8 * p.numel() for p in parameters if p.requires_grad)
+    needed, free = sum(p.nbytes for p in parameters) + moments, shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"checkpoint.dirpath: {folder} has {free / 2**30:.1f} GiB free, a checkpoint takes about "
+            f"{needed / 2**30:.1f}"
+        )
+
+
+def check_readable(path: Path) -> None:
+    """Whether a checkpoint of one file is whole.
+
+    Raises:
+        ValueError: It is not; the message names the others of its folder, newest first.
+    """
+    if path.is_dir() or zipfile.is_zipfile(path):
+        return
+    others = [
+        file for file in path.parent.glob("*.ckpt") if file != path and (file.is_dir() or zipfile.is_zipfile(file))
+    ]
+    newest = sorted(others, key=lambda file: file.stat().st_mtime, reverse=True)
+    offered = f"; whole ones beside it, newest first: {', '.join(map(str, newest))}" if newest else ""
+    raise ValueError(f"--ckpt_path: {path} ({path.stat().st_size} bytes) is no whole checkpoint{offered}")

@@ -1,0 +1,120 @@
+"""Checkpoints are whole, a failed start writes nothing, and `--ckpt_path` finds what is meant."""
+
+import errno
+
+import pytest
+import torch
+import yaml
+
+from lit_mm.__main__ import main
+from lit_mm.training import saving
+from lit_mm.training.saving import WholeFiles, check_readable, check_room
+from tests.test_cli import CONFIG
+
+
+@pytest.fixture
+def fit(instruction_set, monkeypatch):
+    """A small fit in this process; further arguments win. A message in place of an error."""
+    monkeypatch.chdir(instruction_set)
+    config = yaml.safe_load(CONFIG)
+    config["trainer"] |= {"default_root_dir": "runs", "limit_val_batches": 0, "enable_progress_bar": False}
+    config["data"]["init_args"] |= {"train": "train.json", "val": "val.json", "test": "val.json", "image_root": "."}
+    (instruction_set / "exp.yaml").write_text(yaml.safe_dump(config))
+
+    def call(verb="fit", *arguments):
+        try:
+            main([verb, "--config", "exp.yaml", *arguments])
+        except SystemExit as end:
+            return str(end.code)
+        return None
+
+    return call
+
+
+def test_a_refused_resume_writes_nothing(fit, instruction_set):
+    assert fit() is None
+    folder = instruction_set / "runs/version_0"
+    before = {file: file.read_bytes() for file in (folder / "checkpoints/last.ckpt", folder / "config.yaml")}
+    said = fit("fit", "--ckpt_path", "last", "--data.batch_size", "2", "--trainer.max_steps", "5")
+    assert "stopped after batch 3 of an epoch of other batches" in said
+    assert before == {file: file.read_bytes() for file in before}
+    assert fit("fit", "--ckpt_path", "last", "--trainer.max_steps", "5", "--model.parts.llm.lr", "1e-5") is None
+    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 5
+    assert (folder / "config.yaml").read_bytes() == before[folder / "config.yaml"]
+    assert [run.name for run in (instruction_set / "runs").iterdir()] == ["version_0"]
+
+
+def test_a_failed_start_leaves_no_folder(fit, instruction_set):
+    (instruction_set / "images/3.png").unlink()
+    assert "missing image" in fit()
+    assert not (instruction_set / "runs/version_0").exists()
+
+
+def test_a_folder_that_takes_no_checkpoint_stops_the_run_before_training(fit, instruction_set, monkeypatch):
+    (instruction_set / "taken").write_text("a file")
+    assert "checkpoints cannot be written to" in fit("fit", "--checkpoint.dirpath", "taken/here")
+    assert not (instruction_set / "runs/version_0").exists()
+
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saving.Path, "write_bytes", full)
+    assert "No space left on device" in fit()
+
+
+def test_a_disk_that_is_too_full_for_the_weights_is_refused(tmp_path, monkeypatch):
+    parameters = [torch.nn.Parameter(torch.zeros(1000))]
+    check_room(tmp_path, parameters)
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 11_999}))
+    with pytest.raises(OSError, match="a checkpoint takes about"):
+        check_room(tmp_path, parameters)  # 4,000 bytes of weights and twice as much of AdamW's
+
+
+def test_an_interrupted_save_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    file = tmp_path / "last.ckpt"
+    WholeFiles().save_checkpoint({"step": 1}, file)
+
+    def dies(checkpoint, opened):
+        opened.write(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(saving.torch, "save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        WholeFiles().save_checkpoint({"step": 2}, file)
+    assert torch.load(file, weights_only=True) == {"step": 1}
+    assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("kept", [0, 100, 0.5])
+def test_a_checkpoint_cut_short_is_named_and_others_offered(tmp_path, kept):
+    for name in ("step=1.ckpt", "last.ckpt"):
+        WholeFiles().save_checkpoint({"weights": torch.zeros(1000)}, tmp_path / name)
+    check_readable(tmp_path / "last.ckpt")
+    whole = (tmp_path / "last.ckpt").read_bytes()
+    (tmp_path / "last.ckpt").write_bytes(whole[: int(kept if kept != 0.5 else len(whole) / 2)])
+    with pytest.raises(ValueError, match=r"last.ckpt \(\d+ bytes\) is no whole checkpoint; .*step=1.ckpt"):
+        check_readable(tmp_path / "last.ckpt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("logger", ["false", "lightning.pytorch.loggers.CSVLogger"])
+def test_last_and_best_are_found_whatever_the_logger(fit, instruction_set, logger, capsys):
+    options = ["--trainer.logger", logger, *(["--trainer.logger.save_dir", "runs"] if logger != "false" else [])]
+    watched = [
+        "--checkpoint.monitor",
+        "val/loss",
+        "--trainer.limit_val_batches",
+        "1",
+        "--trainer.val_check_interval",
+        "1",
+    ]
+    assert fit("fit", *options, *watched, "--checkpoint.filename", "found") is None
+    for asked in ("last", "best", "runs", str(next(instruction_set.glob("runs/**/found.ckpt")))):
+        assert fit("validate", *options, "--trainer.limit_val_batches", "1", "--ckpt_path", asked) is None, asked
+
+
+def test_judging_without_a_checkpoint_is_refused(fit):
+    for verb in ("validate", "test", "predict"):
+        assert f"{verb} needs trained weights: --ckpt_path last" in fit(verb)
+    assert "no checkpoints/last.ckpt below" in fit("test", "--ckpt_path", "last")
+    assert "no checkpoint nowhere.ckpt" in fit("test", "--ckpt_path", "nowhere.ckpt")
