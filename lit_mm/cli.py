@@ -66,7 +66,7 @@ class Checkpoints(ModelCheckpoint):
         Raises:
             OSError: It cannot be written, or its disk is too full.
         """
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not cast(Any, trainer).fast_dev_run:
             check_room(Path(str(self.dirpath)), list(pl_module.parameters()))
         super().on_train_start(trainer, pl_module)
 
@@ -102,10 +102,11 @@ class LitMMTrainer(Trainer):
             to: The folder to write: encoder.safetensors, projector.safetensors, and llm/ with the
                 tokenizer, adapters merged.
         """
-        check_new(Path(to))
+        folder = Path(to).expanduser()
+        check_new(folder)
         model.configure_model()
         start_from(model.vlm, InitFrom(ckpt_path))
-        export(model.vlm, model.tokenizer, Path(to))
+        export(model.vlm, model.tokenizer, folder)
         rank_zero_info(f"Exported to {to}")
 
 
@@ -158,11 +159,12 @@ class LitMMCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Find the checkpoint that is meant; the config given now beats the checkpoint's."""
         verb, config = self.config.subcommand, self.config[self.config.subcommand]
+        config.trainer.default_root_dir = str(Path(config.trainer.default_root_dir).expanduser())
         if not config.get("ckpt_path"):
             if verb not in ("fit", "export") and not config.model.init_from:
                 raise ValueError(f"{verb} needs trained weights: --ckpt_path last, best, or the path of a checkpoint")
             return
-        path = find_checkpoint(config.ckpt_path, Path(config.trainer.default_root_dir).expanduser())
+        path = find_checkpoint(config.ckpt_path, Path(config.trainer.default_root_dir))
         check_readable(path)
         sharded, strategy = (path / SHARDED).is_file(), str(config.trainer.strategy).lower()
         if sharded and verb != "export" and "fsdp" not in strategy:
@@ -180,7 +182,7 @@ class LitMMCLI(LightningCLI):
         checkpoint (test, predict, resume) is logged in the folder of the run that made it."""
         config = self.config[self.subcommand]
         if config.trainer.logger is None:
-            root, checkpoint = Path(config.trainer.default_root_dir).expanduser().resolve(), config.get("ckpt_path")
+            root, checkpoint = Path(config.trainer.default_root_dir).resolve(), config.get("ckpt_path")
             run = run_of(Path(checkpoint), root) if checkpoint else None
             kwargs["logger"] = TensorBoardLogger(root, name="", version=run, default_hp_metric=False)
         return super().instantiate_trainer(**kwargs)

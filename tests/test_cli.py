@@ -209,7 +209,7 @@ def test_a_run_and_what_follows_share_a_folder(experiment, instruction_set):
     ask.write_text(json.dumps({"question_id": 5, "image": "images/1.png", "text": "what color is the shape?"}))
     result = lit_mm("predict", *experiment, "--ckpt_path", "last", "--data.predict", str(ask))
     assert result.returncode == 0, result.stderr
-    [line] = (first / "answers@4.jsonl").read_text().splitlines()
+    [line] = (first / "answers_0/answers@4.jsonl").read_text().splitlines()
     assert json.loads(line).keys() == {"question_id", "prompt", "text"}
 
     result = lit_mm("fit", *experiment, "--ckpt_path", "last", "--trainer.max_steps", "5")
@@ -258,7 +258,7 @@ def test_images_videos_and_text_in_one_run(experiment, instruction_set):
     ask.write_text(json.dumps({"question_id": 5, "video": "a.mp4", "text": "what moves?"}))
     result = lit_mm("predict", *both, "--ckpt_path", "last", "--data.predict", str(ask))
     assert result.returncode == 0, result.stderr
-    assert (instruction_set / "runs/version_0/answers@2x4.jsonl").is_file()
+    assert (instruction_set / "runs/version_0/answers_0/answers@2x4.jsonl").is_file()
 
 
 @pytest.mark.slow

@@ -159,7 +159,7 @@ class ImageInstructions(LightningDataModule):
         return Mixture(sets, shares_of(subsets, [len(each) for each in sets]))
 
     def _read_one(self, subset: Subset, split: Split) -> InstructionSet:
-        root = Path(subset.root or self.image_root)
+        root = Path(subset.root or self.image_root).expanduser()
         if not root.is_dir():
             raise FileNotFoundError(f"data.image_root: no folder {root}")
         try:

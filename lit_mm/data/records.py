@@ -439,8 +439,18 @@ def _record(
     system: str | None = None,
 ) -> Record:
     name = id_of(item)
+    if name is not None and not isinstance(name, str | int):
+        name = _written(where, name)
     media = _in_marker_order(where, turns, columns, carried)
     return Record(where if name is None else name, media, turns, where, system)
+
+
+def _written(where: str, name: Any) -> str:
+    """An id that JSON has no type for, as text: dates as ISO writes them, numbers and UUIDs as they print."""
+    if isinstance(name, bytes | list | dict):
+        kind = type(name).__name__
+        raise RecordError(where, "malformed id", f"id: expected text or a number, found {kind} {name!r:.60}")
+    return name.isoformat() if hasattr(name, "isoformat") else str(name)
 
 
 def _in_marker_order(

@@ -97,7 +97,8 @@ def open_source(path: str | Sequence[str], cache: Path, format: FileFormat | Non
         ConnectionError: The hub does not answer.
         ValueError: Not what a format asks for, or no records at all; the message names file and place.
     """
-    paths, cache = [path] if isinstance(path, str) else list(path), Path(cache)
+    cache, named = Path(cache), [path] if isinstance(path, str) else path
+    paths = [str(Path(one).expanduser()) if one.startswith("~") else one for one in named]
     if format == "dataset" or (format is None and len(paths) == 1 and _is_dataset(paths[0])):
         return _dataset(paths[0], cache)
     files = [file for one in paths for file in _files_of(one, format)]

@@ -74,10 +74,20 @@ def load_llm(llm: LLM, tokenizer: PreTrainedTokenizerBase, on_meta: bool = False
         raise ValueError(f"llm.sizes is for random models; {llm.source} brings its own")
     else:
         model = from_source(AutoModelForCausalLM, llm.source, dtype=dtype, **_quantized(llm))
+        if not llm.quantize:
+            forget_quantization(model)
     rows = len(cast(Tensor, model.get_input_embeddings().weight))
     if len(tokenizer) > rows:
         raise ValueError(f"the tokenizer has {len(tokenizer)} ids, {llm.source} only {rows} embeddings")
     return model
+
+
+def forget_quantization(model: PreTrainedModel) -> None:
+    """What was read from a GGUF file is plain weights now; transformers would refuse to save them."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+        cast(Any, model).hf_quantizer = None
+        cast(Any, model).is_quantized = False
 
 
 def _quantized(llm: LLM) -> dict[str, Any]:

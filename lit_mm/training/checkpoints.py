@@ -6,17 +6,20 @@ This is no resume. `--ckpt_path` restores a run with its optimizer and its place
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
+from lightning.pytorch.utilities import rank_zero_info
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -91,7 +94,10 @@ def open_weights(source: str) -> Weights:
     Raises:
         FileNotFoundError: There is nothing, or nothing with weights.
     """
-    path = newest_of(Path(source).expanduser())
+    named = Path(source).expanduser()
+    path = newest_of(named)
+    if path != named:
+        rank_zero_info(f"init_from: {source} is {path}")
     if path.is_file() and path.suffix == ".safetensors":
         return Weights(path, renamed(_safetensors([path])))
     if path.is_file():
@@ -100,10 +106,10 @@ def open_weights(source: str) -> Weights:
         return Weights(path, _of_shards(path))
     if (path / "llm").is_dir():
         return Weights(path, _of_export(path))
-    if files := sorted(path.glob("*.safetensors")):
-        return Weights(path, renamed(_safetensors(files)))
-    if files := sorted(path.glob("pytorch_model*.bin")):
-        return Weights(path, renamed({name: read for file in files for name, read in _of_checkpoint(file).items()}))
+    if tensors := _of_folder(path):
+        # ConvLLaVA saves a tower that trained beside the main files, with the names of ConvNextModel
+        tower = {f"encoder.{name}": read for name, read in _of_folder(path / "vision_tower").items()}
+        return Weights(path, tower | tensors)
     raise FileNotFoundError(f"init_from: {source}: expected a run, a checkpoint, safetensors or a folder of them")
 
 
@@ -137,6 +143,14 @@ def newest_of(path: Path) -> Path:
     return max(found, key=lambda file: file.stat().st_mtime) if found else path
 
 
+def _of_folder(path: Path) -> dict[str, Callable[[], Tensor]]:
+    """Of a Hugging Face folder, safetensors or pytorch_model*.bin; nothing where there are none."""
+    if files := sorted(path.glob("*.safetensors")):
+        return renamed(_safetensors(files))
+    files = sorted(path.glob("pytorch_model*.bin"))
+    return renamed({name: read for file in files for name, read in _of_checkpoint(file).items()})
+
+
 def _safetensors(files: Iterable[Path]) -> dict[str, Callable[[], Tensor]]:
     readers: dict[str, Callable[[], Tensor]] = {}
     for file in files:
@@ -146,9 +160,34 @@ def _safetensors(files: Iterable[Path]) -> dict[str, Callable[[], Tensor]]:
 
 
 def _of_checkpoint(path: Path) -> dict[str, Callable[[], Tensor]]:
-    loaded = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    try:
+        loaded = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} holds more than tensors (pickled code), which is not loaded") from None
     state = loaded.get("state_dict", loaded)
-    return {name.removeprefix("vlm."): partial(state.__getitem__, name) for name in state}
+    tensors: dict[str, Callable[[], Tensor]] = {
+        name.removeprefix("vlm."): partial(state.__getitem__, name) for name in state
+    }
+    return merged(tensors, loaded.get("trained", {}))
+
+
+def merged(tensors: dict[str, Callable[[], Tensor]], trained: dict[str, float]) -> dict[str, Callable[[], Tensor]]:
+    """Adapters added to the weights that they adapt, if the checkpoint says how much they count."""
+    if "lora alpha" not in trained:
+        return tensors
+    scaling = trained["lora alpha"] / trained["lora rank"]
+
+    def adapted(layer: str) -> Tensor:
+        base, down, up = (tensors[f"{layer}.{end}"]() for end in ADAPTED)
+        return (base.float() + scaling * (up.float() @ down.float())).to(base.dtype)
+
+    layers = [name.removesuffix(f".{ADAPTED[1]}") for name in tensors if name.endswith(ADAPTED[1])]
+    plain = {name.replace(".base_layer.", "."): read for name, read in tensors.items() if ".lora_" not in name}
+    return plain | {f"{layer}.weight": partial(adapted, layer) for layer in layers}
+
+
+ADAPTED = ("base_layer.weight", "lora_A.default.weight", "lora_B.default.weight")
+"""What peft calls a layer's own weight and the two matrices of its adapter."""
 
 
 def _of_shards(path: Path) -> dict[str, Callable[[], Tensor]]:
@@ -334,8 +373,12 @@ def check_new(folder: Path) -> None:
     """Whether nothing would be overwritten.
 
     Raises:
-        FileExistsError: The folder is not empty.
+        FileExistsError: The folder is not empty, or something else has its name.
     """
+    if folder.is_symlink() and not folder.exists():
+        raise FileExistsError(f"export: {folder} is a link to {folder.readlink()}, which does not exist")
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"export: {folder} is a file, expected a new folder")
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"export: {folder} is not empty")
 
@@ -343,13 +386,25 @@ def check_new(folder: Path) -> None:
 def export(vlm: MatryoshkaVLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the model as plain files: encoder.safetensors, projector.safetensors, and in llm/ a Hugging
     Face model with its tokenizer, adapters merged. `init_from` takes the folder, and `model.llm.source`
-    or transformers the folder llm/.
+    or transformers the folder llm/. The folder appears when it is complete.
 
     Raises:
-        FileExistsError: The folder is not empty.
+        FileExistsError: The folder is not empty, or something else has its name.
     """
     check_new(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as made:
+        part = Path(made) / "export"
+        write_export(vlm, tokenizer, part)
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+
+
+def write_export(vlm: MatryoshkaVLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the files of `export` into a new folder."""
+    folder.mkdir()
     merge_adapters(vlm.llm)
     for part in ("encoder", "projector"):
         state = {name: tensor.contiguous() for name, tensor in getattr(vlm, part).state_dict().items()}

@@ -140,6 +140,7 @@ def add_adapters(llm: PreTrainedModel, lora: LoRA) -> None:
         target_modules=lora.targets,
         task_type="CAUSAL_LM",
     )
+    check_targets(llm, lora)
     llm.requires_grad_(False)
     with torch.random.fork_rng([]):  # drawn below, or on `meta` when they get memory: the same either way
         inject_adapter_in_model(config, cast(Any, llm))
@@ -148,6 +149,20 @@ def add_adapters(llm: PreTrainedModel, lora: LoRA) -> None:
     for name, parameter in llm.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
+
+
+def check_targets(llm: PreTrainedModel, lora: LoRA) -> None:
+    """Whether every target is the end of some layer's name.
+
+    Raises:
+        ValueError: One is not.
+    """
+    linear = [name for name, module in llm.named_modules() if isinstance(module, nn.Linear)]
+    targets = [] if lora.targets == "all-linear" else list(lora.targets)
+    nothing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in linear)]
+    if nothing:
+        ends = sorted({name.rpartition(".")[2] for name in linear})
+        raise ValueError(f"parts.llm.lora.targets: {nothing} match no layer, expected some of {ends}")
 
 
 def start_adapters(module: nn.Module) -> None:

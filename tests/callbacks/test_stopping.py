@@ -50,7 +50,7 @@ def test_every_verb_stops_between_batches(instruction_set, way, status):
         assert f"{verb} stopped after 3 batches: " in printed
         assert "Traceback" not in printed
     for scale in (16, 4, 1):
-        answers = (run / f"answers@{scale}.jsonl").read_text().splitlines()
+        answers = next(run.glob(f"answers_*/answers@{scale}.jsonl")).read_text().splitlines()
         assert len([json.loads(line)["text"] for line in answers]) == 6
     assert not list(run.glob("accuracy_tokens*"))
     assert (run / "checkpoints/last.ckpt").read_bytes() == last

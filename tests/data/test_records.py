@@ -1,8 +1,10 @@
 """Formats in, and every kind of bad record: the error names file, record, field, found and expected."""
 
 import base64
+import datetime
 import json
 import pickle
+import uuid
 
 import pytest
 
@@ -377,3 +379,13 @@ def test_image_first_leaves_several_images_where_they_are():
     item = {"image": ["a.jpg", "b.jpg"], "conversations": conversation(("Is <image> like <image>?", "No."))}
     record = parse("set.json, record 0", item)
     assert image_first(record) == record
+
+
+def test_ids_are_what_json_can_write():
+    """Parquet and datasets have dates, UUIDs and bytes too; predict would fail on them after its work."""
+    when, known = datetime.date(2026, 11, 25), uuid.UUID(int=5)
+    for id, expected in ((7, 7), ("a", "a"), (when, "2026-11-25"), (known, str(known)), (1.5, "1.5")):
+        assert parse("set, record 0", item(id=id)).id == expected
+    for id in (b"abc", ["a"], {"a": 1}):
+        with pytest.raises(RecordError, match="malformed id: id: expected text or a number, found"):
+            parse("set, record 0", item(id=id))

