@@ -154,6 +154,12 @@ class LitMMCLI(LightningCLI):
         parser.set_defaults({f"checkpoint.{name}": value for name, value in kept.items()})
         parser.add_lightning_class_args(Progress, "progress")
         parser.add_lightning_class_args(TokenEfficiency, "token_efficiency")
+        parser.add_argument(
+            "--scales",
+            type=list[str | int] | None,
+            default=None,
+            help="Judge and answer at these of the model's scales alone, such as [36] or [8x16]; null: at all.",
+        )
         parser.link_arguments("model.inputs", "data.init_args.inputs", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
@@ -200,6 +206,7 @@ class LitMMCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """A fit that fails before its first step leaves no folder behind."""
         folder = Path(self.trainer.log_dir) if self.trainer.log_dir else None
+        self.model.ask_at(self.config[subcommand].scales)
         new = subcommand == "fit" and folder is not None and not folder.exists()
         try:
             super()._run_subcommand(subcommand)

@@ -56,7 +56,9 @@ class Judgement:
             trainer: The trainer, at the end of the validation or test.
             peak: FLOP/s that a device can do at most, if that is known.
         """
+        asked = {str(scale) for scale in self.lit.asked_scales}
         rows = scale_costs(self.numbers, self.lit.all_scales, self._cached(trainer))
+        rows = [row for row in rows if row["scale"] in asked]
         for row in rows:
             row["accuracy"] = trainer.callback_metrics[f"{self.split}/accuracy@{row['scale']}"].item()
             if (loss := trainer.callback_metrics.get(f"{self.split}/loss@{row['scale']}")) is not None:

@@ -31,7 +31,7 @@ class AnswerWriter(BasePredictionWriter):
         self.folder = Path(trainer.strategy.broadcast(str(new_folder(run)) if trainer.is_global_zero else ""))
         self.folder.mkdir(parents=True, exist_ok=True)  # on another machine
         rank = f".rank{trainer.global_rank}" if trainer.global_rank else ""
-        for scale in pl_module.all_scales:  # type: ignore[union-attr]
+        for scale in pl_module.asked_scales:  # type: ignore[union-attr]
             self.files[scale] = (self.folder / f"answers@{scale}{rank}.jsonl").open("w", encoding="utf-8")
 
     def write_on_batch_end(

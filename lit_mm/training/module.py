@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -34,7 +34,7 @@ from lit_mm.training.check import check_packing, stand_in
 from lit_mm.training.checkpoints import InitFrom, Weights, expected_names, llm_weights, start_from
 from lit_mm.training.optim import FusedAdamW, MuonAdamW
 from lit_mm.training.parts import Parts, apply_parts, parameter_groups, parts_table, with_parameters
-from lit_mm.training.resume import Place, check_order, seed_step, write_place
+from lit_mm.training.resume import Place, check_model, check_order, seed_step, write_place
 from lit_mm.training.schedule import WarmupCosine
 from lit_mm.training.steps import clip, refuse_hidden_scale, refuse_not_finite, set_options
 from lit_mm.training.strategies import is_sharded, shard
@@ -125,7 +125,7 @@ class LitMatryoshka(LightningModule):
         )
         if llm.quantize and not (parts.llm.frozen or parts.llm.lora):
             raise ValueError(f"llm.quantize {llm.quantize}: its weights cannot train, set parts.llm.frozen or .lora")
-        self.place = Place()
+        self.place, self._asked = Place(), list[Scale]()
         self.order: dict[str, Any] = {}
         self.recent: list[tuple[list[str], Tensor]] = []
 
@@ -133,6 +133,22 @@ class LitMatryoshka(LightningModule):
     def all_scales(self) -> list[Scale]:
         """What the model answers at, finest first: its scales, at each of its time scales."""
         return all_scales(self.scales, self.time_scales)
+
+    @property
+    def asked_scales(self) -> list[Scale]:
+        """The scales at which questions are answered."""
+        return self._asked or self.all_scales
+
+    def ask_at(self, scales: Sequence[str | int] | None) -> None:
+        """Answer at some of the model's scales alone; None: at all.
+
+        Raises:
+            ValueError: The model does not have one of them.
+        """
+        known = {str(scale): scale for scale in self.all_scales}
+        if unknown := [str(scale) for scale in scales or [] if str(scale) not in known]:
+            raise ValueError(f"--scales: {', '.join(unknown)} is not among the model's {', '.join(known)}")
+        self._asked = [known[str(scale)] for scale in scales or []]
 
     @property
     def inputs(self) -> ModelInputs:
@@ -284,7 +300,13 @@ class LitMatryoshka(LightningModule):
             checkpoint.pop("hyper_parameters", None)
         if self._trainer is not None and "loops" in checkpoint:
             checkpoint["order"], checkpoint["trained"] = self._order(), self._trained()
+            checkpoint["identity"] = self._identity()
             write_place(checkpoint, self.place, int(self.trainer.num_training_batches))
+
+    def _identity(self) -> dict[str, Any]:
+        """What makes the same weights another model."""
+        named = {name: getattr(self, name) for name in ("scales", "time_scales", "sampling", "pooling")}
+        return named | {"chat template": self.tokenizer.chat_template}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from the checkpoint's place; what is judged there is logged at its last step.
@@ -300,6 +322,7 @@ class LitMatryoshka(LightningModule):
                 f"{self.trainer.ckpt_path}: trained {checkpoint.get('trained')}, model.parts now trains "
                 f"{self._trained()}: a run is resumed as it was; --model.init_from begins another with its weights"
             )
+        check_model(checkpoint.get("identity", {}), self._identity())
         self.place = Place(**checkpoint.get("place", {}))
         if fitting:
             self.order = checkpoint["order"]
@@ -369,7 +392,7 @@ class LitMatryoshka(LightningModule):
     def answers(self, batch: Batch) -> dict[Scale, list[str]]:
         """scale -> the generated answer to each of the batch's questions; images are encoded once."""
         nested = self.vlm.encode(batch.images, self._encodings(batch))
-        return {scale: self._generate(batch, nested, scale) for scale in self.all_scales}
+        return {scale: self._generate(batch, nested, scale) for scale in self.asked_scales}
 
     def _generate(self, batch: Batch, nested: Tensor, scale: Scale) -> list[str]:
         ids = generate(

@@ -77,6 +77,31 @@ def check_order(before: dict[str, Any], now: dict[str, Any], place: Place) -> No
         rank_zero_warn(f"resuming with other batches than before: {said}")
 
 
+def check_model(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Whether a checkpoint's weights are used by the model that they were trained as.
+
+    Coarser scales of `exact` pooling are means of the same windows whatever the other scales are: they
+    are allowed, and told. `adaptive` cuts its boxes along the whole chain of scales.
+
+    Args:
+        before: What the checkpoint says; empty for one of an older version.
+        now: What the configuration says.
+
+    Raises:
+        ValueError: They differ.
+    """
+    differ = [name for name in before if before[name] != now[name]]
+    told = [name for name in ("scales", "time_scales") if name in differ and now["pooling"] == "exact"]
+    refused = [name for name in differ if name not in told]
+    said = "; ".join(f"{name} was {before[name]!r:.300} and is {now[name]!r:.300}" for name in refused or told)
+    if refused:
+        raise ValueError(
+            f"--ckpt_path: the checkpoint is of another model: {said}. To answer at some of its scales give --scales"
+        )
+    if told:
+        rank_zero_warn(f"not as the checkpoint was trained: {said}. To answer at some of its scales give --scales")
+
+
 def _set(progress: dict[str, Any], values: dict[str, int]) -> None:
     for count in (progress["total"], progress["current"]):
         count.update({name: value for name, value in values.items() if name in count})

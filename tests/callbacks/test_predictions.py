@@ -12,7 +12,7 @@ def write(folder, scales, rows):
     """One prediction, as the trainer calls the writer."""
     strategy = SimpleNamespace(broadcast=lambda value: value)
     trainer = SimpleNamespace(log_dir=str(folder), is_global_zero=True, global_rank=0, strategy=strategy)
-    writer, lit = AnswerWriter(), SimpleNamespace(all_scales=scales)
+    writer, lit = AnswerWriter(), SimpleNamespace(asked_scales=scales)
     writer.on_predict_start(trainer, lit)
     answers = [{"question_id": id, "prompt": "?", "answers": dict.fromkeys(scales, text)} for id, text in rows]
     writer.write_on_batch_end(trainer, lit, answers, None, None, 0, 0)

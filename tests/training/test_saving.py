@@ -1,6 +1,7 @@
 """Checkpoints are whole, a failed start writes nothing, and `--ckpt_path` finds what is meant."""
 
 import errno
+import json
 
 import pytest
 import torch
@@ -118,3 +119,22 @@ def test_judging_without_a_checkpoint_is_refused(fit):
         assert f"{verb} needs trained weights: --ckpt_path last" in fit(verb)
     assert "no checkpoints/last.ckpt below" in fit("test", "--ckpt_path", "last")
     assert "no checkpoint nowhere.ckpt" in fit("test", "--ckpt_path", "nowhere.ckpt")
+
+
+def test_a_checkpoint_is_used_as_the_model_it_was_trained_as(fit, instruction_set, capsys):
+    """Adaptive pooling cuts its boxes along all scales: [4] alone would be another model than [16, 4, 1]."""
+    assert fit("fit", "--model.pooling", "adaptive") is None
+    for wrong in (["--model.scales", "[4]"], ["--model.sampling", "spatial"], ["--model.llm.template", "plain"]):
+        said = fit("test", "--model.pooling", "adaptive", "--ckpt_path", "last", *wrong)
+        assert "another model" in said or "adaptive goes with" in said, wrong
+    assert "pooling was 'adaptive' and is 'exact'" in fit("test", "--ckpt_path", "last")
+    assert "--scales: 9 is not among the model's 16, 4, 1" in fit("test", "--ckpt_path", "last", "--scales", "[9]")
+    assert fit("test", "--model.pooling", "adaptive", "--ckpt_path", "last", "--scales", "[4]") is None
+    figures = json.loads((instruction_set / "runs/version_0/accuracy_tokens.json").read_text())
+    assert [row["scale"] for row in figures["scales"]] == ["4"]
+
+
+def test_other_scales_of_exact_pooling_are_told(fit, capsys):
+    assert fit() is None
+    with pytest.warns(UserWarning, match=r"not as the checkpoint was trained: scales was \[16, 4, 1\] and is \[4, 1\]"):
+        assert fit("test", "--ckpt_path", "last", "--model.scales", "[4,1]") is None
