@@ -88,7 +88,7 @@ class Conversation:
             media: Its images and videos, in order; None: all of them are still images.
 
         Raises:
-            RecordError: The text holds a special token, or the template drops a turn.
+            RecordError: The text holds a special token, or the template drops a turn or fails on it.
         """
         made, shown = Encoded(), iter([[""]] * len(record.media) if media is None else media)
         answers = [turn.text for turn in record.turns if turn.role == "assistant"]
@@ -169,8 +169,10 @@ class Conversation:
         ]
         try:
             text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
-        except TemplateError as error:
-            raise RecordError(where, "chat template", f"{error}") from None
+        except Exception as error:  # a template is a program: besides Jinja's own errors it may raise any other
+            kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+            detail = f"{kind}{error} (in the template of {self.tokenizer.name_or_path or 'the tokenizer'})"
+            raise RecordError(where, "chat template", detail) from None
         if system and system not in text:
             raise RecordError(where, "chat template", "it leaves the system message out")
         return text

@@ -227,3 +227,24 @@ def test_a_template_without_room_for_a_system_message_is_refused():
         Conversation(byte_level(raising)).encode(
             Record("a", (), (Turn("user", "b"), Turn("assistant", "c")), "w", "be brief")
         )
+
+
+FAILING = {
+    "{{ 1 // (messages | length - 3) }}": "ZeroDivisionError: ",
+    "{{ 'a' + 1 if messages | length == 3 }}": "TypeError: ",
+    "{{ 'ten' | round if messages | length == 3 }}": "TypeError: ",
+    "{{ 2.0 ** 10000 if messages | length == 3 }}": "OverflowError: ",
+    "{{ '%d' | format('ten') if messages | length == 3 }}": "TypeError: ",
+    "{{ 'a'.index('b') if messages | length == 3 }}": "ValueError: ",
+    "{{ {}.popitem() if messages | length == 3 }}": "",
+    "{{ messages[5].content.text if messages | length == 3 }}": "",
+}
+
+
+@pytest.mark.parametrize(("fault", "found"), FAILING.items())
+def test_whatever_a_template_raises_names_record_and_tokenizer(fault, found):
+    tokenizer = byte_level(fault + TEMPLATES["bare"])
+    tokenizer.name_or_path = "folder/of/it"
+    turns = (Turn("user", "b"), Turn("assistant", "c"))
+    with pytest.raises(RecordError, match=rf"set.json, record 0: chat template: {found}.*template of folder/of/it"):
+        Conversation(tokenizer).encode(Record("a", (), turns, "set.json, record 0", "be brief"))
