@@ -245,7 +245,7 @@ def newest_checkpoint(root: Path, asked: str = "last") -> Path:
     Raises:
         FileNotFoundError: There is none.
     """
-    folders = [folder for depth in ("", "*/", "*/*/") for folder in root.glob(f"{depth}checkpoints")]
+    folders = [root, *(folder for depth in ("", "*/", "*/*/") for folder in root.glob(f"{depth}checkpoints"))]
     found = sorted(
         (folder / "last.ckpt" for folder in folders), key=lambda file: file.exists() and file.stat().st_mtime
     )
@@ -260,6 +260,7 @@ def best_beside(last: Path) -> Path:
     Raises:
         FileNotFoundError: It monitored nothing, or the file is gone.
     """
+    check_readable(last)
     states = {} if last.is_dir() else torch.load(last, weights_only=True, mmap=True, map_location="cpu")["callbacks"]
     paths = [Path(state["best_model_path"]) for state in states.values() if state.get("best_model_score") is not None]
     here = [last.parent / path.name for path in paths]

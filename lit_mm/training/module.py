@@ -308,6 +308,20 @@ class LitMatryoshka(LightningModule):
         named = {name: getattr(self, name) for name in ("scales", "time_scales", "sampling", "pooling")}
         return named | {"chat template": self.tokenizer.chat_template}
 
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """As torch's, with a shorter word about what does not fit.
+
+        Raises:
+            ValueError: The weights are another model's.
+        """
+        try:
+            return super().load_state_dict(*arguments, **options)
+        except RuntimeError as error:
+            lines = [f"{line.strip():.300}" for line in str(error).splitlines()]
+            said = lines[1:] or lines  # the first of several names only the class
+            more = f" (and {len(said) - 3} more)" if len(said) > 3 else ""
+            raise ValueError(f"--ckpt_path: the checkpoint is of another model: {' '.join(said[:3])}{more}") from None
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from the checkpoint's place; what is judged there is logged at its last step.
 

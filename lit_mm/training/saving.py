@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import zipfile
 from collections.abc import Sequence
@@ -55,12 +56,15 @@ def check_room(folder: Path, parameters: Sequence[Tensor]) -> None:
 
 
 def check_readable(path: Path) -> None:
-    """Whether a checkpoint of one file is whole.
+    """Whether a checkpoint of one file is whole, and a run's.
 
     Raises:
-        ValueError: It is not; the message names the others of its folder, newest first.
+        ValueError: It is not; of one cut short, the message names the others of its folder, newest first.
     """
-    if path.is_dir() or zipfile.is_zipfile(path):
+    if path.is_dir():
+        return
+    if zipfile.is_zipfile(path):
+        check_content(path)
         return
     others = [
         file for file in path.parent.glob("*.ckpt") if file != path and (file.is_dir() or zipfile.is_zipfile(file))
@@ -68,3 +72,19 @@ def check_readable(path: Path) -> None:
     newest = sorted(others, key=lambda file: file.stat().st_mtime, reverse=True)
     offered = f"; whole ones beside it, newest first: {', '.join(map(str, newest))}" if newest else ""
     raise ValueError(f"--ckpt_path: {path} ({path.stat().st_size} bytes) is no whole checkpoint{offered}")
+
+
+def check_content(path: Path) -> None:
+    """Whether a file that is whole is a checkpoint, without running what is pickled in it.
+
+    Raises:
+        ValueError: It holds something else.
+    """
+    try:
+        saved = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except pickle.UnpicklingError:
+        raise ValueError(f"--ckpt_path: {path} holds more than tensors (pickled code), which is not loaded") from None
+    except RuntimeError as error:
+        raise ValueError(f"--ckpt_path: {path} is no checkpoint: {str(error).splitlines()[0]}") from None
+    if not isinstance(saved, dict) or "state_dict" not in saved:
+        raise ValueError(f"--ckpt_path: {path} is no checkpoint of a run; --model.init_from takes weights alone")

@@ -89,7 +89,7 @@ def test_an_interrupted_save_leaves_the_checkpoint_before(tmp_path, monkeypatch)
 @pytest.mark.parametrize("kept", [0, 100, 0.5])
 def test_a_checkpoint_cut_short_is_named_and_others_offered(tmp_path, kept):
     for name in ("step=1.ckpt", "last.ckpt"):
-        WholeFiles().save_checkpoint({"weights": torch.zeros(1000)}, tmp_path / name)
+        WholeFiles().save_checkpoint({"state_dict": {"weight": torch.zeros(1000)}}, tmp_path / name)
     check_readable(tmp_path / "last.ckpt")
     whole = (tmp_path / "last.ckpt").read_bytes()
     (tmp_path / "last.ckpt").write_bytes(whole[: int(kept if kept != 0.5 else len(whole) / 2)])
@@ -138,3 +138,24 @@ def test_other_scales_of_exact_pooling_are_told(fit, capsys):
     assert fit() is None
     with pytest.warns(UserWarning, match=r"not as the checkpoint was trained: scales was \[16, 4, 1\] and is \[4, 1\]"):
         assert fit("test", "--ckpt_path", "last", "--model.scales", "[4,1]") is None
+
+
+class Code:
+    """What weights_only does not load."""
+
+
+def test_what_is_no_checkpoint_of_this_model_is_refused_in_one_line(fit, instruction_set):
+    assert fit() is None
+    last = instruction_set / "runs/version_0/checkpoints/last.ckpt"
+    wrong = {"code.ckpt": {"state_dict": {}, "more": Code()}, "weights.ckpt": {"weight": torch.zeros(2)}}
+    for name, content in wrong.items():
+        torch.save(content, instruction_set / name)
+    said = {name: fit("test", "--ckpt_path", name) for name in wrong}
+    assert "code.ckpt holds more than tensors" in said["code.ckpt"]
+    assert "no checkpoint of a run; --model.init_from" in said["weights.ckpt"]
+    said["other"] = fit("test", "--ckpt_path", str(last.parent), "--model.llm.sizes.intermediate_size", "40")
+    assert "the checkpoint is of another model: size mismatch for vlm.llm" in said["other"]
+    torch.save({"state_dict": {}, "callbacks": Code()}, last)
+    said["best"] = fit("test", "--ckpt_path", "best")
+    assert "last.ckpt holds more than tensors" in said["best"]
+    assert all("\n" not in each for each in said.values())
