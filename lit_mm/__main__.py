@@ -42,25 +42,38 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(arguments: list[str]) -> None:
-    """Hand over to the verb; what this package itself refuses ends in its message alone, Ctrl-C with status 130."""
+    """Hand over to the verb. What a user can mend ends in its message alone, Ctrl-C with status 130."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not the user's
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     try:
         start(arguments)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-        if not Path(raised_in).is_relative_to(Path(__file__).parent):
+    except (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException) as error:
+        if os.environ.get("LIT_MM_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}")
-    except MisconfigurationException as error:
-        sys.exit(f"error: {error}")
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        ours = Path(raised_in).is_relative_to(Path(__file__).parent)
+        hint = "" if ours else "\n(LIT_MM_TRACEBACK=1 shows where it comes from)"
+        sys.exit(f"error: {tidy(str(error))}{hint}")
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # of which Lightning makes a status of 1
             sys.exit(INTERRUPTED)
         raise
+
+
+def tidy(message: str) -> str:
+    """An error of jsonargparse without its talk of types: of a value that fits no choice, what each choice says."""
+    if "Does not validate against any of the Union subtypes" not in message:
+        return message
+    head = message.split("Does not validate", 1)[0].strip()
+    said = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    nothing = ("Expected a <class 'NoneType'>", "Does not validate", "Subtypes:", "Errors:", "Given value")
+    kept = [line for line in said if line and not line.startswith(nothing) and line != head]
+    whole = ("Given value: Namespace(", "Given value: NestedArg(", "Given value: {")  # what it is part of
+    given = [line for line in said if line.startswith("Given value:") and not line.startswith(whole)]
+    return "\n  ".join([head, *dict.fromkeys(kept), *given[:1]]).strip()
 
 
 def start(arguments: list[str]) -> None:

@@ -6,12 +6,18 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import re
 import shutil
+import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
+import yaml
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -20,25 +26,87 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_mm.__main__ import tidy
 from lit_mm.callbacks.advice import MemoryAdvice
 from lit_mm.callbacks.predictions import AnswerWriter
 from lit_mm.callbacks.progress import Progress
 from lit_mm.callbacks.skipped import SkippedRecords
 from lit_mm.callbacks.stopping import StopBetweenBatches
 from lit_mm.callbacks.token_efficiency import TokenEfficiency
-from lit_mm.data import clips, easy_vqa  # noqa: F401 (known to --data by their short names)
+from lit_mm.data.clips import VideoShapes
+from lit_mm.data.datamodules import ImageInstructions, VideoInstructions
+from lit_mm.data.easy_vqa import EasyVQA
 from lit_mm.training import strategies  # noqa: F401 (likewise to --trainer.strategy)
 from lit_mm.training.checkpoints import SHARDED, InitFrom, check_new, export, start_from
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.saving import WholeFiles, check_readable, check_room
 
 PROGRAM = "python -m lit_mm"
+DATA_MODULES = ImageInstructions, VideoInstructions, EasyVQA, VideoShapes  # known to --data by their short names
 warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # what is frozen, on purpose
 
 
 def usage(verb: str) -> str:
     """One line instead of the ninety that argparse would print with every error."""
     return f"{PROGRAM} {verb} --config FILE [--config FILE …] [--ckpt_path last | FILE] [--FIELD VALUE …]"
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's, with errors that say which file and which key, and the nearest one that there is."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with the message."""
+        if self.exit_on_error:  # not a parser that only tries one type out
+            key = re.search(r"(?:does not accept option|Option|Unrecognized arguments?:?) '?(?:--)?([\w.]+)'?", message)
+            known = getattr(getattr(ex, "subcommand_parser", None) or self, "_actions", [])
+            message = tidy(message) + (nearest(key[1], {action.dest for action in known}) if key else "")
+        super().error(message, ex)
+
+
+def nearest(key: str, known: set[str]) -> str:
+    """Which of the config files holds a key, and what it might be meant to be."""
+    last = key.rpartition(".")[2]
+    fields = {name for kind in DATA_MODULES for name in inspect.signature(kind).parameters}
+    files = [file for file in config_files(sys.argv) if f"{last}:" in Path(file).read_text(encoding="utf-8")]
+    close = difflib.get_close_matches(key, known | fields, 1, 0.75) or difflib.get_close_matches(last, fields, 1, 0.6)
+    where = f"\n  it stands in {', '.join(files)}" if files else ""
+    return f"{where}\n  did you mean {close[0]}?" if close else where
+
+
+def config_files(arguments: Sequence[str]) -> list[str]:
+    """The files that are given as --config and can be read."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    named = [
+        following if own in ("--config", "-c") else own.partition("=")[2]
+        for own, following in pairs
+        if own in ("--config", "-c") or own.startswith("--config=")
+    ]
+    return [file for file in named if Path(file).is_file()]
+
+
+class _Unique(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would take the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(f"line {node.start_mark.line + 1}: the key {twice[0]} stands twice")
+        return super().construct_mapping(node, deep)
+
+
+def check_configs(arguments: Sequence[str]) -> None:
+    """Whether the config files are YAML without double keys.
+
+    Raises:
+        ValueError: One is not; the message names the file and the line.
+    """
+    for file in config_files(arguments):
+        try:
+            found = yaml.load(Path(file).read_text(encoding="utf-8"), _Unique)
+        except (yaml.YAMLError, ValueError) as error:
+            raise ValueError(f"--config {file}: {' '.join(str(error).split())}") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"--config {file}: expected keys and values such as `model:`, found {found!r:.60}")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -119,10 +187,12 @@ class LitMMCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
 
     def __init__(self, args: list[str] | None = None) -> None:
+        check_configs(sys.argv if args is None else args)
         super().__init__(
             LitMatryoshka,
             LightningDataModule,
             trainer_class=LitMMTrainer,
+            parser_class=Parser,
             subclass_mode_data=True,
             args=args,
             save_config_callback=SaveConfig,

@@ -155,12 +155,50 @@ def test_printed_config_round_trips_and_overlays_win(run, experiment, tmp_path):
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--ckpt_path", "nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
         (["--ckpt_path", "last"], "run fit first"),
+        (["--data.batch_size", "0"], "error: data.batch_size: expected a positive number, found 0\n"),
+        (["--data.batch_size", "many"], "Expected a <class 'int'>\n  Given value: many"),
+        (["--data.num_workers", "-1"], "data.num_workers: expected 0 or more, found -1"),
+        (["--data.batchsize", "4"], "did you mean batch_size?"),
+        (["--model.llm.tokenizer", "tests"], "llm: tests"),
+        (["--model.llm.tokenizer", "./tests"], "expected a folder with a tokenizer, found ["),
+        (["--model.parts.llm.lora", "{rank: 0}"], "parts.llm.lora.rank: expected a positive number, found 0"),
+        (["--model.encoder.overrides", "{dims: [8, 8]}"], "encoder.backbone convnext_atto with"),
+        (["--model.init_from", "README.md"], "README.md is no checkpoint"),
+        (["--trainer.strategy", "fsdpx"], "LIT_MM_TRACEBACK=1"),
     ],
 )
 def test_mistakes_end_in_one_message(run, experiment, arguments, message):
     failed, _, error = run("fit", *experiment, *arguments)
     assert failed
     assert message in error
+    assert "Traceback" not in error and "Namespace(" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model:\n  scales: [16]\n  scales: [4]\n", "line 2: the key scales stands twice"),
+        ("model:\n  scales: [16, 4\n", "line"),
+        ("", "expected keys and values such as `model:`, found None"),
+        ("- a\n", "found ['a']"),
+    ],
+)
+def test_a_broken_config_is_named_with_its_fault(run, experiment, tmp_path, text, said):
+    (tmp_path / "overlay.yaml").write_text(text)
+    failed, _, error = run("fit", *experiment, "--config", str(tmp_path / "overlay.yaml"))
+    assert failed
+    assert f"--config {tmp_path / 'overlay.yaml'}: " in error
+    assert said in error
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"), [("model: {scale: [16]}", "model.scales"), ("data: {init_args: {batchsize: 4}}", "batch_size")]
+)
+def test_a_wrong_key_names_its_file_and_the_nearest_right_one(run, experiment, tmp_path, text, meant):
+    (tmp_path / "overlay.yaml").write_text(text)
+    failed, _, error = run("fit", *experiment, "--config", str(tmp_path / "overlay.yaml"))
+    assert failed
+    assert f"it stands in {tmp_path / 'overlay.yaml'}\n  did you mean {meant}?" in error
 
 
 def test_wrong_key_in_the_yaml_is_named(run, experiment, tmp_path):

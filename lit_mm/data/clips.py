@@ -4,7 +4,7 @@ A clip is eight frames of 32×32 pixels: on white a shape moves, leaves the pict
 comes back on the other, and takes four colors one after the other, in a circle that begins
 anywhere; over it a black dot flashes, each time in one frame.
     "in which direction does the circle move?"     left, right, up or down
-    "which color comes after red?"                "blue"
+    "which colour comes after red?"                "blue"
     "how many times does the dot appear?"          1, 2, 3 or 4
 
 No single frame tells. Where the shape is says nothing of where it goes, as the picture has no border
@@ -202,12 +202,12 @@ def make_clip(split: str, number: int, seed: int = 0) -> Clip:
     seen = rng.choice(patterns(rng.randint(1, 4)))
     dot = Figure("black", "dot", shown([_inside(rng)] * FRAMES, seen))
     figures = [Figure(colors[i], shape, shown(places, [now == i for now in ORDER])) for i in range(4)]
-    questions = [(f"which color comes after {colors[i]}?", colors[(i + 1) % 4]) for i in rng.sample(range(4), 2)]
+    questions = [(f"which colour comes after {colors[i]}?", colors[(i + 1) % 4]) for i in rng.sample(range(4), 2)]
     questions.append((f"in which direction does the {shape} move?", direction))
     questions.append(("how many times does the dot appear?", str(appearances(seen))))
     captions = [
         (f"where is the {shape} in each frame?", " ".join(map(cell, places))),
-        (f"which color has the {shape} in each frame?", " ".join(colors[now] for now in ORDER)),
+        (f"which colour has the {shape} in each frame?", " ".join(colors[now] for now in ORDER)),
         ("how often did the dot appear up to each frame?", " ".join(map(str, accumulate(map(int, begins(seen)))))),
     ]
     return Clip((*figures, dot), tuple(rng.sample(questions, 4)), tuple(rng.sample(captions, 3)))

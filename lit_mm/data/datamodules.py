@@ -111,6 +111,8 @@ class ImageInstructions(LightningDataModule):
         for name, value in (limits | {"eval_batch_size": eval_batch_size}).items():
             if value is not None and value < 1:
                 raise ValueError(f"data.{name}: expected a positive number, found {value}")
+        if num_workers < 0:
+            raise ValueError(f"data.num_workers: expected 0 or more, found {num_workers}")
         if not any(limits.values()):
             raise ValueError(f"data: set one of {', '.join(limits)}, or nothing ends a batch")
         self.inputs, self.budget = inputs, Budget(*limits.values())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import sentencepiece
 from tokenizers import models
@@ -53,7 +54,12 @@ def load_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:
     if llm.tokenizer is None and is_config_class(llm.source):
         raise ValueError(f"llm.source {llm.source} is a random model: set llm.tokenizer too")
     tokenizer = from_source(AutoTokenizer, llm.tokenizer or llm.source)
-    rank_merges(tokenizer)
+    if file := model_file(tokenizer):
+        config = file.with_name("tokenizer_config.json")
+        if not config.is_file() or "legacy" not in json.loads(config.read_text(encoding="utf-8")):
+            # transformers 4, which such folders are from, took True
+            tokenizer = from_source(AutoTokenizer, llm.tokenizer or llm.source, legacy=True)
+        rank_merges(tokenizer)
     if llm.template != "own":
         tokenizer.chat_template = TEMPLATES[llm.template]
     if not tokenizer.chat_template:
@@ -64,18 +70,21 @@ def load_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def model_file(tokenizer: PreTrainedTokenizerBase) -> Path | None:
+    """The `tokenizer.model` that transformers made a tokenizer of, if there was no `tokenizer.json`."""
+    file = Path(str(tokenizer.init_kwargs.get("vocab_file")))
+    is_bpe = isinstance(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), models.BPE)
+    alone = file.suffix == ".model" and file.is_file() and not file.with_name("tokenizer.json").is_file()
+    return file if is_bpe and alone else None
+
+
 def rank_merges(tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a tokenizer that transformers made of a `tokenizer.model` the merges in SentencePiece's order.
 
     transformers 5 ranks merges by the id of what they make, which puts runs of spaces first: "x  y" would
     become `▁x ▁▁ y` where SentencePiece, which goes by the pieces' scores, has `▁x ▁ ▁y`.
     """
-    file = Path(str(tokenizer.init_kwargs.get("vocab_file")))
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if file.suffix != ".model" or file.with_name("tokenizer.json").is_file() or not file.is_file():
-        return
-    if not isinstance(getattr(backend, "model", None), models.BPE):
-        return
+    file, backend = model_file(tokenizer), cast(Any, tokenizer).backend_tokenizer
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
     scores = {pieces.id_to_piece(number): pieces.get_score(number) for number in range(len(pieces))}
     ids = {piece: number for number, piece in enumerate(scores)}
@@ -87,5 +96,9 @@ def rank_merges(tokenizer: PreTrainedTokenizerBase) -> None:
     )
     vocabulary = backend.get_vocab(with_added_tokens=False)
     backend.model = models.BPE(
-        vocabulary, [(left, right) for *_, left, right in merges], fuse_unk=True, byte_fallback=True
+        vocabulary,
+        [(left, right) for *_, left, right in merges],
+        unk_token=str(tokenizer.unk_token),
+        fuse_unk=True,
+        byte_fallback="<0x00>" in ids,
     )

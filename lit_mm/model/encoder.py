@@ -160,7 +160,7 @@ def create_trunk(backbone: str, pretrained: bool, keywords: dict[str, Any]) -> A
     weights = pretrained and torch.get_default_device().type != "meta"
     try:
         return timm.create_model(backbone, pretrained=weights, num_classes=0, **keywords)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"encoder.backbone {backbone} with {keywords}: {error}") from error
 
 

@@ -175,7 +175,12 @@ def _random_config(llm: LLM, tokenizer: PreTrainedTokenizerBase) -> transformers
             f"llm.sizes: {llm.source} does not know {unknown or 'a model without sizes'}; it knows {sorted(known)}"
         )
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return kind(**{"vocab_size": len(tokenizer), **ids, **llm.sizes})
+    try:
+        return kind(**{"vocab_size": len(tokenizer), **ids, **llm.sizes})
+    except Exception as error:  # transformers' own checks, of several kinds
+        raise ValueError(
+            f"llm.sizes: {llm.source} refuses {llm.sizes}: {str(error).splitlines()[-1].strip()}"
+        ) from error
 
 
 def from_source(kind: Any, source: str, **options: Any) -> Any:
@@ -184,12 +189,22 @@ def from_source(kind: Any, source: str, **options: Any) -> Any:
     Raises:
         FileNotFoundError: There is none; transformers has many ways to say so.
     """
+    location = _location(source)
     try:
-        return kind.from_pretrained(**_location(source), **options)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise FileNotFoundError(f"llm: {source}: {str(error).splitlines()[0]}") from error
+        return kind.from_pretrained(**location, **options)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        if Path(location["pretrained_model_name_or_path"]).is_dir():
+            found = sorted(file.name for file in Path(location["pretrained_model_name_or_path"]).iterdir())[:8]
+            what = "a tokenizer" if "Tokenizer" in kind.__name__ else "a model"
+            raise FileNotFoundError(
+                f"llm: {source}: expected a folder with {what}, found {found or 'nothing'}"
+            ) from error
+        raise FileNotFoundError(
+            f"llm: {source}: {str(error).splitlines()[0]}\n  Where there is a network, `hf download {source}` fetches "
+            "it into the cache (HF_HOME), or `--local-dir FOLDER` into a folder that the config can name instead"
+        ) from error
 
 
 def _location(source: str) -> dict[str, str]:

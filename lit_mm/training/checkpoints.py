@@ -164,6 +164,8 @@ def _of_checkpoint(path: Path) -> dict[str, Callable[[], Tensor]]:
         loaded = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError:
         raise ValueError(f"{path} holds more than tensors (pickled code), which is not loaded") from None
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is no checkpoint: {str(error).splitlines()[0]}") from None
     state = loaded.get("state_dict", loaded)
     tensors: dict[str, Callable[[], Tensor]] = {
         name.removeprefix("vlm."): partial(state.__getitem__, name) for name in state

@@ -37,6 +37,10 @@ class LoRA:
     dropout: float = 0.05
     targets: list[str] | Literal["all-linear"] = "all-linear"
 
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"parts.llm.lora.rank: expected a positive number, found {self.rank}")
+
 
 @dataclass
 class Part:

@@ -58,7 +58,7 @@ def everything(count, split="train", seed=0):
 
 
 def kind(question):
-    return question.split()[0]  # in which direction, how many times, which color
+    return question.split()[0]  # in which direction, how many times, which colour
 
 
 def test_records_are_llava_json(root, written):

@@ -128,7 +128,7 @@ def test_time_scales_come_with_the_batch(make):
     data.setup("fit")
     for batch in data.train_dataloader():
         assert len(batch.time_scale) == len(batch.input_ids)
-        assert [len(sets.number) for sets in batch.images.frame_sets] == [len(batch.images.order)] * 2
+        assert [len(sets.index) for sets in batch.images.frame_sets] == [len(batch.images.order)] * 2
     kinds = {int(kept.min()) for batch in data.train_dataloader() for kept in batch.time_scale}
     assert kinds == {-1, 1}  # of four frames two begin no set; images and text stand at every time scale
 

@@ -23,7 +23,8 @@ def folder_of(path, model, legacy=False):
     """As lmsys/vicuna-7b-v1.5: a tokenizer.model without a tokenizer.json."""
     path.mkdir(exist_ok=True)
     shutil.copy(model, path / "tokenizer.model")
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": legacy}
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    special |= {} if legacy is None else {"legacy": legacy}
     (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **special}))
     (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return str(path)
@@ -59,6 +60,14 @@ def test_a_prompt_is_the_beginning_of_what_was_trained_on(legacy, tmp_path):
             assert conversation.prompt(asked).ids == case["input_ids"][:first]
 
 
+def test_a_folder_that_says_nothing_of_legacy_is_as_transformers_4_took_it(tmp_path):
+    source = folder_of(tmp_path / "vicuna", FIXTURES / "llama_tokenizer.model", legacy=None)
+    conversation = Conversation(load_tokenizer(LLM(source, template="vicuna_v1")))
+    for case in AUTHORS:
+        if case["template"] == "vicuna_v1" and case["legacy"]:
+            assert encoded(case, conversation).ids == case["input_ids"]
+
+
 def test_one_space_follows_bos():
     """`<s> ▁A ▁chat`, as LLaVA, M3 and ConvLLaVA have it."""
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(FIXTURES / "llama_tokenizer.model"))
@@ -66,6 +75,21 @@ def test_one_space_follows_bos():
         if case["template"] == "vicuna_v1":
             assert pieces.decode(case["input_ids"][1:20]).startswith("A chat")
             assert pieces.id_to_piece(case["input_ids"][:2]) == ["<s>", "▁A"]
+
+
+def test_what_a_model_without_bytes_does_not_know_is_unk(tmp_path):
+    (tmp_path / "corpus.txt").write_text("a b c\nabc cab bca\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"),
+        model_prefix=str(tmp_path / "made"),
+        vocab_size=12,
+        model_type="bpe",
+        minloglevel=2,
+    )
+    expected = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "made.model")).encode("a 日 b")
+    tokenizer = load_tokenizer(LLM(folder_of(tmp_path / "llm", tmp_path / "made.model"), template="vicuna_v1"))
+    assert tokenizer.unk_token_id in expected
+    assert tokenizer.encode("a 日 b", add_special_tokens=False) == expected
 
 
 SPACED = [
