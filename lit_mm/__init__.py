@@ -18,7 +18,7 @@ _HOMES = {
     "EasyVQA": "data.easy_vqa",
     "ImageInstructions": "data.datamodules",
     "ImageOptions": "data.images",
-    "Subset": "data.sets",
+    "Subset": "data.dataset",
     "VideoShapes": "data.clips",
     "VideoInstructions": "data.datamodules",
     "VideoOptions": "data.video",

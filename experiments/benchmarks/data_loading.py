@@ -41,10 +41,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from lit_mm.data.batching import Budget, RecordSizes, fill
 from lit_mm.data.datamodules import ImageInstructions, VideoInstructions
+from lit_mm.data.dataset import ModelInputs
 from lit_mm.data.images import ImageFile, ImageOptions, to_pixels
-from lit_mm.data.sets import ModelInputs
+from lit_mm.data.sampler import Budget, RecordSizes, fill
 from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.data.video import Video, VideoOptions
 from lit_mm.model.llm import LLM

@@ -47,7 +47,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lit_mm.data.batching import group_by_size
+from lit_mm.data.collate import group_by_size
 from lit_mm.model.attention import NAME, Attention, FlexLayout
 from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch
 from lit_mm.model.encoder import ConvNeXtEncoder, ExtraStage

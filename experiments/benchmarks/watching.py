@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lit_mm.callbacks.token_efficiency import TokenEfficiency
 from lit_mm.costs.devices import device_name, versions
-from lit_mm.data import batching
+from lit_mm.data import collate
 from lit_mm.data.easy_vqa import EasyVQA
 from lit_mm.profile.experiment import read_model
 from lit_mm.training.module import LitMatryoshka
@@ -121,9 +121,9 @@ def main() -> None:
         for repetition in range(options.repetitions):
             for kind in sorted(seconds, reverse=bool(repetition % 2)):
                 callback, spent = watched()
-                counting, batching.counts_of = batching.counts_of, spent.timed("counting", batching.counts_of)
+                counting, collate.counts_of = collate.counts_of, spent.timed("counting", collate.counts_of)
                 seconds[kind] += once(callbacks=[callback] if kind == "with" else [])
-                batching.counts_of = counting
+                collate.counts_of = counting
                 for name, total in spent.seconds.items():
                     hooks[name].append(total / options.steps)
     report(seconds, hooks, options)

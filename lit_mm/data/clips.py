@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from lit_mm.data.datamodules import VideoInstructions
+from lit_mm.data.dataset import ModelInputs
 from lit_mm.data.images import ImageOptions
-from lit_mm.data.sets import ModelInputs
 from lit_mm.data.video import VideoOptions
 
 SIZE, FRAMES, FPS = 32, 8, 4

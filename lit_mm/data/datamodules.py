@@ -1,7 +1,7 @@
 """DataModules: instruction sets -> batches for fit, validate, test and predict.
 
     file --sources--> item --records--> Record --conversation--> ids, targets --\\
-    image and video files --media--> uint8 pixels ------------------------------> Sample --batching--> Batch
+    image and video files --media--> uint8 pixels ------------------------------> Sample --collate--> Batch
 
 A table beside each file (`index`) tells which records are usable and what each costs; records are
 parsed, encoded and decoded when their turn comes.
@@ -20,22 +20,15 @@ import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_mm.data.batching import (
-    Batches,
-    BatchPlans,
-    Budget,
-    Choice,
-    LoadedBatch,
-    ResumableLoader,
-    Sizes,
-    leave_signals_to_the_trainer,
-)
-from lit_mm.data.conversation import Conversation
+from lit_mm.data.chat import Conversation
+from lit_mm.data.collate import Batches, LoadedBatch
+from lit_mm.data.dataset import InstructionSet, Mixture, ModelInputs, Reader, Split, Subset, shares_of
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.index import Index, index_of
+from lit_mm.data.loader import ResumableLoader, leave_signals_to_the_trainer
 from lit_mm.data.media import MediaFolder
 from lit_mm.data.records import BadRecords
-from lit_mm.data.sets import InstructionSet, Mixture, ModelInputs, Reader, Split, Subset, shares_of
+from lit_mm.data.sampler import BatchPlans, Budget, Choice, Sizes
 from lit_mm.data.sources import Source, open_source
 from lit_mm.data.video import VideoOptions
 

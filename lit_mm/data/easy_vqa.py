@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_mm.data.datamodules import ImageInstructions
+from lit_mm.data.dataset import ModelInputs
 from lit_mm.data.images import ImageOptions
-from lit_mm.data.sets import ModelInputs
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")

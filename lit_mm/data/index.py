@@ -20,8 +20,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
-from lit_mm.data.batching import RecordSizes
 from lit_mm.data.records import BadRecords, RecordError
+from lit_mm.data.sampler import RecordSizes
 
 VERSION = 3
 """Of the table's layout: a table of another version is made anew."""

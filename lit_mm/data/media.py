@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_mm.data.batching import Visual
+from lit_mm.data.collate import Visual
 from lit_mm.data.images import ImageFile, ImageOptions, to_pixels
 from lit_mm.data.records import Media, Record, RecordError
 from lit_mm.data.video import Video, VideoOptions

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from lit_mm.data.batching import Sample, Visual, collate
+from lit_mm.data.collate import Sample, Visual, collate
 from lit_mm.model.attention import Attention, BranchLayout, Layout
 from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch
 from lit_mm.model.packing import Packing, pack

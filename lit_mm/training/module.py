@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lit_mm.costs.flops import Costs
-from lit_mm.data.conversation import Conversation
-from lit_mm.data.sets import ModelInputs
+from lit_mm.data.chat import Conversation
+from lit_mm.data.dataset import ModelInputs
 from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.evaluation.metrics import AnswerAccuracy
 from lit_mm.evaluation.pictures import print_whole

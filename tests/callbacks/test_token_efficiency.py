@@ -26,8 +26,8 @@ from lit_mm.costs.devices import PeakMemory
 from lit_mm.costs.flops import Costs
 from lit_mm.costs.timing import Stopwatch
 from lit_mm.data.datamodules import ImageInstructions
+from lit_mm.data.dataset import InstructionSet
 from lit_mm.data.images import ImageOptions
-from lit_mm.data.sets import InstructionSet
 from lit_mm.model.attention import NAME
 from lit_mm.training.parts import PARTS
 from tests.conftest import instruction_set as made_set

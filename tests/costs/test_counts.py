@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lit_mm.costs.counts import counts_of
-from lit_mm.data.batching import Sample, Visual, collate
+from lit_mm.data.collate import Sample, Visual, collate
 from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Question
 from tests.model import test_time_scales as video
 from tests.model.test_rows import SCALES, packed, random_samples

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lit_mm.data.datamodules import ImageInstructions
+from lit_mm.data.dataset import ModelInputs
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.records import RecordError
-from lit_mm.data.sets import ModelInputs
 from lit_mm.model.batch import IMAGE
 from tests.conftest import conversation, draw
 

@@ -13,9 +13,9 @@ from datasets import Dataset as HFDataset
 from PIL import Image
 
 from lit_mm.data.datamodules import ImageInstructions, VideoInstructions
+from lit_mm.data.dataset import ModelInputs, Reader, Subset, shares_of
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.records import RecordError
-from lit_mm.data.sets import ModelInputs, Reader, Subset, shares_of
 from lit_mm.data.video import VideoOptions
 from lit_mm.model.batch import IMAGE
 from tests.conftest import ROOT, conversation, draw
@@ -390,7 +390,7 @@ def test_a_program_without_a_trainer_ends_at_once(sets):
 import time
 
 from lit_mm.data.datamodules import ImageInstructions
-from lit_mm.data.sets import ModelInputs
+from lit_mm.data.dataset import ModelInputs
 from lit_mm.data.tokenizer import load_tokenizer
 from tests.conftest import tiny_llm
 inputs = ModelInputs(load_tokenizer(tiny_llm()), 16, [16, 4, 1], (0, 0, 0))

@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from lit_mm.data.conversation import Conversation
+from lit_mm.data.chat import Conversation
 from lit_mm.data.records import image_first, parse
 from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.model.llm import LLM

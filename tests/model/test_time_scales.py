@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from lit_mm.data.batching import group_by_size
+from lit_mm.data.collate import group_by_size
 from lit_mm.inference.generation import generate
 from lit_mm.model.attention import NAME
 from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch, Question

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from lit_mm.data.batching import group_by_size
+from lit_mm.data.collate import group_by_size
 from lit_mm.inference.generation import generate
 from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch, Images, Question
 from tests.conftest import tiny_vlm, tiny_vlm64

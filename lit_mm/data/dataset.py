@@ -14,11 +14,12 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lit_mm.data.batching import Budget, RecordSizes, Sample, ScaleDraw, epoch_order
-from lit_mm.data.conversation import Conversation, Encoded
+from lit_mm.data.chat import Conversation, Encoded
+from lit_mm.data.collate import Sample
 from lit_mm.data.index import Index, costs_of
 from lit_mm.data.media import MediaFolder, Shown
 from lit_mm.data.records import MARKERS, ItemFormat, Record, RecordError, image_first, parse
+from lit_mm.data.sampler import Budget, RecordSizes, ScaleDraw, epoch_order
 from lit_mm.data.sources import FileFormat, Source
 from lit_mm.model.attention import Attention
 from lit_mm.model.batch import IMAGE, Question

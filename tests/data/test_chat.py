@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lit_mm.data.conversation import Conversation
+from lit_mm.data.chat import Conversation
 from lit_mm.data.records import Media, Record, RecordError, Turn
 from lit_mm.data.tokenizer import TEMPLATES, load_tokenizer
 from lit_mm.model.batch import IGNORE_INDEX, IMAGE

@@ -9,24 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from lit_mm.data.batching import (
-    Batches,
-    BatchPlan,
-    BatchPlans,
-    Budget,
-    RecordSizes,
-    ResumableLoader,
-    Sample,
-    ScaleDraw,
-    Visual,
-    collate,
-    epoch_order,
-    frames_in_sets,
-    group_by_size,
-)
-from lit_mm.data.conversation import Encoded
+from lit_mm.data.chat import Encoded
+from lit_mm.data.collate import Batches, Sample, Visual, collate, frames_in_sets, group_by_size
+from lit_mm.data.dataset import positions
+from lit_mm.data.loader import ResumableLoader
 from lit_mm.data.records import RecordError
-from lit_mm.data.sets import positions
+from lit_mm.data.sampler import BatchPlan, BatchPlans, Budget, RecordSizes, ScaleDraw, epoch_order
 from lit_mm.model.batch import IMAGE, Question
 from lit_mm.model.scales import coarsest_time_scale, set_starts
 

@@ -1,0 +1,171 @@
+"""Samples -> one packed batch."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence, Sized
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lit_mm.costs.counts import counts_of
+from lit_mm.data.records import RecordError
+from lit_mm.data.sampler import BatchPlan, ScaleDraw
+from lit_mm.model.attention import Attention
+from lit_mm.model.batch import Batch, FrameSets, Images, Question
+from lit_mm.model.packing import Packing, pack
+from lit_mm.model.scales import set_starts
+
+
+@dataclass
+class Visual:
+    """A still image or the frames of a video.
+
+    Args:
+        key: Equal for what is the same.
+        pixels: uint8 [frames, 3, H, W]; one frame for an image.
+        video: Which of both.
+    """
+
+    key: Hashable
+    pixels: Tensor
+    video: bool = False
+
+
+@dataclass
+class Sample:
+    """One record, encoded.
+
+    Args:
+        visuals: What it shows.
+        input_ids: [T], IMAGE once for each frame; None where there is nothing to train on.
+        labels: [T], IGNORE_INDEX where nothing is supervised.
+        time_scale: [T] index of the coarsest time scale at which a position still stands.
+        questions: What is to be asked about it; their image_index counts this sample's frames.
+        skipped: Why there is nothing in it, if its record could not be read.
+        where: Its file and record.
+    """
+
+    visuals: list[Visual] = field(default_factory=list)
+    input_ids: Tensor | None = None
+    labels: Tensor | None = None
+    time_scale: Tensor | None = None
+    questions: list[Question] = field(default_factory=list)
+    skipped: list[RecordError] = field(default_factory=list)
+    where: str = ""
+
+
+@dataclass
+class LoadedBatch(Batch):
+    """A batch and where it came from.
+
+    Args:
+        records: How many records were asked for.
+        skipped: What was left out of this batch: (reason, message) of every bad record.
+        where: File and record of every sample.
+    """
+
+    records: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    where: list[str] = field(default_factory=list)
+
+
+class Batches(Dataset):
+    """A set of samples, by batches instead of one by one, packed.
+
+    Args:
+        samples: Set of `Sample`s.
+        draw: Which scales are laid out.
+        scales: Visual tokens per image, finest first.
+        time_scales: Sets of frames per video, finest first, if any.
+        packing: How.
+        attention: How a packed sequence attends.
+        training: Whether a batch needs something to train on: where none of its records can be read,
+            the next readable one of the set takes their place.
+    """
+
+    def __init__(
+        self,
+        samples: Dataset[Sample],
+        draw: ScaleDraw,
+        scales: Sequence[int],
+        time_scales: Sequence[int],
+        packing: Packing,
+        attention: Attention,
+        training: bool,
+    ) -> None:
+        self.samples, self.draw, self.training = samples, draw, training
+        self.packing, self.attention = packing, attention
+        self.scales, self.time_scales = list(scales), list(time_scales)
+
+    def __getitem__(self, plan: BatchPlan) -> LoadedBatch:
+        samples = [self.samples[record] for record in plan.records]
+        if self.training and all(sample.input_ids is None for sample in samples):
+            samples += self._stand_in(plan.records[-1])
+        batch = collate(samples, self.time_scales)
+        batch.scale_weights = self.draw(plan.epoch, plan.step)
+        batch.packed = pack(batch, self.scales, self.packing, self.attention)
+        batch.counts = counts_of(batch, self.scales)
+        return batch
+
+    def _stand_in(self, record: int) -> list[Sample]:
+        """What follows a record, up to the first that can be read."""
+        found: list[Sample] = []
+        count = len(cast(Sized, self.samples))
+        for further in range(1, count):
+            found.append(self.samples[(record + further) % count])
+            if found[-1].input_ids is not None:
+                return found
+        raise RecordError("data.train", "not one readable record", f"tried all {count}")
+
+
+def collate(samples: Sequence[Sample], time_scales: Sequence[int] = ()) -> LoadedBatch:
+    """Samples -> a batch that is not packed yet; what is shown twice is encoded once. Records that could not
+    be read are named in `skipped`."""
+    visuals: dict[Hashable, Visual] = {}
+    for sample in samples:
+        visuals |= {visual.key: visual for visual in sample.visuals}
+    firsts = np.cumsum([0] + [len(visual.pixels) for visual in visuals.values()])
+    places = dict(zip(visuals, firsts.tolist(), strict=False))
+    index: list[int] = []
+    questions: list[Question] = []
+    for sample in samples:
+        own = [places[v.key] + frame for v in sample.visuals for frame in range(len(v.pixels))]
+        index += own if sample.input_ids is not None else []
+        questions += [replace(q, image_index=[own[i] for i in q.image_index]) for q in sample.questions]
+    images = group_by_size([visual.pixels for visual in visuals.values()], time_scales)
+    images.frames = sum(len(visual.pixels) for visual in visuals.values() if visual.video)
+    return LoadedBatch(
+        images=images,
+        input_ids=[sample.input_ids for sample in samples if sample.input_ids is not None],
+        labels=[sample.labels for sample in samples if sample.labels is not None],
+        image_index=torch.tensor(index, dtype=torch.long),
+        questions=questions,
+        records=len(samples),
+        skipped=[(error.reason, str(error)) for sample in samples for error in sample.skipped],
+        time_scale=[sample.time_scale for sample in samples if sample.time_scale is not None],
+        where=[sample.where for sample in samples if not sample.skipped],
+    )
+
+
+def group_by_size(visuals: Sequence[Tensor], time_scales: Sequence[int] = ()) -> Images:
+    """Frames uint8 [n, 3, H, W] of images and videos -> one tensor a size, where each frame went, and
+    the sets of frames at every time scale."""
+    groups: dict[torch.Size, list[int]] = {}
+    for number, pixels in enumerate(visuals):
+        groups.setdefault(pixels.shape[1:], []).append(number)
+    firsts = np.cumsum([0] + [len(pixels) for pixels in visuals])
+    went = [np.arange(firsts[n], firsts[n + 1]) for members in groups.values() for n in members]
+    places = torch.from_numpy(np.concatenate([*went, np.zeros(0, np.int64)]))
+    tensors = [torch.cat([visuals[n] for n in members]) for members in groups.values()]
+    return Images(tensors, places.argsort(), [frames_in_sets([len(v) for v in visuals], most) for most in time_scales])
+
+
+def frames_in_sets(frames: Sequence[int], most: int) -> FrameSets:
+    """The sets of frames of images and videos of so many frames at one time scale."""
+    sizes = [np.diff([*set_starts(count, most), count]) for count in frames]
+    flat = torch.from_numpy(np.concatenate([*sizes, np.zeros(0, np.int64)]))
+    return FrameSets(torch.arange(len(flat)).repeat_interleave(flat), flat)
