@@ -1,0 +1,1 @@
+"""What it costs, from shapes: FLOPs and KV cache; devices and timing."""

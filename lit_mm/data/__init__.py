@@ -1,0 +1,1 @@
+"""What feeds: files of records, images and video to packed batches."""

@@ -1,0 +1,1 @@
+"""What judges: metrics, and accuracy against tokens."""

@@ -1,0 +1,1 @@
+"""`python -m lit_mm profile`: what configured models cost, before they exist."""

@@ -1,0 +1,1 @@
+"""What drives: the LightningModule, parts, sharding, checkpoints and resume."""
