@@ -23,8 +23,9 @@ _HOMES = {
     "VideoInstructions": "data.datamodules",
     "VideoOptions": "data.video",
     "LitMatryoshka": "training.module",
-    "FSDP1": "training.strategies",
-    "FSDP2": "training.strategies",
+    "FSDP": "training.strategies",
+    "FSDP1": "training.strategies",  # gone, says so
+    "FSDP2": "training.strategies",  # FSDP's old name, for this release
     "FusedAdamW": "training.optim",
     "InitFrom": "training.checkpoints",
     "LoRA": "training.parts",

@@ -37,7 +37,7 @@ from lit_mm.data.clips import VideoShapes
 from lit_mm.data.datamodules import ImageInstructions, VideoInstructions
 from lit_mm.data.easy_vqa import EasyVQA
 from lit_mm.training import strategies  # noqa: F401 (likewise to --trainer.strategy)
-from lit_mm.training.checkpoints import SHARDED, InitFrom, check_new, export, start_from
+from lit_mm.training.checkpoints import SHARDED, InitFrom, check_new, export, is_of_fsdp1, start_from
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.saving import WholeFiles, check_readable, check_room
 
@@ -245,8 +245,13 @@ class LitMMCLI(LightningCLI):
         sharded, strategy = (path / SHARDED).is_file(), str(config.trainer.strategy).lower()
         if sharded and verb != "export" and "fsdp" not in strategy:
             raise ValueError(
-                f"--ckpt_path: {path} is sharded: give the trainer.strategy that wrote it, fsdp2 or "
-                "fsdp1, on as many devices as you like, or `export` it"
+                f"--ckpt_path: {path} is sharded: give trainer.strategy fsdp, on as many devices as you like, "
+                "or `export` it"
+            )
+        if sharded and verb != "export" and is_of_fsdp1(path):
+            raise ValueError(
+                f"--ckpt_path: {path} is of FSDP1, which is gone: `export` it and go on from the weights with "
+                "model.init_from"
             )
         config.ckpt_path = str(path)
         config.model.init_from = None  # all comes from the checkpoint, the sources may be gone

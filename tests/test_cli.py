@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 from tensorboard.backend.event_processing import event_accumulator
 
@@ -165,6 +166,8 @@ def test_printed_config_round_trips_and_overlays_win(run, experiment, tmp_path):
         (["--model.encoder.overrides", "{dims: [8, 8]}"], "encoder.backbone convnext_atto with"),
         (["--model.init_from", "README.md"], "README.md is no checkpoint"),
         (["--trainer.strategy", "fsdpx"], "LIT_MM_TRACEBACK=1"),
+        (["--trainer.strategy", "fsdp1"], "error: trainer.strategy: FSDP1 is gone, use fsdp"),
+        (["--trainer.strategy.class_path", "lit_mm.FSDP1"], "  trainer.strategy: FSDP1 is gone, use fsdp"),
     ],
 )
 def test_mistakes_end_in_one_message(run, experiment, arguments, message):
@@ -172,6 +175,16 @@ def test_mistakes_end_in_one_message(run, experiment, arguments, message):
     assert failed
     assert message in error
     assert "Traceback" not in error and "Namespace(" not in error
+
+
+def test_a_checkpoint_of_fsdp1_is_told_from_one_of_fsdp(run, experiment, tmp_path):
+    """By the names that Lightning gives a sharded model: `model` in FSDP1's, `state_dict` in FSDP's."""
+    dcp.save({"model": {"vlm.weight": torch.ones(2)}}, checkpoint_id=tmp_path / "old.ckpt", no_dist=True)
+    for strategy, said in (("fsdp", "is of FSDP1, which is gone"), ("auto", "is sharded: give trainer.strategy fsdp")):
+        arguments = ["--ckpt_path", str(tmp_path / "old.ckpt"), "--trainer.strategy", strategy]
+        failed, _, error = run("fit", *experiment, *arguments)
+        assert failed
+        assert said in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize(

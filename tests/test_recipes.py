@@ -348,7 +348,7 @@ def test_data_are_those_of_the_papers(parse):
         assert f"`{name}`" in text
 
 
-@pytest.mark.parametrize("name", ["one_gpu", "ddp", "fsdp2", "fsdp1"])
+@pytest.mark.parametrize("name", ["one_gpu", "ddp", "fsdp"])
 def test_hardware_changes_nothing_but_the_trainer(parse, name):
     plain, config = (parse(*CONVLLAVA[768, 2], *more) for more in ((), (f"hardware/{name}",)))
     assert (config.model, config.data) == (plain.model, plain.data)
@@ -362,7 +362,7 @@ def test_every_overlay_is_in_a_combination_that_is_tested():
     tested = {"base", "m3/lora", *(name for names in (*CONVLLAVA.values(), *JOINED.values(), VIDEO) for name in names)}
     tested |= {"m3/tune", *(f"m3/{name}" for name in M3), *(f"llm/{name}" for name in LLMS)}
     tested |= {names[-1] for names in ABLATIONS.values()}
-    tested |= {f"hardware/{name}" for name in ("one_gpu", "ddp", "fsdp2", "fsdp1")}
+    tested |= {f"hardware/{name}" for name in ("one_gpu", "ddp", "fsdp")}
     folder = ROOT / "experiments"
     found = {str(file.relative_to(folder).with_suffix("")) for file in folder.glob("*/**/*.yaml")}
     assert found | {"base"} == tested

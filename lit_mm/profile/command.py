@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -120,10 +121,20 @@ def _options() -> argparse.ArgumentParser:
     )
     whole.add_argument("--samples", type=_positive, default=1, metavar="N", help="of each GPU's batch in that plan (1)")
     whole.add_argument("--precision", choices=PRECISIONS, default="bf16-mixed", help="of that plan (bf16-mixed)")
-    whole.add_argument("--strategy", choices=["fsdp2", "ddp"], default="fsdp2", help="of that plan (fsdp2)")
+    choices = ["fsdp", "ddp"]
+    whole.add_argument("--strategy", type=_strategy, choices=choices, default="fsdp", help="of that plan (fsdp)")
     whole.add_argument("--json", type=_file, metavar="FILE", help="write all figures there")
     whole.add_argument("--plot", type=_picture, metavar="FILE.png", help="draw tokens against FLOPs there")
     return parser
+
+
+def _strategy(name: str) -> str:
+    """A strategy by its new name."""
+    if name == "fsdp1":
+        raise argparse.ArgumentTypeError("FSDP1 is gone, use fsdp")
+    if name == "fsdp2":
+        warnings.warn("--strategy fsdp2 is called fsdp now", stacklevel=1)
+    return "fsdp" if name == "fsdp2" else name
 
 
 def _separated(arguments: Sequence[str]) -> Iterator[list[str]]:

@@ -26,7 +26,7 @@ def plan_of(experiment: Experiment, gpus: int, samples: int, precision: str, str
         gpus: How many.
         samples: In every GPU's batch, of one image of the experiment's first size each.
         precision: Lightning's name.
-        strategy: How several GPUs share the work: fsdp2 or ddp.
+        strategy: How several GPUs share the work: fsdp or ddp.
     """
     vlm, model = for_training(experiment), experiment.model
     packing = packing_of(experiment.llm, model.packing)
@@ -36,7 +36,7 @@ def plan_of(experiment: Experiment, gpus: int, samples: int, precision: str, str
     def optimizer(copy: MatryoshkaVLM) -> Any:
         return model.optimizer(with_parameters(parameter_groups(copy, model.parts), copy))
 
-    shared = units(vlm) if gpus > 1 and strategy == "fsdp2" else None
+    shared = units(vlm) if gpus > 1 and strategy != "ddp" else None
     return plan(vlm, batch, optimizer, precision, gpus, shared)
 
 

@@ -82,7 +82,7 @@ def plan(
         optimizer: Makes the optimizer for a copy of `vlm`.
         precision: Lightning's name: 32-true, bf16-mixed or bf16-true.
         gpus: How many take part.
-        units: Modules of `vlm` that FSDP2 gathers as a whole; the rest is the root's. None: every GPU
+        units: Modules of `vlm` that FSDP gathers as a whole; the rest is the root's. None: every GPU
             holds a whole copy (DDP).
         device: Its type, cuda or cpu.
         accumulate: Whether gradients are added up over several batches.
@@ -149,7 +149,7 @@ class Step:
         ledger: What the step takes.
         whole: What computes, in the type that it computes in.
         shares: What one GPU holds.
-        gathering: What FSDP2 adds to the shares.
+        gathering: What FSDP adds to the shares.
     """
 
     def __init__(self, vlm: MatryoshkaVLM, precision: str, gpus: int, units: Sequence[nn.Module] | None) -> None:
@@ -219,7 +219,7 @@ class Step:
 
 
 class Gathering:
-    """What FSDP2 holds beside the shares.
+    """What FSDP holds beside the shares.
 
     The root's weights, whole, throughout. In the forward pass those of the unit at work, twice: what was
     received stays until the next unit's comes. In the backward pass those of the unit at work and of the

@@ -192,6 +192,12 @@ ADAPTED = ("base_layer.weight", "lora_A.default.weight", "lora_B.default.weight"
 """What peft calls a layer's own weight and the two matrices of its adapter."""
 
 
+def is_of_fsdp1(path: Path) -> bool:
+    """Whether a sharded checkpoint was written by FSDP1, which an earlier version had."""
+    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return any(name.startswith("model.vlm.") for name in entries)
+
+
 def _of_shards(path: Path) -> dict[str, Callable[[], Tensor]]:
     entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     prefix = re.compile(r"^(state_dict|model)\.vlm\.")

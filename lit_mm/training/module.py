@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from lit_mm.training.parts import Parts, apply_parts, parameter_groups, parts_ta
 from lit_mm.training.resume import Place, check_model, check_order, seed_step, write_place
 from lit_mm.training.schedule import WarmupCosine
 from lit_mm.training.steps import clip, refuse_hidden_scale, refuse_not_finite, set_options
-from lit_mm.training.strategies import is_sharded, shard
+from lit_mm.training.strategies import FSDP1, is_sharded, shard
 
 
 class LitMatryoshka(LightningModule):
@@ -176,6 +176,8 @@ class LitMatryoshka(LightningModule):
         """Build the model with its first weights, freeze what does not train, shard it if asked to."""
         if hasattr(self, "vlm"):
             return
+        if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy):
+            FSDP1()
         if self.llm.quantize and is_sharded(self._trainer):
             raise ValueError("llm.quantize: quantized weights are not sharded, use trainer.strategy ddp")
         direct = self._read_by_layer()
@@ -193,8 +195,7 @@ class LitMatryoshka(LightningModule):
 
     def _read_by_layer(self) -> Weights | None:
         """The LLM's weights, if it is to be built on `meta` and get them layer by layer as it is sharded."""
-        sharded = self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
-        weights = llm_weights(self.llm, self.init_from.sources.get("llm")) if sharded else None
+        weights = llm_weights(self.llm, self.init_from.sources.get("llm")) if is_sharded(self._trainer) else None
         if weights is None:
             return None
         expected = expected_names(load_llm(self.llm, self.tokenizer, on_meta=True))
@@ -277,12 +278,12 @@ class LitMatryoshka(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip in the way of the strategy, log the gradients' norm, and stop where it is not finite.
+        """Clip, log the gradients' norm, and stop where it is not finite.
 
         Raises:
             FloatingPointError: It is not; the records of the step are in a file then.
         """
-        norm = clip(self.trainer, optimizer, gradient_clip_val, gradient_clip_algorithm)
+        norm = clip(optimizer, gradient_clip_val, gradient_clip_algorithm)
         refuse_not_finite(norm, self.trainer, self.recent)
         self.log("train/gradient_norm", norm)
 

@@ -250,7 +250,7 @@ def _groups_of(vlm: MatryoshkaVLM, name: PartName, part: Part) -> Iterator[dict[
 
 def with_parameters(groups: Sequence[dict[str, Any]], vlm: nn.Module) -> list[dict[str, Any]]:
     """Groups of names -> of the parameters of a model, sharded or not."""
-    named = {name.replace("_fsdp_wrapped_module.", ""): parameter for name, parameter in vlm.named_parameters()}
+    named = dict(vlm.named_parameters())
     return [{**group, "params": [named[name] for name in group["params"]]} for group in groups]
 
 

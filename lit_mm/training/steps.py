@@ -1,37 +1,32 @@
-"""Around one optimizer step: clipping under every strategy, gradients that are no numbers, and
-learning rates that were changed for a resumed run."""
+"""Around one optimizer step: clipping, gradients that are no numbers, and learning rates that were
+changed for a resumed run."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def clip(trainer: Trainer, optimizer: Optimizer, most: float | None, algorithm: str | None) -> Tensor:
+def clip(optimizer: Optimizer, most: float | None, algorithm: str | None) -> Tensor:
     """Limit the gradients, by their common norm or each value; return their norm, over all shares, before.
 
-    Lightning refuses the norm for FSDP1, and for fused optimizers in mixed precision.
+    Lightning refuses the norm for fused optimizers in mixed precision.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    by_norm = most if algorithm != "value" else None
-    if isinstance(trainer.strategy, FSDPStrategy):
-        norm: Tensor = cast(Any, trainer.strategy.model).clip_grad_norm_(by_norm or float("inf"))
-    else:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if by_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, by_norm, norm)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if most and algorithm == "value":
         torch.nn.utils.clip_grad_value_(parameters, most)
+    elif most:
+        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

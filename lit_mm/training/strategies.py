@@ -4,8 +4,7 @@ The units follow from the model's own blocks: every decoder layer of the LLM, ev
 block) of the encoder, the projector; embeddings, stem, last norm and output head are the root's.
 
     --trainer.strategy ddp      every device holds everything
-    --trainer.strategy fsdp2    parameters, gradients and optimizer states shared out (fully_shard)
-    --trainer.strategy fsdp1    likewise, PyTorch's first implementation
+    --trainer.strategy fsdp     parameters, gradients and optimizer states shared out (fully_shard, FSDP2)
 """
 
 from __future__ import annotations
@@ -14,46 +13,21 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.strategy import Strategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (
-    FullyShardedDataParallel,
-    MixedPrecision,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torchmetrics import Metric
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.checkpoints import Weights, materialize
 
 warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(.*\) returned a view")  # nothing changes it in place
-
-
-class WholeCheckpoints(Strategy):
-    """A checkpoint replaces the one before when it is complete: a killed run leaves no folder of both."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write beside, then rename."""
-        final = Path(self.broadcast(filepath))
-        part = final.with_name(f"{final.name}.part")
-        self._on_rank_zero(remove, part)
-        super().save_checkpoint(checkpoint, part, storage_options)
-        self._on_rank_zero(lambda path: put_in_place(path, final), part)
-
-    def _on_rank_zero(self, act: Callable[[Path], Any], path: Path) -> None:
-        self.barrier()
-        if self.is_global_zero:
-            act(path)
-        self.barrier()
 
 
 def put_in_place(part: Path, final: Path) -> None:
@@ -73,7 +47,7 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-class FSDP2(WholeCheckpoints, ModelParallelStrategy):
+class FSDP(ModelParallelStrategy):
     """Parameters, gradients and optimizer states shared out among all devices (`fully_shard`)."""
 
     def __init__(self, save_distributed_checkpoint: bool = True) -> None:
@@ -90,48 +64,59 @@ class FSDP2(WholeCheckpoints, ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write beside the target, then rename: a killed run leaves the checkpoint before or the new one."""
+        final = Path(self.broadcast(filepath))
+        part = final.with_name(f"{final.name}.part")
+        self._on_rank_zero(remove, part)
+        super().save_checkpoint(checkpoint, part, storage_options)
+        self._on_rank_zero(lambda path: put_in_place(path, final), part)
 
-class FSDP1(WholeCheckpoints, FSDPStrategy):
-    """Likewise with FullyShardedDataParallel. Every process builds the whole model on its CPU first."""
+    def _on_rank_zero(self, act: Callable[[Path], Any], path: Path) -> None:
+        self.barrier()
+        if self.is_global_zero:
+            act(path)
+        self.barrier()
+
+
+class FSDP2(FSDP):
+    """The old name of FSDP, for this release."""
 
     def __init__(self, save_distributed_checkpoint: bool = True) -> None:
-        """Shard over all devices of all nodes.
+        """Warn.
 
         Args:
-            save_distributed_checkpoint: As FSDP2's.
+            save_distributed_checkpoint: As FSDP's.
         """
-        super().__init__(state_dict_type="sharded" if save_distributed_checkpoint else "full")
-
-    @property
-    def mixed_precision_config(self) -> MixedPrecision | None:
-        """Compute in bf16, add gradients up in float32; Lightning would add them up in bf16."""
-        if self.precision_plugin.precision == "bf16-mixed":
-            return MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        return super().mixed_precision_config
-
-    def _setup_model(self, model: nn.Module) -> FullyShardedDataParallel:
-        """Wrap the model's own blocks, then the whole; Lightning could not know them, nor share a CPU."""
-        vlm = cast(Any, model).vlm
-        vlm.encoder.to(memory_format=torch.contiguous_format)  # other weights cannot be made flat
-        for module in model.modules():
-            if isinstance(module, Metric):
-                module.to(self.root_device)
-        return FullyShardedDataParallel(
-            model,
-            auto_wrap_policy=ModuleWrapPolicy({type(unit) for unit in units(vlm)}),
-            mixed_precision=self.mixed_precision_config,
-            device_id=self.root_device,
-            **self.kwargs,
-        )
+        rank_zero_warn("trainer.strategy: fsdp2 is called fsdp now, lit_mm.FSDP2 lit_mm.FSDP")
+        super().__init__(save_distributed_checkpoint)
 
 
+class FSDP1(FSDP):
+    """Gone. For this release its names end in an error that says so."""
+
+    def __init__(self, save_distributed_checkpoint: bool = True) -> None:
+        """Refuse.
+
+        Args:
+            save_distributed_checkpoint: Ignored.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("trainer.strategy: FSDP1 is gone, use fsdp")
+
+
+StrategyRegistry.register("fsdp", FSDP, description=FSDP.__doc__ or "", override=True)
 StrategyRegistry.register("fsdp2", FSDP2, description=FSDP2.__doc__ or "", override=True)
-StrategyRegistry.register("fsdp1", FSDP1, description=FSDP1.__doc__ or "", override=True)
+for name in ("fsdp1", "fsdp_cpu_offload"):
+    StrategyRegistry.register(name, FSDP1, description="gone, use fsdp", override=True)
+FSDPStrategy.get_registered_strategies().clear()  # Lightning's own `fsdp`, FSDP1, which it refuses on a CPU
 
 
 def is_sharded(trainer: Trainer | None) -> bool:
     """Whether ranks wait for each other's parameters."""
-    return trainer is not None and isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+    return trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 def units(vlm: MatryoshkaVLM) -> list[nn.Module]:
@@ -156,7 +141,7 @@ def policy_of(precision: str) -> MixedPrecisionPolicy:
 
 
 def shard(vlm: MatryoshkaVLM, mesh: DeviceMesh, strategy: Strategy, llm_weights: Weights | None = None) -> None:
-    """Shard every unit, then the root, over a mesh (FSDP2).
+    """Shard every unit, then the root, over a mesh.
 
     An LLM on the `meta` device gets its weights unit by unit, so that no process ever holds more
     than one unit beside its own share.

@@ -475,7 +475,7 @@ STEPS_OF_A_RUN = ("tokens/", "images/")
 def ranks(tmp_path_factory):
     """The same batches in one process and shared between two, by every strategy; both log into a file."""
     root = tmp_path_factory.mktemp("ranks")
-    runs = {name: watched(root / name, name) for name in ("auto", "ddp", "fsdp2", "fsdp1")}
+    runs = {name: watched(root / name, name) for name in ("auto", "ddp", "fsdp")}
     perform(runs.pop("auto"))
     on_ranks(2, list(runs.values()))
     return root
@@ -489,7 +489,7 @@ def watched(folder, strategy) -> Run:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp1"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_count_what_one_process_counts(ranks, strategy):
     alone, shared = logged(ranks / "auto"), logged(ranks / strategy)
     assert len(alone) == len(shared) == 2
@@ -503,7 +503,7 @@ def test_two_ranks_count_what_one_process_counts(ranks, strategy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp1"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_judge_what_one_process_judges(ranks, strategy):
     [one], [two] = (logged(ranks / name, "scale/prompt_tokens@16") for name in ("auto", strategy))
     names = [name for name in one if name.startswith("scale/") and not name.split("@")[0].endswith("_ms")]

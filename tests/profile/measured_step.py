@@ -152,7 +152,7 @@ def resident(name: str) -> int:
 
 
 def rank_of(rank: int, ranks: int, port: int, case: Case, file: str) -> None:
-    """One rank of a sharded step (FSDP2, gloo)."""
+    """One rank of a sharded step (FSDP, gloo)."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

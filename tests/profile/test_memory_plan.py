@@ -84,7 +84,7 @@ def test_a_step_on_the_gpu_takes_what_was_planned(name, on_gpu):
 @linux
 @pytest.mark.slow
 def test_a_sharded_step_takes_what_was_planned(tmp_path, monkeypatch):
-    """Two ranks (FSDP2, gloo): the state to the byte, the peak of resident memory nearly."""
+    """Two ranks (FSDP, gloo): the state to the byte, the peak of resident memory nearly."""
     for name, value in RETURNING.items():
         monkeypatch.setenv(name, value)
     with socket.socket() as free:

@@ -343,16 +343,25 @@ def test_units():
     assert in_bytes(sum(p.nbytes for p in tiny_vlm().parameters())).endswith("KiB")
 
 
+def test_old_strategies_are_named(capsys):
+    with pytest.warns(UserWarning, match="fsdp2 is called fsdp now"):
+        main(["profile", "--config", QUICKSTART, "--gpus", "2", "--strategy", "fsdp2"])
+    assert "2 GPUs (fsdp)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["profile", "--config", QUICKSTART, "--gpus", "2", "--strategy", "fsdp1"])
+    assert "FSDP1 is gone, use fsdp" in capsys.readouterr().err
+
+
 def test_gpus_plans_the_memory_of_training(capsys):
     """Weights in float32, AdamW's two moments: 12 bytes a parameter that trains, half of them on each of two GPUs."""
     adamw = ["--model.optimizer", "lit_mm.FusedAdamW"]
     experiment = Experiment("quickstart", read_model([QUICKSTART], adamw), [], "bfloat16")
     count = sum(parameter.numel() for parameter in experiment.build().parameters())
-    one = plan_of(experiment, 1, 2, "32-true", "fsdp2")
+    one = plan_of(experiment, 1, 2, "32-true", "fsdp")
     assert (
         0 <= one.parameters - 4 * count < 1000 and 0 <= one.optimizer - 8 * count < 1000
     )  # rotary tables; step counts
-    two = plan_of(experiment, 2, 2, "32-true", "fsdp2")
+    two = plan_of(experiment, 2, 2, "32-true", "fsdp")
     assert two.sharded and not one.sharded and 0.5 <= two.optimizer / one.optimizer < 0.52
     main(["profile", "--config", QUICKSTART, *adamw, "--gpus", "2"])
-    assert "GiB on each of 2 GPUs (fsdp2), 1 samples each, bf16-mixed" in capsys.readouterr().out
+    assert "GiB on each of 2 GPUs (fsdp), 1 samples each, bf16-mixed" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lit_mm.costs.counts import counts_of
 from lit_mm.model.batch import Batch, Question
 from lit_mm.model.packing import Packing, pack
-from lit_mm.training import strategies  # noqa: F401 (registers fsdp1 and fsdp2)
+from lit_mm.training import strategies  # noqa: F401 (registers fsdp)
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.optim import FusedAdamW
 from lit_mm.training.parts import LLMPart, Part, Parts

@@ -1,4 +1,4 @@
-"""Sharded over two ranks (FSDP2, gloo): batches of different kinds wait for nobody and lose nothing."""
+"""Sharded over two ranks (FSDP, gloo): batches of different kinds wait for nobody and lose nothing."""
 
 import datetime
 import os

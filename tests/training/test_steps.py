@@ -151,7 +151,7 @@ def test_out_of_memory_names_the_knobs(instruction_set, tmp_path):
         fit(instruction_set, tmp_path, callbacks=callbacks, limit_val_batches=0)
     [text] = [str(warning.message) for warning in told if "out of memory" in str(warning.message)]
     assert "a batch of 4 samples" in text and "64×64 pixels" in text
-    for knob in ("activation_checkpointing", "bf16-mixed", "tokens_per_batch", "sequential", "fsdp2", "lora"):
+    for knob in ("activation_checkpointing", "bf16-mixed", "tokens_per_batch", "sequential", "fsdp", "lora"):
         assert knob in text
     with pytest.warns(UserWarning) as told, pytest.raises(torch.OutOfMemoryError):
         fit(instruction_set, tmp_path, callbacks=callbacks, limit_val_batches=0, precision="bf16-mixed")

@@ -8,15 +8,17 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from torch.optim.lr_scheduler import ConstantLR
 
 from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.model.llm import LLM, load_llm
 from lit_mm.training.checkpoints import open_weights
+from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.optim import MuonAdamW
 from lit_mm.training.parts import LLMPart, LoRA, Part, Parts
-from lit_mm.training.strategies import policy_of, units
-from tests.conftest import TOKENIZER, tiny_llm, tiny_vlm
+from lit_mm.training.strategies import FSDP, policy_of, units
+from tests.conftest import TOKENIZER, tiny_encoder, tiny_llm, tiny_vlm
 from tests.training.sharded import Run, on_ranks, perform
 
 EVERYTHING = Parts(Part(0.01), Part(0.01), LLMPart(0.01))
@@ -39,10 +41,10 @@ CASES = {
     "bf16": (EVERYTHING, {}, {"precision": "bf16-mixed"}),
     "adapters on bf16": (ADAPTERS, {"llm": tiny_llm(dtype="bfloat16")}, {"precision": "bf16-mixed"}),
 }
-FSDP1 = ["all", "stage 1", "lora", "clipped", "recomputed", "bf16"]
+ON_CPU = {"accelerator": "cpu", "devices": 2, "logger": False}
 DDP = ["stage 1", "lora", "recomputed"]
-EXACT = [("fsdp2", case) for case in CASES if "bf16" not in case]
-EXACT += [(strategy, case) for strategy, cases in (("fsdp1", FSDP1), ("ddp", DDP)) for case in cases if case != "bf16"]
+EXACT = [("fsdp", case) for case in CASES if "bf16" not in case]
+EXACT += [("ddp", case) for case in DDP]
 
 
 def unchanged(optimizer, steps):
@@ -73,21 +75,21 @@ def folder(tmp_path_factory) -> Path:
         perform(run_of(root / "auto" / name, "auto", case, model=dict(model)))
     runs = [run_of(root / strategy / case, strategy, case) for strategy, case in EXACT]
     runs += [run_of(root / strategy / case, strategy, case) for strategy, case in ROUNDED]
-    runs += [run_of(root / "fsdp2" / name, "fsdp2", case, model=model) for name, (case, model) in reads.items()]
-    runs += [run_of(root / "fsdp2/whole", "fsdp2", "all", eight, **copy.deepcopy(same))]
-    runs += [run_of(root / "fsdp2/half", "fsdp2", "all", **copy.deepcopy(same))]
-    resume = {"resume": root / "fsdp2/half/after.ckpt"}
-    runs += [run_of(root / "fsdp2/resumed", "fsdp2", "all", eight, **copy.deepcopy(same), **resume)]
+    runs += [run_of(root / "fsdp" / name, "fsdp", case, model=model) for name, (case, model) in reads.items()]
+    runs += [run_of(root / "fsdp/whole", "fsdp", "all", eight, **copy.deepcopy(same))]
+    runs += [run_of(root / "fsdp/half", "fsdp", "all", **copy.deepcopy(same))]
+    resume = {"resume": root / "fsdp/half/after.ckpt"}
+    runs += [run_of(root / "fsdp/resumed", "fsdp", "all", eight, **copy.deepcopy(same), **resume)]
     muon = {"optimizer": partial(MuonAdamW)}
-    runs += [run_of(root / "fsdp2/muon", "fsdp2", "all", model=muon, fails="wants whole matrices")]
+    runs += [run_of(root / "fsdp/muon", "fsdp", "all", model=muon, fails="wants whole matrices")]
     sequential = {"packing": "sequential"}
-    runs += [run_of(root / "fsdp2/sequential", "fsdp2", "all", model=sequential, fails="unequally often")]
+    runs += [run_of(root / "fsdp/sequential", "fsdp", "all", model=sequential, fails="unequally often")]
     on_ranks(2, runs)
-    on_ranks(1, [run_of(root / "fsdp2/resumed on one", "fsdp2", "all", eight, **copy.deepcopy(same), **resume)])
+    on_ranks(1, [run_of(root / "fsdp/resumed on one", "fsdp", "all", eight, **copy.deepcopy(same), **resume)])
     return root
 
 
-ROUNDED = [("fsdp2", "bf16"), ("fsdp2", "adapters on bf16"), ("fsdp1", "bf16")]
+ROUNDED = [("fsdp", "bf16"), ("fsdp", "adapters on bf16")]
 
 
 def weights_of(run: Path) -> dict[str, torch.Tensor]:
@@ -142,25 +144,46 @@ def test_in_bf16_losses_stay_near(folder, strategy, case):
 @pytest.mark.parametrize("case", ["read", "read tied", "read head"])
 def test_an_llm_read_layer_by_layer_is_the_one_transformers_loads(folder, case):
     """Built on `meta`, its weights from several safetensors files, adapters beside them, or a tied head."""
-    assert_same_weights(folder / "fsdp2" / case, folder / "auto" / case)
-    two, one = (torch.tensor(told(folder / kind / case)["losses"]) for kind in ("fsdp2", "auto"))
+    assert_same_weights(folder / "fsdp" / case, folder / "auto" / case)
+    two, one = (torch.tensor(told(folder / kind / case)["losses"]) for kind in ("fsdp", "auto"))
     assert torch.allclose(two, one, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_saved_on_two_ranks_and_resumed_on_two_and_on_one(folder):
-    assert (folder / "fsdp2/half/after.ckpt/.metadata").is_file()
-    assert not (folder / "fsdp2/half/after.ckpt.part").exists()
-    assert len(list((folder / "fsdp2/half/after.ckpt").glob("*.distcp"))) == 2
-    assert_same_weights(folder / "fsdp2/resumed", folder / "fsdp2/whole", 0)
-    assert_same_weights(folder / "fsdp2/resumed on one", folder / "fsdp2/whole")
-    assert told(folder / "fsdp2/resumed")["losses"] == told(folder / "fsdp2/whole")["losses"][4:]
+    assert (folder / "fsdp/half/after.ckpt/.metadata").is_file()
+    assert not (folder / "fsdp/half/after.ckpt.part").exists()
+    assert len(list((folder / "fsdp/half/after.ckpt").glob("*.distcp"))) == 2
+    assert_same_weights(folder / "fsdp/resumed", folder / "fsdp/whole", 0)
+    assert_same_weights(folder / "fsdp/resumed on one", folder / "fsdp/whole")
+    assert told(folder / "fsdp/resumed")["losses"] == told(folder / "fsdp/whole")["losses"][4:]
 
 
 def test_units_are_the_models_own_blocks():
     vlm = tiny_vlm()
     kinds = [type(unit).__name__ for unit in units(vlm)]
     assert kinds == ["ConvNeXtStage"] * 5 + ["MatryoshkaProjector"] + ["LlamaDecoderLayer"] * 2
+
+
+def test_the_old_name_works_with_a_warning():
+    with pytest.warns(UserWarning, match="fsdp2 is called fsdp now"):
+        assert isinstance(lightning.Trainer(strategy="fsdp2", **ON_CPU).strategy, FSDP)
+
+
+@pytest.mark.parametrize("name", ["fsdp1", "fsdp_cpu_offload"])
+def test_names_of_fsdp1_say_that_it_is_gone(name):
+    with pytest.raises(ValueError, match="FSDP1 is gone, use fsdp"):
+        lightning.Trainer(strategy=name, **ON_CPU)
+
+
+def test_lightnings_own_fsdp1_is_refused():
+    class Own(FSDPStrategy):
+        """Which Lightning takes on a CPU, unlike FSDPStrategy itself."""
+
+    lit = LitMatryoshka(tiny_encoder, tiny_llm(), [16, 4, 1])
+    lit._trainer = lightning.Trainer(strategy=Own(), **ON_CPU)
+    with pytest.raises(ValueError, match="FSDP1 is gone, use fsdp"):
+        lit.configure_model()
 
 
 def test_a_precision_with_loss_scaling_is_refused():
