@@ -88,8 +88,12 @@ class Weights:
         return Weights(self.where, own)
 
 
-def open_weights(source: str) -> Weights:
+def open_weights(source: str, merge: bool = True) -> Weights:
     """Find and open a source of weights; names are this package's, `encoder.…`, `projector.…`, `llm.…`.
+
+    Args:
+        source: A run, a checkpoint, safetensors or a folder of them.
+        merge: Whether the adapters of a run are added to the weights that they adapt.
 
     Raises:
         FileNotFoundError: There is nothing, or nothing with weights.
@@ -101,9 +105,9 @@ def open_weights(source: str) -> Weights:
     if path.is_file() and path.suffix == ".safetensors":
         return Weights(path, renamed(_safetensors([path])))
     if path.is_file():
-        return Weights(path, _of_checkpoint(path))
+        return Weights(path, _of_checkpoint(path, merge))
     if (path / SHARDED).is_file():
-        return Weights(path, _of_shards(path))
+        return Weights(path, _of_shards(path, merge))
     if (path / "llm").is_dir():
         return Weights(path, _of_export(path))
     if tensors := _of_folder(path):
@@ -159,7 +163,7 @@ def _safetensors(files: Iterable[Path]) -> dict[str, Callable[[], Tensor]]:
     return readers
 
 
-def _of_checkpoint(path: Path) -> dict[str, Callable[[], Tensor]]:
+def _of_checkpoint(path: Path, merge: bool = True) -> dict[str, Callable[[], Tensor]]:
     try:
         loaded = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError:
@@ -170,7 +174,7 @@ def _of_checkpoint(path: Path) -> dict[str, Callable[[], Tensor]]:
     tensors: dict[str, Callable[[], Tensor]] = {
         name.removeprefix("vlm."): partial(state.__getitem__, name) for name in state
     }
-    return merged(tensors, loaded.get("trained", {}))
+    return merged(tensors, loaded.get("trained", {})) if merge else tensors
 
 
 def merged(tensors: dict[str, Callable[[], Tensor]], trained: dict[str, float]) -> dict[str, Callable[[], Tensor]]:
@@ -198,7 +202,7 @@ def is_of_fsdp1(path: Path) -> bool:
     return any(name.startswith("model.vlm.") for name in entries)
 
 
-def _of_shards(path: Path) -> dict[str, Callable[[], Tensor]]:
+def _of_shards(path: Path, merge: bool) -> dict[str, Callable[[], Tensor]]:
     entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     prefix = re.compile(r"^(state_dict|model)\.vlm\.")
     tensors = {name: cast(TensorStorageMetadata, entry) for name, entry in entries.items() if prefix.match(name)}
@@ -213,7 +217,8 @@ def _of_shards(path: Path) -> dict[str, Callable[[], Tensor]]:
             dcp.load(ready, checkpoint_id=path, no_dist=True)
         return ready.pop(name)
 
-    return {prefix.sub("", name): partial(read, name) for name in tensors}
+    readers: dict[str, Callable[[], Tensor]] = {prefix.sub("", name): partial(read, name) for name in tensors}
+    return merged(readers, torch.load(path / "meta.pt", weights_only=True).get("trained", {})) if merge else readers
 
 
 def _of_export(path: Path) -> dict[str, Callable[[], Tensor]]:
@@ -271,8 +276,9 @@ def start_from(vlm: MatryoshkaVLM, init: InitFrom) -> None:
         ValueError: Names are missing or left over and no pattern allows it, or a shape differs.
     """
     for part, source in init.sources.items():
-        weights = open_weights(source).of(part)
         expected = expected_names(getattr(vlm, part))
+        adapted = any(".lora_" in name for name in expected)  # a run's own model, about to be exported
+        weights = open_weights(source, merge=not adapted).of(part)
         check_names(part, weights, expected, init)
         copy_weights(expected, weights)
 

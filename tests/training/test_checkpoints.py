@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, ConvNextConfig, ConvNextModel
 
@@ -151,12 +152,18 @@ def adapted(tmp_path, **trained):
             torch.nn.init.normal_(parameter)
     state = {f"vlm.{k}": v for k, v in vlm.state_dict().items()}
     torch.save({"state_dict": state, "trained": trained}, tmp_path / "lora.ckpt")
+    dcp.save({"state_dict": state}, checkpoint_id=tmp_path / "sharded.ckpt", no_dist=True)
+    torch.save({"trained": trained}, tmp_path / "sharded.ckpt/meta.pt")
     return vlm
 
 
-def test_a_run_with_adapters_is_handed_over_with_them_merged(tmp_path):
+@pytest.mark.parametrize("run", ["lora.ckpt", "sharded.ckpt"])
+@pytest.mark.parametrize("adapters", [False, True], ids=["into a plain model", "to be exported"])
+def test_a_run_with_adapters_is_handed_over(tmp_path, run, adapters):
     theirs, ours = adapted(tmp_path, **{"lora rank": 4, "lora alpha": 8}), other_vlm()
-    start_from(ours, InitFrom(str(tmp_path / "lora.ckpt")))
+    if adapters:
+        apply_parts(ours, Parts(llm=LLMPart(lora=LoRA(4, 8, 0.0))))
+    start_from(ours, InitFrom(str(tmp_path / run)))
     ids = torch.arange(9)[None]
     assert torch.allclose(ours.llm(ids).logits, theirs.llm(ids).logits, atol=1e-5)
     assert not torch.allclose(ours.llm(ids).logits, tiny_vlm().llm(ids).logits, atol=1e-2)
