@@ -20,7 +20,7 @@ import torch
 import yaml
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -127,6 +127,18 @@ class Checkpoints(ModelCheckpoint):
 
     trained = False
     """Whether this process has trained on a batch: before that nothing is written."""
+
+    def format_checkpoint_name(
+        self,
+        metrics: dict[str, torch.Tensor],
+        filename: str | None = None,
+        ver: int | None = None,
+        prefix: str | None = None,
+    ) -> str:
+        """`{val/loss:.2f}` becomes `val_loss=1.23`: a slash would make a folder of it."""
+        flat = {name.replace("/", "_"): value for name, value in metrics.items()}
+        name = re.sub(r"\{[^}:]*", lambda field: field[0].replace("/", "_"), filename or self.filename or "")
+        return super().format_checkpoint_name(flat, name, ver, prefix)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a folder that could not hold a checkpoint.
@@ -269,9 +281,12 @@ class LitMMCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Leave out the bar and the checkpoints where the config switches them off."""
+        """Leave out the bar and the checkpoints where the config switches them off or names another bar."""
         off = {Progress: "enable_progress_bar", Checkpoints: "enable_checkpointing"}
         kept = [callback for callback in callbacks if config.get(off.get(type(callback), "")) is not False]
+        named = config.get("callbacks") or []
+        if any(isinstance(callback, ProgressBar) for callback in (named if isinstance(named, list) else [named])):
+            kept = [callback for callback in kept if not isinstance(callback, Progress)]
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -279,16 +294,17 @@ class LitMMCLI(LightningCLI):
         return super()._instantiate_trainer(config, kept)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """A fit that fails before its first step leaves no folder behind."""
+        """A fit that fails before its first step leaves no folder behind, but for the records of such a step."""
         folder = Path(self.trainer.log_dir) if self.trainer.log_dir else None
         self.model.ask_at(self.config[subcommand].scales)
         new = subcommand == "fit" and folder is not None and not folder.exists()
         try:
             super()._run_subcommand(subcommand)
-        except BaseException:
+        except BaseException as error:
             trained = any(
                 callback.trained for callback in cast(Any, self.trainer).callbacks if isinstance(callback, Checkpoints)
             )
+            trained |= isinstance(error, FloatingPointError)
             if new and folder is not None and not trained and self.trainer.is_global_zero:
                 shutil.rmtree(folder, ignore_errors=True)
             raise

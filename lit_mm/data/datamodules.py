@@ -246,6 +246,7 @@ class ImageInstructions(LightningDataModule):
             "caption_epochs": self.caption_epochs,
             "scales": [inputs.scales, inputs.time_scales, inputs.scales_per_step, inputs.keep_finest],
             "ranks": trainer.world_size if trainer else 1,
+            "the same batches in every epoch": bool(trainer and cast(Any, trainer).overfit_batches),
         }
 
     def train_plans(self, epoch: int) -> BatchPlans:
@@ -271,13 +272,17 @@ class ImageInstructions(LightningDataModule):
         mixture, trainer = self.sets[name], self.trainer
         rank, ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         choice: Choice = "next" if budget.fixed or not training else "largest"
-        if training and self.inputs.packing == "loop":
+        if training and self.inputs.packing == "padded":
             choice = "alike"  # rows are padded
         order = self._order(mixture) if training else lambda _: np.arange(len(mixture))
         return BatchPlans(order, self._sizes(mixture, training), budget, training, choice, rank, ranks, epoch)
 
     def _order(self, mixture: Mixture) -> Callable[[int], np.ndarray]:
-        return lambda epoch: mixture.order(epoch, self.seed)
+        return lambda epoch: mixture.order(self._shuffled_as(epoch), self.seed)
+
+    def _shuffled_as(self, epoch: int) -> int:
+        """trainer.overfit_batches means the same batches in every epoch."""
+        return 0 if self.trainer and cast(Any, self.trainer).overfit_batches else epoch
 
     def _sizes(self, mixture: Mixture, training: bool) -> Callable[[int], Sizes]:
         draw, costs = self.inputs.draw(training, self.seed), mixture.costs
@@ -286,7 +291,7 @@ class ImageInstructions(LightningDataModule):
             tokens = costs.tokens(records, np.flatnonzero(draw(epoch, step)), self.inputs.scales)
             return np.stack([np.ones_like(tokens), tokens, costs.pixels[records]], axis=1)
 
-        return lambda epoch: partial(sizes, epoch)
+        return lambda epoch: partial(sizes, self._shuffled_as(epoch))
 
     def _loader(self, name: str, plans: BatchPlans, training: bool) -> ResumableLoader:
         inputs = self.inputs

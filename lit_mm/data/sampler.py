@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import SequentialSampler
 
 NO_LIMIT = np.iinfo(np.int64).max
 
@@ -214,12 +214,13 @@ def shared_out(batches: list[np.ndarray], ranks: int) -> list[np.ndarray]:
     return [records[rank::ranks] for rank in range(ranks)]
 
 
-class BatchPlans(Sampler[BatchPlan]):
+class BatchPlans(SequentialSampler):
     """One rank's batches of an epoch, from a step on.
 
     (seed, epoch, rank, step) alone decide a batch. Every rank gets as many as the others. In training
     the fewer than `ranks` records that may be left at the end are left out of the epoch, which is why
     another epoch has another order; elsewhere they make batches that some ranks have empty.
+    A SequentialSampler by name, or Lightning would put one in its place for `overfit_batches`.
 
     Args:
         order: epoch -> its records.
@@ -260,7 +261,7 @@ class BatchPlans(Sampler[BatchPlan]):
         """Batches of the whole epoch, wherever it begins."""
         return len(self.batches())
 
-    def __iter__(self) -> Iterator[BatchPlan]:
+    def __iter__(self) -> Iterator[BatchPlan]:  # type: ignore[override]
         epoch, start = self.epoch, self.start
         for step, records in enumerate(self.batches()[start:], start):
             yield BatchPlan(records.tolist(), epoch, step)

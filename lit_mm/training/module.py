@@ -36,7 +36,7 @@ from lit_mm.training.optim import FusedAdamW, MuonAdamW
 from lit_mm.training.parts import Parts, apply_parts, parameter_groups, parts_table, with_parameters
 from lit_mm.training.resume import Place, check_model, check_order, seed_step, write_place
 from lit_mm.training.schedule import WarmupCosine
-from lit_mm.training.steps import clip, refuse_hidden_scale, refuse_not_finite, set_options
+from lit_mm.training.steps import clip, refuse_hidden_scale, refuse_not_finite, refuse_unknown_metrics, set_options
 from lit_mm.training.strategies import FSDP1, is_sharded, shard
 
 
@@ -349,7 +349,17 @@ class LitMatryoshka(LightningModule):
         self.place.steps = self.trainer.global_step  # 0 also of a module that came from a checkpoint or another fit
         check_order(self.order, self._order(), self.place)
         refuse_hidden_scale(self.trainer)
+        refuse_unknown_metrics(self.trainer, self.metric_names())
         set_options(self.trainer, self.options)
+
+    def metric_names(self) -> list[str]:
+        """What a fit logs of this model for callbacks to monitor; `val/…` only with data to validate on."""
+        names = ["epoch", "step", "train/loss", *(f"train/loss@{scale}" for scale in self.all_scales)]
+        names.append("train/gradient_norm")
+        if sum(self.trainer.num_val_batches):
+            names += ["val/loss", *(f"val/loss@{scale}" for scale in self.all_scales)]
+            names += [f"val/accuracy@{scale}" for scale in self.asked_scales]
+        return names
 
     def _trained(self) -> dict[str, int]:
         """How many parameters are in each group, and of what rank its adapters are."""

@@ -3,10 +3,12 @@ changed for a resumed run."""
 
 from __future__ import annotations
 
+import difflib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import Trainer
@@ -61,6 +63,25 @@ def refuse_hidden_scale(trainer: Trainer) -> None:
     [optimizer] = trainer.optimizers
     if trainer.precision == "16-mixed" and getattr(optimizer, "_step_supports_amp_scaling", False):
         raise ValueError("trainer.precision 16-mixed: a fused optimizer hides the loss scale, use torch.optim.AdamW")
+
+
+def refuse_unknown_metrics(trainer: Trainer, known: Sequence[str]) -> None:
+    """Whether all that callbacks monitor or put into file names is going to be logged; callbacks that are neither
+    Lightning's nor this package's may log more.
+
+    Raises:
+        ValueError: One of them waits for a metric that nothing logs.
+    """
+    callbacks: list[Any] = cast(Any, trainer).callbacks
+    if any(type(callback).__module__.split(".")[0] not in ("lightning", "lit_mm") for callback in callbacks):
+        return
+    for callback in callbacks:
+        fields = re.findall(r"\{([^}:]*)", getattr(callback, "filename", None) or "")
+        for name in filter(None, [getattr(callback, "monitor", None), *fields]):
+            if name not in known and not name.startswith("skipped/"):
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+                kind = type(callback).__name__
+                raise ValueError(f"{kind}: nothing logs {name}, do you mean {near}? There are {', '.join(known)}")
 
 
 def set_options(trainer: Trainer, options: Sequence[dict[str, Any]]) -> None:

@@ -218,3 +218,10 @@ def test_images_in_a_later_question_cannot_be_asked_alone(make, instruction_set)
     with pytest.raises(RecordError, match="images in several questions"):
         data.setup("validate")
     make(train=write(instruction_set, [item])).setup("fit")  # as a conversation it is fine
+
+
+def test_padded_batches_hold_records_of_like_length(make):
+    data = make()
+    data.inputs = data.inputs._replace(packing="padded")
+    data.setup("fit")
+    assert data.train_plans(0).choice == "alike"

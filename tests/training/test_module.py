@@ -299,3 +299,18 @@ def test_a_run_says_how_it_generates(instruction_set, tmp_path, monkeypatch, dec
     trainer.validate(lit, trainer.datamodule, verbose=False)
     [line] = said
     assert line.startswith(told) and line.count(", 6 ") == 1, line
+
+
+@pytest.mark.parametrize(("number", "per_batch"), [(1, {}), (2, {"tokens_per_batch": 150, "batch_size": None})])
+def test_overfit_batches_are_the_same_in_every_epoch(instruction_set, tmp_path, number, per_batch):
+    seen = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append([ids.tolist() for ids in batch.input_ids])
+
+    options = {"max_steps": 3 * number, "overfit_batches": number, "reload_dataloaders_every_n_epochs": 1}
+    _, trainer = fit(instruction_set, tmp_path, data=per_batch, callbacks=[Watch()], **options)
+    assert trainer.current_epoch == 3
+    assert seen == 3 * seen[:number]
+    assert all(seen[0] != other for other in seen[1:number])

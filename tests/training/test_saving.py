@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 
 import pytest
 import torch
@@ -159,3 +160,41 @@ def test_what_is_no_checkpoint_of_this_model_is_refused_in_one_line(fit, instruc
     said["best"] = fit("test", "--ckpt_path", "best")
     assert "last.ckpt holds more than tensors" in said["best"]
     assert all("\n" not in each for each in said.values())
+
+
+def test_a_metric_in_a_file_name_makes_no_folder(fit, instruction_set):
+    validated = ["--trainer.limit_val_batches", "1", "--checkpoint.monitor", "val/loss"]
+    name = "{step}-{val/loss:.1f}-{val/accuracy@16:.2f}-{epoch}"
+    assert fit("fit", *validated, "--checkpoint.filename", name) is None
+    [best] = {file.name for file in instruction_set.glob("runs/version_0/checkpoints/*")} - {"last.ckpt"}
+    assert re.fullmatch(r"step=3-val_loss=\d\.\d-val_accuracy@16=[01]\.\d\d-epoch=0\.ckpt", best)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--checkpoint.monitor", "train/los"], "Checkpoints: nothing logs train/los, do you mean train/loss?"),
+        (["--checkpoint.monitor", "val/loss"], "Checkpoints: nothing logs val/loss"),  # without validation
+        (["--checkpoint.filename", "{stp}-{epoch}"], "Checkpoints: nothing logs stp, do you mean step?"),
+        (
+            ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "train/loss@8"],
+            "EarlyStopping: nothing logs train/loss@8, do you mean train/loss@",
+        ),
+    ],
+)
+def test_a_metric_that_nothing_logs_is_told_at_start(fit, instruction_set, arguments, told):
+    assert told in fit("fit", *arguments)
+    assert not (instruction_set / "runs/version_0").exists()
+
+
+@pytest.mark.parametrize("bar", ["RichProgressBar", "TQDMProgressBar"])
+def test_another_progress_bar_takes_the_place_of_ours(fit, bar):
+    assert fit("fit", "--trainer.enable_progress_bar", "true", "--trainer.callbacks", bar) is None
+
+
+def test_the_records_of_a_first_step_that_is_not_finite_are_kept(fit, instruction_set, monkeypatch):
+    monkeypatch.setattr("lit_mm.training.module.clip", lambda *_: torch.tensor(float("nan")))
+    message = fit("fit")
+    assert "step 0: the gradients' norm is nan" in message
+    assert "Traceback" not in message
+    assert (instruction_set / "runs/version_0/not_finite.step_0.rank_0.json").exists()
