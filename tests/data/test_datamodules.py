@@ -222,6 +222,6 @@ def test_images_in_a_later_question_cannot_be_asked_alone(make, instruction_set)
 
 def test_padded_batches_hold_records_of_like_length(make):
     data = make()
-    data.inputs = data.inputs._replace(packing="padded")
+    data.inputs.packing = "padded"
     data.setup("fit")
     assert data.train_plans(0).choice == "alike"
