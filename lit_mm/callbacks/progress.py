@@ -10,21 +10,31 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+MINUTE = 60
+
 
 class Progress(TQDMProgressBar):
     """Lightning's bar of the epoch with `left`, the time to the run's last step, beside the losses.
 
     The time follows from the mean of the steps done since the start, validation included. Where
-    nobody watches (output to a file) the bar is written every fiftieth step at most.
+    nobody watches (output to a file) the bar is written once a minute and at its end.
     """
+
+    _written = float("-inf")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         super().on_train_start(trainer, pl_module)
-        if not sys.stdout.isatty():
-            self._refresh_rate = max(50, self._refresh_rate) if self._refresh_rate else 0
         self._started, self._first_step = time.monotonic(), trainer.global_step
         self._last_step = pl_module.total_steps()  # type: ignore[operator]  # which may plan every epoch's batches
+
+    def _should_update(self, current: int, total: int) -> bool:
+        if sys.stdout.isatty() or current == total:
+            return super()._should_update(current, total)
+        now = time.monotonic()
+        due = self.is_enabled and now - self._written >= MINUTE
+        self._written = now if due else self._written
+        return due
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Losses without the logger's version, and the time left."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,10 @@ class TokenEfficiency(Callback):
             self.last = self._judged(trainer)
         if trainer.state.fn == "fit":
             self.memory.forget()
+            if trainer.is_global_zero and not trainer.sanity_checking:
+                bar: Any = trainer.progress_bar_callback
+                told = in_a_line(trainer.callback_metrics, trainer.global_step)
+                (bar.print if bar and bar.is_enabled else print)(told)
         elif self.last:
             self._tell(self.last)
 
@@ -256,6 +261,15 @@ def log(trainer: Trainer, values: Numbers, step: int) -> None:
     """To every logger, at so many optimizer steps before the one that is logged, as Lightning counts for them."""
     for logger in trainer.loggers:
         logger.log_metrics(values, step)
+
+
+def in_a_line(metrics: Mapping[str, torch.Tensor], step: int) -> str:
+    """`validation at step 700: loss 1.234, accuracy % 45.00 @16, 40.00 @4`: what one validation found."""
+    found = [f"loss {metrics['val/loss']:.3f}"] if "val/loss" in metrics else []
+    scales = [name.split("@")[1] for name in metrics if name.startswith("val/accuracy@")]
+    accuracies = [f"{100 * metrics[f'val/accuracy@{scale}']:.2f} @{scale}" for scale in scales]
+    found += [f"accuracy % {', '.join(accuracies)}"] if accuracies else []
+    return f"validation at step {step:,}: {', '.join(found)}"
 
 
 def scalars(result: Result) -> Numbers:

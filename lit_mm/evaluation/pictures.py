@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,13 +19,43 @@ ENCODER, WHOLE_PROMPT = "#1f5fa8", "#3f8f83"
 
 
 def print_whole(*things: Any) -> None:
-    """In the terminal, a thing a line; a file or a pipe has room for whole tables."""
+    """In the terminal, a thing a line. Of a table that is too wide the last columns are left out, and named below
+    it; a file or a pipe has room for all."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=160)
+        console = Console(width=max([160, *(width_of(thing) for thing in things if isinstance(thing, Table))]))
     for thing in things:
         text = isinstance(thing, str)
-        console.print(thing, soft_wrap=text, markup=not text, highlight=not text)
+        shown, left_out = fit_into(thing, console.width) if isinstance(thing, Table) else (thing, "")
+        console.print(shown, soft_wrap=text, markup=not text, highlight=not text)
+        if left_out:
+            console.print(f"no room in {console.width} characters for: {left_out}", soft_wrap=True, markup=False)
+
+
+def width_of(table: Table) -> int:
+    """The fewest characters in which no number is shortened or broken; text and heads break between words."""
+    return 1 + sum(_widths(column)[0] + 3 for column in table.columns)
+
+
+def fit_into(table: Table, width: int) -> tuple[Table, str]:
+    """A table without its last columns, as many as it takes, and their heads."""
+    shown = copy(table)
+    shown.columns = [replace(column, overflow="fold") for column in table.columns]
+    while width_of(shown) > width and len(shown.columns) > 1:
+        shown.columns.pop()
+    spare = width - width_of(shown)
+    for column in sorted(shown.columns, key=lambda column: column.justify == "right"):  # text gets what is to spare
+        fewest, most = _widths(column)
+        column.width = min(most, fewest + spare)
+        spare -= column.width - fewest
+    return shown, ", ".join(str(column.header) for column in table.columns[len(shown.columns) :])
+
+
+def _widths(column: Column) -> tuple[int, int]:
+    """Characters that a column needs, and those with which it breaks no line."""
+    cells, head = [Text.from_markup(str(cell)).plain for cell in column.cells], str(column.header)
+    whole = cells if column.justify == "right" else [word for cell in cells for word in cell.split()]
+    return max(map(len, [*whole, *head.split(), ""])), max(map(len, [*cells, head]))
 
 
 def spread(times: dict[str, float] | None) -> str:

@@ -719,3 +719,13 @@ def test_a_line_for_every_time_scale():
     assert [list(line.get_xdata()) for line in axes.lines[:2]] == [[32, 8], [8, 2]]
     assert np.allclose(axes.lines[1].get_ydata(), [60, 50])
     assert next(iter(table(made).columns[0].cells)) == "8 x 4 = 32"
+
+
+def test_each_validation_of_a_fit_is_one_line(instruction_set, tmp_path, capsys):
+    trainer, *_ = run(instruction_set, tmp_path, max_steps=4, val_check_interval=2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("validation at step")]
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    scales = [name.split("@")[1] for name in found if name.startswith("val/accuracy@")]
+    accuracies = ", ".join(f"{100 * found[f'val/accuracy@{scale}']:.2f} @{scale}" for scale in scales)
+    assert [line.split(":")[0] for line in lines] == ["validation at step 2", "validation at step 4"]
+    assert lines[-1] == f"validation at step 4: loss {found['val/loss']:.3f}, accuracy % {accuracies}"
