@@ -186,7 +186,9 @@ class Conversation:
 
     def _end_id(self) -> int:
         asked = "".join(MARKERS.values()) if self._in_chunks else "a"
-        *_, after = self._prompts("chat template", [Turn("user", asked), Turn("assistant", "b")])
+        *_, after = self._prompts(
+            self.tokenizer.name_or_path or "the tokenizer", [Turn("user", asked), Turn("assistant", "b")]
+        )
         if self.tokenizer.chat_template == TEMPLATES["plain"]:  # what ends a caption is no special token
             return self._encode_text("a\n", starts=True)[-1]
         ids = self._encode_text(after, starts=False)

@@ -248,3 +248,9 @@ def test_whatever_a_template_raises_names_record_and_tokenizer(fault, found):
     turns = (Turn("user", "b"), Turn("assistant", "c"))
     with pytest.raises(RecordError, match=rf"set.json, record 0: chat template: {found}.*template of folder/of/it"):
         Conversation(tokenizer).encode(Record("a", (), turns, "set.json, record 0", "be brief"))
+
+
+def test_a_template_that_fails_from_the_start_is_named_once():
+    with pytest.raises(RecordError) as caught:
+        Conversation(byte_level("{{ 1 / 0 }}"))
+    assert str(caught.value).count("chat template") == 1
