@@ -301,9 +301,10 @@ class LitMMCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except BaseException as error:
-            trained = any(
-                callback.trained for callback in cast(Any, self.trainer).callbacks if isinstance(callback, Checkpoints)
-            )
+            checkpoints = [each for each in cast(Any, self.trainer).callbacks if isinstance(each, Checkpoints)]
+            trained = any(each.trained for each in checkpoints)
+            if not checkpoints:  # trainer.enable_checkpointing false: the logs are all that a run leaves
+                trained = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed > 0
             trained |= isinstance(error, FloatingPointError)
             if new and folder is not None and not trained and self.trainer.is_global_zero:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -221,7 +221,7 @@ class LitMatryoshka(LightningModule):
         self.checked = False
         if self.trainer.is_global_zero:
             print_whole(self.table)
-            rank_zero_info(f"attention: {self.packing} ({type(self.vlm.llm).__name__})")
+            rank_zero_info(f"packing: {self.packing} ({type(self.vlm.llm).__name__})")
         self.on_test_start()
 
     def on_validation_start(self) -> None:
@@ -247,7 +247,7 @@ class LitMatryoshka(LightningModule):
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean over scales of the next-token loss (M3, equation 1), over the targets of all ranks.
+        """Mean over scales of the next-token loss (M3, equation 1), over the labels of all ranks.
 
         Lightning divides by the batches it accumulates and averages over ranks. With the same
         divisor everywhere, that of an accumulation's first batch, the sum is right but for a factor

@@ -100,7 +100,7 @@ def test_a_sharded_step_takes_what_was_planned(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("packing", "checkpointing"), [("branch", True), ("sequential", False), ("padded", False), ("padded", True)]
+    ("packing", "checkpointing"), [("packed", True), ("sequential", False), ("padded", False), ("padded", True)]
 )
 def test_torchs_own_tracker_of_real_tensors_finds_as_much(packing, checkpointing):
     vlm = packing_vlm()

@@ -10,6 +10,7 @@ import yaml
 
 from lit_mm.__main__ import main
 from lit_mm.training import saving
+from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.saving import WholeFiles, check_readable, check_room
 from tests.test_cli import CONFIG
 
@@ -50,6 +51,18 @@ def test_a_failed_start_leaves_no_folder(fit, instruction_set):
     (instruction_set / "images/3.png").unlink()
     assert "missing image" in fit()
     assert not (instruction_set / "runs/version_0").exists()
+
+
+def test_a_run_without_checkpoints_keeps_its_logs_when_it_fails(fit, instruction_set, monkeypatch):
+    def broken(module, batch, batch_idx):
+        if batch_idx:
+            raise ValueError("in the second batch")
+        return step(module, batch, batch_idx)
+
+    step = LitMatryoshka.training_step
+    monkeypatch.setattr(LitMatryoshka, "training_step", broken)
+    assert "in the second batch" in fit("fit", "--trainer.enable_checkpointing", "false", "--trainer.max_steps", "2")
+    assert (instruction_set / "runs/version_0/config.yaml").exists()
 
 
 def test_a_folder_that_takes_no_checkpoint_stops_the_run_before_training(fit, instruction_set, monkeypatch):
