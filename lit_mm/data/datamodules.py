@@ -83,7 +83,7 @@ class ImageInstructions(LightningDataModule):
             image: How images are brought to size.
             batch_size: Most records per batch and device in training; null: as many as the budgets
                 allow.
-            tokens_per_batch: Most positions of a training batch's packed row, all scales included.
+            tokens_per_batch: Most positions of a training batch's packed sequence, all scales included.
             pixels_per_batch: Most pixels of a training batch's images and frames.
             eval_batch_size: Records per batch and device elsewhere; null: as batch_size, or 16.
             max_length: The longest conversation to train or validate on, in tokens, images at the finest

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -42,7 +42,12 @@ def pack(
         packing: `packed`: one sequence with all branches. `sequential`: one for each scale; what no scale
             changes has its labels in the first alone. `padded`: none.
         attention: The mechanism that the sequences are laid out for.
+
+    Raises:
+        ValueError: No such packing.
     """
+    if packing not in get_args(Packing):
+        raise ValueError(f"packing {packing}: expected one of {', '.join(get_args(Packing))}")
     drawn = [scale for scale, weight in enumerate(batch.scale_weights) if weight]
     samples = list(_samples(batch, drawn, len(scales)))
     if packing == "padded" or not samples:

@@ -62,8 +62,8 @@ def answers_table(experiments: Sequence[Figures]) -> Table:
 
 def training_table(experiments: Sequence[Figures]) -> Table:
     """One sample's forward and backward pass at all scales in one row, against the finest alone."""
-    names = ["experiment", "image", "row tokens", "encoder", "projector", "LLM", "head", "all", "again", "÷ finest"]
-    rows = _table("Training on one such sample: FLOPs of all scales in a row", names, left=2)
+    names = ["experiment", "image", "tokens", "encoder", "projector", "LLM", "head", "all", "again", "÷ finest"]
+    rows = _table("Training on one such sample: FLOPs of all scales in a packed sequence", names, left=2)
     for own, at in _sizes(experiments):
         cost = at["training"]
         parts = [in_flops(cost[f"{part}_flops"]) for part in ("encoder", "projector", "llm", "head", "total")]

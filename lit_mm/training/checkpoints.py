@@ -323,24 +323,24 @@ def _listed(part: str, names: Sequence[str], most: int = 20) -> str:
 
 
 @torch.no_grad()
-def copy_weights(labels: dict[str, Tensor], weights: Weights) -> None:
+def copy_weights(targets: dict[str, Tensor], weights: Weights) -> None:
     """Copy every tensor that the source has.
 
     Raises:
         ValueError: A shape differs.
     """
-    for name, label in labels.items():
-        if name in weights.tensors and not label.is_meta:
+    for name, target in targets.items():
+        if name in weights.tensors and not target.is_meta:
             given = weights.tensors[name]()
-            if given.shape != label.shape:
+            if given.shape != target.shape:
                 raise ValueError(
-                    f"init_from: {weights.where}: {name} is {list(given.shape)}, expected {list(label.shape)}"
+                    f"init_from: {weights.where}: {name} is {list(given.shape)}, expected {list(target.shape)}"
                 )
-            if label.is_floating_point() and not given.is_floating_point():
+            if target.is_floating_point() and not given.is_floating_point():
                 raise ValueError(
                     f"init_from: {weights.where}: {name} is {given.dtype}, expected floating point numbers"
                 )
-            label.copy_(given)
+            target.copy_(given)
 
 
 @torch.no_grad()

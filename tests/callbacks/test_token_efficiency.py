@@ -33,7 +33,7 @@ from lit_mm.training.parts import PARTS
 from tests.conftest import instruction_set as made_set
 from tests.conftest import tiny_llm, tiny_vlm
 from tests.costs.test_counts import slow_counts
-from tests.model.test_rows import SCALES, packed, random_samples
+from tests.model.test_packing import SCALES, packed, random_samples
 from tests.model.test_vlm import batch_of
 from tests.training.sharded import Run, on_ranks, perform
 from tests.training.test_module import module
@@ -126,7 +126,7 @@ def test_the_last_interval_may_be_shorter(instruction_set, tmp_path):
     _, _, _, batches = run(instruction_set, tmp_path, limit_val_batches=0, max_steps=7, max_epochs=-1)
     rows = logged(tmp_path)
     assert [row["step"] for row in rows] == [2, 5, 6]
-    assert rows[-1]["tokens/text"] == slow(batches[6:], "branch")["text"]
+    assert rows[-1]["tokens/text"] == slow(batches[6:], "packed")["text"]
 
 
 def test_a_resumed_run_counts_its_own_steps(instruction_set, tmp_path):
@@ -137,7 +137,7 @@ def test_a_resumed_run_counts_its_own_steps(instruction_set, tmp_path):
     _, _, _, batches = run(instruction_set, tmp_path / "after", limit_val_batches=0, **again)
     [row] = logged(tmp_path / "after")
     assert row["step"] == 2
-    assert row["tokens/text"] == slow(batches, "branch")["text"]
+    assert row["tokens/text"] == slow(batches, "packed")["text"]
 
 
 class Waits(TokenEfficiency):

@@ -10,7 +10,7 @@ from lit_mm.costs.counts import counts_of
 from lit_mm.data.collate import Sample, Visual, collate
 from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Question
 from tests.model import test_time_scales as video
-from tests.model.test_rows import SCALES, packed, random_samples
+from tests.model.test_packing import SCALES, packed, random_samples
 from tests.model.test_vlm import batch_of, picture
 
 

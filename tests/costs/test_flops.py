@@ -34,7 +34,7 @@ from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.parts import LoRA, add_adapters
 from tests.conftest import tiny_vlm
 from tests.model import test_time_scales
-from tests.model.test_rows import CLASSES, EXTRA, SCALES, packed, random_samples
+from tests.model.test_packing import CLASSES, EXTRA, SCALES, packed, random_samples
 from tests.model.test_vlm import batch_of
 
 SQUARES = [(768, 768), (768, 1024), (1024, 1024), (1536, 1536)]

@@ -14,7 +14,7 @@ from lit_mm.model.packing import pack
 from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.scales import VideoScale, coarsest_time_scale, set_starts
 from tests.conftest import tiny_vlm64
-from tests.model.test_rows import gradients
+from tests.model.test_packing import gradients
 from tests.model.test_vlm import picture
 
 SCALES, TIMES = [16, 4, 1], [4, 2, 1]

@@ -15,7 +15,7 @@ from lit_mm.model.packing import pack
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.parts import LLMPart, Part, Parts
 from tests.conftest import tiny_encoder, tiny_llm
-from tests.model.test_rows import SCALES, batch_of, random_samples
+from tests.model.test_packing import SCALES, batch_of, random_samples
 
 
 class Samples(lightning.LightningDataModule):

@@ -26,7 +26,7 @@ from lit_mm.training.parts import (
     with_parameters,
 )
 from tests.conftest import tiny_llm, tiny_vlm
-from tests.model.test_rows import packed
+from tests.model.test_packing import packed
 from tests.model.test_vlm import batch_of, samples
 
 

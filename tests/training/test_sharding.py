@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from lit_mm.model.attention import NAME
 from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch
 from tests.conftest import tiny_vlm
-from tests.model.test_rows import packed
+from tests.model.test_packing import packed
 from tests.model.test_vlm import batch_of, picture
 
 KINDS = {

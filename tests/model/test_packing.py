@@ -339,3 +339,8 @@ def test_chunks_of_logits_give_plain_autograds_gradients(source, sizes, tied, mo
     found = torch.autograd.grad(3 * total, wanted)
     for a, b in zip(found, torch.autograd.grad(3 * (plain * weights).sum(), wanted), strict=True):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-14)
+
+
+def test_an_unknown_packing_is_refused():
+    with pytest.raises(ValueError, match="packing branch: expected one of packed, sequential, padded"):
+        packed(batch_of(*samples()), "branch")
