@@ -37,7 +37,7 @@ class Case:
 
     samples: int = 4
     answer: int = 60
-    packing: Packing = "branch"
+    packing: Packing = "packed"
     layers: int = 4
     vocabulary: int = 8000
     frozen_llm: bool = False
