@@ -39,7 +39,7 @@ from lit_mm.data.easy_vqa import EasyVQA
 from lit_mm.training import strategies  # noqa: F401 (likewise to --trainer.strategy)
 from lit_mm.training.checkpoints import SHARDED, InitFrom, check_new, export, is_of_fsdp1, start_from
 from lit_mm.training.module import LitMatryoshka
-from lit_mm.training.saving import WholeFiles, check_readable, check_room
+from lit_mm.training.saving import WholeFiles, check_readable, check_room, is_remote
 
 PROGRAM = "python -m lit_mm"
 DATA_MODULES = ImageInstructions, VideoInstructions, EasyVQA, VideoShapes  # known to --data by their short names
@@ -146,7 +146,7 @@ class Checkpoints(ModelCheckpoint):
         Raises:
             OSError: It cannot be written, or its disk is too full.
         """
-        if trainer.is_global_zero and not cast(Any, trainer).fast_dev_run:
+        if trainer.is_global_zero and not cast(Any, trainer).fast_dev_run and not is_remote(self.dirpath):
             check_room(Path(str(self.dirpath)), list(pl_module.parameters()))
         super().on_train_start(trainer, pl_module)
 

@@ -16,10 +16,14 @@ from torch import Tensor
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes a checkpoint of one file so that a kill leaves the one before, or the new one."""
+    """Writes a checkpoint of one file so that a kill leaves the one before, or the new one; at a remote address
+    (s3://…) as Lightning does."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write beside the target, wait for the disk, then rename."""
+        if is_remote(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
         final = Path(path)
         final.parent.mkdir(parents=True, exist_ok=True)
         part = final.with_name(f"{final.name}.part")
@@ -31,6 +35,11 @@ class WholeFiles(TorchCheckpointIO):
             os.replace(part, final)  # noqa: PTH105 (the same as Path.replace; this is what is meant)
         finally:
             part.unlink(missing_ok=True)
+
+
+def is_remote(path: Any) -> bool:
+    """Whether a path is an address of fsspec's, which `Path` would take for a local folder."""
+    return "://" in str(path)
 
 
 def check_room(folder: Path, parameters: Sequence[Tensor]) -> None:

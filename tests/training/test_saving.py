@@ -4,6 +4,7 @@ import errno
 import json
 import re
 
+import fsspec
 import pytest
 import torch
 import yaml
@@ -211,3 +212,11 @@ def test_the_records_of_a_first_step_that_is_not_finite_are_kept(fit, instructio
     assert "step 0: the gradients' norm is nan" in message
     assert "Traceback" not in message
     assert (instruction_set / "runs/version_0/not_finite.step_0.rank_0.json").exists()
+
+
+def test_a_remote_checkpoint_is_no_local_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    WholeFiles().save_checkpoint({"step": 1}, "memory://runs/last.ckpt")
+    with fsspec.open("memory://runs/last.ckpt") as file:
+        assert torch.load(file, weights_only=True) == {"step": 1}
+    assert not list(tmp_path.iterdir())
