@@ -15,12 +15,12 @@ _HOMES = {
     "MatryoshkaProjector": "model.projector",
     "LLM": "model.llm",
     "MatryoshkaVLM": "model.vlm",
-    "EasyVQA": "data.easy_vqa",
-    "ImageInstructions": "data.datamodules",
+    "EasyVQADataModule": "data.easy_vqa",
+    "ImageDataModule": "data.datamodules",
     "ImageOptions": "data.images",
     "Subset": "data.dataset",
-    "VideoShapes": "data.clips",
-    "VideoInstructions": "data.datamodules",
+    "VideoShapesDataModule": "data.clips",
+    "VideoDataModule": "data.datamodules",
     "VideoOptions": "data.video",
     "LitMatryoshka": "training.module",
     "FSDP": "training.strategies",
@@ -37,6 +37,10 @@ __all__ = sorted(_HOMES)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("EasyVQA", "ImageInstructions", "VideoInstructions", "VideoShapes"):
+        renamed = import_module("lit_mm.renamed")
+        renamed.warn(f"lit_mm.{name}", f"lit_mm.{renamed.CLASSES[name]}")
+        name = renamed.CLASSES[name]
     if name not in _HOMES:
         raise AttributeError(f"module {__name__} has no attribute {name}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

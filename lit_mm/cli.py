@@ -33,16 +33,22 @@ from lit_mm.callbacks.progress import Progress
 from lit_mm.callbacks.skipped import SkippedRecords
 from lit_mm.callbacks.stopping import StopBetweenBatches
 from lit_mm.callbacks.token_efficiency import TokenEfficiency
-from lit_mm.data.clips import VideoShapes
-from lit_mm.data.datamodules import ImageInstructions, VideoInstructions
-from lit_mm.data.easy_vqa import EasyVQA
+from lit_mm.data.clips import VideoShapesDataModule
+from lit_mm.data.datamodules import ImageDataModule, VideoDataModule
+from lit_mm.data.easy_vqa import EasyVQADataModule
+from lit_mm.renamed import accept_old_names, with_new_arguments
 from lit_mm.training import strategies  # noqa: F401 (likewise to --trainer.strategy)
 from lit_mm.training.checkpoints import SHARDED, InitFrom, check_new, export, is_of_fsdp1, start_from
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.saving import WholeFiles, check_readable, check_room, is_remote
 
 PROGRAM = "python -m lit_mm"
-DATA_MODULES = ImageInstructions, VideoInstructions, EasyVQA, VideoShapes  # known to --data by their short names
+DATA_MODULES = (
+    ImageDataModule,
+    VideoDataModule,
+    EasyVQADataModule,
+    VideoShapesDataModule,
+)  # known to --data by their short names
 warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # what is frozen, on purpose
 
 
@@ -199,6 +205,11 @@ class LitMMCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
 
     def __init__(self, args: list[str] | None = None) -> None:
+        accept_old_names()
+        if args is None:
+            sys.argv[1:] = with_new_arguments(sys.argv[1:])
+        else:
+            args = with_new_arguments(args)
         check_configs(sys.argv if args is None else args)
         super().__init__(
             LitMatryoshka,

@@ -36,7 +36,7 @@ model:
   init_gain: 1.0
   max_new_tokens: 3
 data:
-  class_path: lit_mm.ImageInstructions
+  class_path: lit_mm.ImageDataModule
   init_args:
     image: {{mode: keep, size: null}}
     batch_size: 4
@@ -111,7 +111,7 @@ def test_help_explains_every_field_of_the_model(run):
         assert words in text, words
     text = " ".join(run("fit", "--model.encoder.help", "ConvNeXtEncoder")[1].split())
     assert "Name of a timm ConvNeXt or ConvNeXt-V2" in text
-    text = " ".join(run("fit", "--data.help", "EasyVQA")[1].split())
+    text = " ".join(run("fit", "--data.help", "EasyVQADataModule")[1].split())
     assert "Training images held out for validation" in text
 
 
@@ -143,7 +143,7 @@ def test_printed_config_round_trips_and_overlays_win(run, experiment, tmp_path):
         (["--model.scale", "[1]"], "model.scale"),
         (["--model.scales", "[16,3,1]"], "scales [3] do not divide a 2×8 grid, which allows [16, 4, 1]"),
         (["--model.scales", "[1,16]"], "finest first"),
-        (["--model.llm.source", "LamaConfig"], "no such config class"),
+        (["--model.llm.name_or_path", "LamaConfig"], "no such config class"),
         (["--model.llm.tokenizer", "./nowhere"], "no folder nowhere"),
         (
             ["--model.encoder.backbone", "resnet18", "--model.encoder.overrides", "{}"],
@@ -162,7 +162,7 @@ def test_printed_config_round_trips_and_overlays_win(run, experiment, tmp_path):
         (["--data.batchsize", "4"], "did you mean batch_size?"),
         (["--model.llm.tokenizer", "tests"], "llm: tests"),
         (["--model.llm.tokenizer", "./tests"], "expected a folder with a tokenizer, found ["),
-        (["--model.parts.llm.lora", "{rank: 0}"], "parts.llm.lora.rank: expected a positive number, found 0"),
+        (["--model.parts.llm.lora", "{r: 0}"], "parts.llm.lora.r: expected a positive number, found 0"),
         (["--model.encoder.overrides", "{dims: [8, 8]}"], "encoder.backbone convnext_atto with"),
         (["--model.init_from", "README.md"], "README.md is no checkpoint"),
         (["--trainer.strategy", "fsdpx"], "LIT_MM_TRACEBACK=1"),
@@ -285,7 +285,7 @@ def test_images_videos_and_text_in_one_run(experiment, instruction_set):
     overlay = {
         "model": {"time_scales": [4, 2], "scales_per_step": 2},
         "data": {
-            "class_path": "lit_mm.VideoInstructions",
+            "class_path": "lit_mm.VideoDataModule",
             "init_args": {
                 "train": [{"path": str(instruction_set / name)} for name in ("train.json", "video.json")],
                 "val": str(instruction_set / "val_video.json"),

@@ -34,10 +34,15 @@ def test_a_run_with_ones_own_encoder_and_format(tmp_path, monkeypatch):
             "scales": [16, 4, 1],
             "encoder": {"class_path": "my_encoder.PatchEncoder", "init_args": {"width": 32}},
             "llm": {
-                "source": "LlamaConfig",
-                "sizes": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48},
+                "name_or_path": "LlamaConfig",
+                "config_overrides": {
+                    "hidden_size": 32,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 4,
+                    "intermediate_size": 48,
+                },
                 "tokenizer": TOKENIZER,
-                "template": "bare",
+                "chat_template": "bare",
             },
         },
         "data": {

@@ -113,8 +113,8 @@ def build(parser):
     module, tokenizer = "lit_mm.training.module", load_tokenizer(tiny_llm())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(f"{module}.load_tokenizer", lambda llm: tokenizer)
-        patch.setattr(f"{module}.load_config", lambda llm, _: published(llm.source))
-        patch.setattr(f"{module}.load_llm", lambda llm, *_: bare_llm(llm.source, llm.dtype))
+        patch.setattr(f"{module}.load_config", lambda llm, _: published(llm.name_or_path))
+        patch.setattr(f"{module}.load_llm", lambda llm, *_: bare_llm(llm.name_or_path, llm.dtype))
         patch.setattr(LitMatryoshka, "inputs", None)  # what the data would need of it
         patch.setattr("timm.models.convnext.trunc_normal_", lambda tensor, **_: tensor)  # slow on `meta`, too
         yield cache(built)
@@ -152,7 +152,7 @@ def check_common(config) -> None:
     """What both papers do in every stage."""
     data, model = config.data.init_args, config.model
     assert (data.max_length, config.trainer.max_epochs, config.trainer.max_steps) == (2048, 1, -1)
-    assert (model.llm.source, model.llm.template) == ("lmsys/vicuna-7b-v1.5", "vicuna_v1")
+    assert (model.llm.name_or_path, model.llm.chat_template) == ("lmsys/vicuna-7b-v1.5", "vicuna_v1")
     assert "llm" in model.activation_checkpointing
     assert (model.optimizer.class_path, model.scheduler.class_path) == ("lit_mm.FusedAdamW", "lit_mm.WarmupCosine")
     assert config.trainer.gradient_clip_val is None
@@ -236,7 +236,7 @@ def test_m3(parse, build, name, lora):
 
 def test_lora_is_the_papers(build):
     lora = build("m3/tune", "m3/llava", "m3/lora")
-    assert (lora.parts.llm.lora.rank, lora.parts.llm.lora.alpha) == (128, 256)
+    assert (lora.parts.llm.lora.r, lora.parts.llm.lora.lora_alpha) == (128, 256)
     dtypes = {"lora_" in name: parameter.dtype for name, parameter in lora.vlm.llm.named_parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
 
@@ -260,7 +260,7 @@ def test_video(parse, build):
     check_common(config)
     assert trained(lit) == named(lit, ALL)
     assert global_batch(config) == 128
-    assert config.data.class_path == "lit_mm.VideoInstructions"
+    assert config.data.class_path == "lit_mm.VideoDataModule"
     assert len(lit.all_scales) == 12
     frames = config.data.init_args.video.max_frames
     assert frames == lit.time_scales[0]
@@ -297,7 +297,7 @@ def test_other_llms(parse, build, name):
     source, embedding, template = LLMS[name]
     names = (*CONVLLAVA[768, 1], f"llm/{name}")
     lit, llm = build(*names), parse(*names).model.llm
-    assert (llm.source, llm.template) == (source, template)
+    assert (llm.name_or_path, llm.chat_template) == (source, template)
     assert lit.packing == "packed"
     assert count_parameters(lit.vlm.llm, False) == PARAMETERS[source]
     assert count_parameters(lit.vlm, True) == convnext(first=4) + projector(3072, embedding)

@@ -3,10 +3,10 @@
     python experiments/benchmarks/data_loading.py [--images FOLDER] [--videos FOLDER] [--json FILE]
     python experiments/benchmarks/data_loading.py --records 1000000     # a start on a large set, too
 
-- loader: samples/s of ImageInstructions (records, encoding, decoding, collating, packing) against a
+- loader: samples/s of ImageDataModule (records, encoding, decoding, collating, packing) against a
   loop that only decodes and resizes the same files on the same number of processes, once with this
   package's own functions (`loader_ratio`) and once as LLaVA does it, with Pillow (`loader_ratio_pillow`).
-- video: frames/s of VideoInstructions against bare PyAV (`video_ratio`): a loop that seeks to the key
+- video: frames/s of VideoDataModule against bare PyAV (`video_ratio`): a loop that seeks to the key
   frame before each wanted frame, or decodes the whole file, whichever is faster for a file, and
   resizes with the same function.
 - padding: unused positions of batches that fill 16,384 positions, and of padded batches of 16 grouped
@@ -41,7 +41,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from lit_mm.data.datamodules import ImageInstructions, VideoInstructions
+from lit_mm.data.datamodules import ImageDataModule, VideoDataModule
 from lit_mm.data.dataset import ModelInputs
 from lit_mm.data.images import ImageFile, ImageOptions, to_pixels
 from lit_mm.data.sampler import Budget, RecordSizes, fill
@@ -176,7 +176,7 @@ def measure_images(folder: Path, scratch: Path, arguments: argparse.Namespace) -
     options = ImageOptions("pad", arguments.size)
     train = write_records(scratch / "images.json", "image", [file.name for file in files])
     settings = {"image_root": str(folder), "image": options, "batch_size": 8, "num_workers": arguments.workers}
-    data = ImageInstructions(inputs_of(), train=train, cache=str(scratch / "cache"), **settings)
+    data = ImageDataModule(inputs_of(), train=train, cache=str(scratch / "cache"), **settings)
     data.setup("fit")
     rates = alternating(
         {
@@ -244,7 +244,7 @@ def measure_videos(folder: Path, scratch: Path, arguments: argparse.Namespace) -
         best[file] = ways[max(rates, key=lambda name: rates[name])]
     train = write_records(scratch / "videos.json", "video", [file.name for file in files])
     settings = {"image_root": str(folder), "image": size, "video": options, "batch_size": 1}
-    data = VideoInstructions(inputs_of(), train=train, cache=str(scratch / "cache"), max_length=10**6, **settings)
+    data = VideoDataModule(inputs_of(), train=train, cache=str(scratch / "cache"), max_length=10**6, **settings)
     data.setup("fit")
     rates = alternating(
         {
@@ -310,12 +310,12 @@ def grouped_by_length(lengths: np.ndarray, size: int, window: int = 50) -> list[
 START = """
 import json, resource, sys, time
 from itertools import islice
-from lit_mm.data.datamodules import ImageInstructions
+from lit_mm.data.datamodules import ImageDataModule
 sys.path.insert(0, sys.argv[1])
 from data_loading import inputs_of
 inputs = inputs_of()
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-data = ImageInstructions(inputs, train=sys.argv[2], cache=sys.argv[3], batch_size=None, tokens_per_batch=16384)
+data = ImageDataModule(inputs, train=sys.argv[2], cache=sys.argv[3], batch_size=None, tokens_per_batch=16384)
 data.setup("fit")
 opened = time.perf_counter() - start
 batches = iter(data.train_dataloader())

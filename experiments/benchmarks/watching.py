@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from lit_mm.callbacks.token_efficiency import TokenEfficiency
 from lit_mm.costs.devices import device_name, versions
 from lit_mm.data import collate
-from lit_mm.data.easy_vqa import EasyVQA
+from lit_mm.data.easy_vqa import EasyVQADataModule
 from lit_mm.profile.experiment import read_model
 from lit_mm.training.module import LitMatryoshka
 
@@ -80,7 +80,7 @@ def run(steps: int, callbacks: list[lightning.Callback], folder: str, overrides:
     lightning.seed_everything(1, verbose=False)
     model = read_model(["experiments/quickstart.yaml"], overrides)
     lit, watch = LitMatryoshka(**vars(model)), Steps()
-    data = EasyVQA(lit.inputs, root=f"{folder}/data", batch_size=16)
+    data = EasyVQADataModule(lit.inputs, root=f"{folder}/data", batch_size=16)
     options: dict[str, Any] = {"enable_progress_bar": False, "enable_checkpointing": False, "log_every_n_steps": 10}
     trainer = lightning.Trainer(
         accelerator="cpu",

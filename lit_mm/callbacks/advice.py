@@ -52,6 +52,6 @@ def advice(trainer: Trainer, lit: Any) -> str:
         "model.packing: sequential, one scale at a time": lit.packing != "sequential" and not sharded,
         "model.scales_per_step: 1, drawn anew in each step": lit.scales_per_step == "all" and len(lit.all_scales) > 1,
         "trainer.strategy: fsdp over more devices": not sharded,
-        "model.parts.llm.lora.rank: 128, adapters instead of the LLM": not (lit.parts.llm.lora or lit.parts.llm.frozen),
+        "model.parts.llm.lora.r: 128, adapters instead of the LLM": not (lit.parts.llm.lora or lit.parts.llm.frozen),
     }
     return "\n".join(f"  {knob}" for knob, open_yet in knobs.items() if open_yet)

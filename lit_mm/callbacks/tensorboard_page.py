@@ -61,7 +61,7 @@ def settings(trainer: Trainer, lit: Any) -> dict[str, str | float]:
     found = {
         "Scales": ", ".join(map(str, lit.scales)),
         "Encoder": encoder_name(lit.vlm.encoder),
-        "LLM": lit.llm.source,
+        "LLM": lit.llm.name_or_path,
         "LR": " / ".join(map(str, rates.values())),
         "Batch": ", ".join(f"{limit} {name}" for name, limit in limits.items() if limit),
         "time scales": ", ".join(map(str, lit.time_scales)),

@@ -90,7 +90,7 @@ def config_of(source: str) -> PretrainedConfig:
     published shapes, with a note in the log, and only for a name that neither has, the hub.
 
     Args:
-        source: As in `LLM.source`, save for the name of a config class.
+        source: As in `LLM.name_or_path`, save for the name of a config class.
 
     Raises:
         FileNotFoundError: None of them has it, or no such folder, file or package.

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_mm.data.datamodules import VideoInstructions
+from lit_mm.data.datamodules import VideoDataModule
 from lit_mm.data.dataset import ModelInputs
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.video import VideoOptions
@@ -78,7 +78,7 @@ class Clip:
     captions: tuple[tuple[str, str], ...]
 
 
-class VideoShapes(VideoInstructions):
+class VideoShapesDataModule(VideoDataModule):
     """Rendered clips as LLaVA records: all questions of a clip in one conversation.
 
     A run can begin with some epochs of captions, which say something of every frame: it teaches to

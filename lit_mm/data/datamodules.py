@@ -1,6 +1,6 @@
 """DataModules: instruction sets -> batches for fit, validate, test and predict.
 
-    file --sources--> item --records--> Record --conversation--> ids, targets --\\
+    file --sources--> item --records--> Record --conversation--> ids, labels --\\
     image and video files --media--> uint8 pixels ------------------------------> Sample --collate--> Batch
 
 A table beside each file (`index`) tells which records are usable and what each costs; records are
@@ -38,7 +38,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_mm"
 
 
-class ImageInstructions(LightningDataModule):
+class ImageDataModule(LightningDataModule):
     """Instruction sets of images and text, one or a mixture, in any format that docs/data.md describes.
 
     Validation and test ask every question of a conversation on its own, with the images and without
@@ -332,7 +332,7 @@ class ImageInstructions(LightningDataModule):
         self.skipped, self.seen = BadRecords("skip"), 0
 
 
-class VideoInstructions(ImageInstructions):
+class VideoDataModule(ImageDataModule):
     """Instruction sets of videos, images and text, one or a mixture.
 
     A video becomes frames, and a scale is a number of tokens per frame. With the model's time_scales
@@ -346,13 +346,13 @@ class VideoInstructions(ImageInstructions):
         frame: ImageOptions | None = None,
         **options: Any,
     ) -> None:
-        """Which frames are shown, and all that ImageInstructions has.
+        """Which frames are shown, and all that ImageDataModule has.
 
         Args:
             inputs: What the data must know of the model; on the command line it comes from there.
             video: Which frames of a video are shown.
             frame: How frames are brought to size; null: as images.
-            options: As ImageInstructions.
+            options: As ImageDataModule.
         """
         super().__init__(inputs, **options)
         self.video, self.frame = video, frame

@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from lit_mm.data.datamodules import ImageInstructions
+from lit_mm.data.datamodules import ImageDataModule
 from lit_mm.data.dataset import ModelInputs
 from lit_mm.data.images import ImageOptions
 
@@ -22,7 +22,7 @@ COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 Questions = dict[int, list[tuple[str, str]]]
 
 
-class EasyVQA(ImageInstructions):
+class EasyVQADataModule(ImageDataModule):
     """easy-VQA as LLaVA records: all questions of an image in one conversation.
 
     The last `val_images` training images are held out for validation. A run can begin with some

@@ -104,7 +104,7 @@ class MediaFolder:
 
     def _video(self, record: Record, medium: Media) -> Video:
         if self.video is None:
-            detail = f"video {medium.name}: expected images, VideoInstructions takes both"
+            detail = f"video {medium.name}: expected images, VideoDataModule takes both"
             raise RecordError(record.where, "unexpected video", detail)
         return Video(record.where, medium.name, self._source(record, medium), self.video)
 

@@ -51,21 +51,22 @@ def load_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:
         ValueError: A random model names no tokenizer, or the template is `own` and there is none.
         FileNotFoundError: No such folder, GGUF file or package.
     """
-    if llm.tokenizer is None and is_config_class(llm.source):
-        raise ValueError(f"llm.source {llm.source} is a random model: set llm.tokenizer too")
-    tokenizer = from_source(AutoTokenizer, llm.tokenizer or llm.source)
+    if llm.tokenizer is None and is_config_class(llm.name_or_path):
+        raise ValueError(f"llm.name_or_path {llm.name_or_path} is a random model: set llm.tokenizer too")
+    tokenizer = from_source(AutoTokenizer, llm.tokenizer or llm.name_or_path)
     if file := model_file(tokenizer):
         config = file.with_name("tokenizer_config.json")
         if not config.is_file() or "legacy" not in json.loads(config.read_text(encoding="utf-8")):
             # transformers 4, which such folders are from, took True
-            tokenizer = from_source(AutoTokenizer, llm.tokenizer or llm.source, legacy=True)
+            tokenizer = from_source(AutoTokenizer, llm.tokenizer or llm.name_or_path, legacy=True)
         rank_merges(tokenizer)
-    if llm.template != "own":
-        tokenizer.chat_template = TEMPLATES[llm.template]
+    if llm.chat_template != "own":
+        tokenizer.chat_template = TEMPLATES[llm.chat_template]
     if not tokenizer.chat_template:
         named = ", ".join(TEMPLATES)
         raise ValueError(
-            f"{llm.tokenizer or llm.source} has no chat template of its own: set llm.template to one of {named}"
+            f"{llm.tokenizer or llm.name_or_path} has no chat template of its own: "
+            f"set llm.chat_template to one of {named}"
         )
     return tokenizer
 

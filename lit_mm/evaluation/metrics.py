@@ -17,7 +17,7 @@ def normalize(answer: str) -> str:
     return folded.lstrip("\"'").rstrip(".,!?;:\"'") or folded
 
 
-class AnswerAccuracy(Metric):
+class ExactMatch(Metric):
     """Share of answers that equal the expected one after `normalize`; correct over ranks."""
 
     correct: Tensor

@@ -27,13 +27,13 @@ class LLM:
     """Which causal LM, with which tokenizer and chat template.
 
     Args:
-        source: Where the model comes from: a hub name (`lmsys/vicuna-7b-v1.5`), a local folder, a
+        name_or_path: Where the model comes from: a hub name (`lmsys/vicuna-7b-v1.5`), a local folder, a
             GGUF file, `package:NAME` for the GGUF file inside an installed Python package, or the
-            name of a transformers config class (`LlamaConfig`) for a random model of `sizes`.
-        sizes: Keywords of the config class of a random model; vocab_size follows from the
+            name of a transformers config class (`LlamaConfig`) for a random model of `config_overrides`.
+        config_overrides: Keywords of the config class of a random model; vocab_size follows from the
             tokenizer. The default initializer_range of 0.02 is too small for widths below 500.
         tokenizer: Hub name or folder of the tokenizer; null: the model's own.
-        template: Chat template: `own` is the tokenizer's. Named ones are vicuna_v1 (LLaVA, ConvLLaVA, M3),
+        chat_template: Chat template: `own` is the tokenizer's. Named ones are vicuna_v1 (LLaVA, ConvLLaVA, M3),
             plain (LLaVA's for captions: the image, the caption and a newline; the question is left out),
             chatml, and bare (the conversation as it is, each answer ended by the tokenizer's end token).
         dtype: Type of the weights.
@@ -41,10 +41,10 @@ class LLM:
             bitsandbytes; it can train through adapters (`parts.llm.lora`) alone.
     """
 
-    source: str
-    sizes: dict[str, Any] = field(default_factory=dict)
+    name_or_path: str
+    config_overrides: dict[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None
-    template: Template = "own"
+    chat_template: Template = "own"
     dtype: DType = "float32"
     quantize: Literal["4bit", "8bit"] | None = None
 
@@ -63,22 +63,22 @@ def load_llm(llm: LLM, tokenizer: PreTrainedTokenizerBase, on_meta: bool = False
         FileNotFoundError: No such folder, GGUF file or package.
     """
     dtype = getattr(torch, llm.dtype)
-    if llm.quantize and (is_config_class(llm.source) or llm.source.endswith(".gguf")):
-        raise ValueError(f"llm.quantize goes with a pretrained model in safetensors, found {llm.source}")
+    if llm.quantize and (is_config_class(llm.name_or_path) or llm.name_or_path.endswith(".gguf")):
+        raise ValueError(f"llm.quantize goes with a pretrained model in safetensors, found {llm.name_or_path}")
     if on_meta:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(load_config(llm, tokenizer), dtype=dtype)
-    elif is_config_class(llm.source):
+    elif is_config_class(llm.name_or_path):
         model = AutoModelForCausalLM.from_config(_random_config(llm, tokenizer), dtype=dtype)
-    elif llm.sizes:
-        raise ValueError(f"llm.sizes is for random models; {llm.source} brings its own")
+    elif llm.config_overrides:
+        raise ValueError(f"llm.config_overrides is for random models; {llm.name_or_path} brings its own")
     else:
-        model = from_source(AutoModelForCausalLM, llm.source, dtype=dtype, **_quantized(llm))
+        model = from_source(AutoModelForCausalLM, llm.name_or_path, dtype=dtype, **_quantized(llm))
         if not llm.quantize:
             forget_quantization(model)
     rows = len(cast(Tensor, model.get_input_embeddings().weight))
     if len(tokenizer) > rows:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} ids, {llm.source} only {rows} embeddings")
+        raise ValueError(f"the tokenizer has {len(tokenizer)} ids, {llm.name_or_path} only {rows} embeddings")
     return model
 
 
@@ -108,9 +108,9 @@ def _quantized(llm: LLM) -> dict[str, Any]:
 
 def load_config(llm: LLM, tokenizer: PreTrainedTokenizerBase) -> transformers.PretrainedConfig:
     """The model's config, without its weights. Raises as `load_llm` does."""
-    if is_config_class(llm.source):
+    if is_config_class(llm.name_or_path):
         return _random_config(llm, tokenizer)
-    return cast(transformers.PretrainedConfig, from_source(transformers.AutoConfig, llm.source))
+    return cast(transformers.PretrainedConfig, from_source(transformers.AutoConfig, llm.name_or_path))
 
 
 def packing_of(config: transformers.PretrainedConfig, packing: Packing | Literal["auto"]) -> Packing:
@@ -165,21 +165,23 @@ def is_config_class(source: str) -> bool:
 
 
 def _random_config(llm: LLM, tokenizer: PreTrainedTokenizerBase) -> transformers.PretrainedConfig:
-    kind = getattr(transformers, llm.source, None)
+    kind = getattr(transformers, llm.name_or_path, None)
     if kind is None or not issubclass(kind, transformers.PretrainedConfig):
-        raise ValueError(f"llm.source {llm.source}: transformers has no such config class")
+        raise ValueError(f"llm.name_or_path {llm.name_or_path}: transformers has no such config class")
     known = kind().to_dict()
-    unknown = sorted(set(llm.sizes) - set(known))
-    if unknown or not llm.sizes:
+    unknown = sorted(set(llm.config_overrides) - set(known))
+    if unknown or not llm.config_overrides:
         raise ValueError(
-            f"llm.sizes: {llm.source} does not know {unknown or 'a model without sizes'}; it knows {sorted(known)}"
+            f"llm.config_overrides: {llm.name_or_path} does not know {unknown or 'a model without sizes'}; "
+            f"it knows {sorted(known)}"
         )
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
-        return kind(**{"vocab_size": len(tokenizer), **ids, **llm.sizes})
+        return kind(**{"vocab_size": len(tokenizer), **ids, **llm.config_overrides})
     except Exception as error:  # transformers' own checks, of several kinds
         raise ValueError(
-            f"llm.sizes: {llm.source} refuses {llm.sizes}: {str(error).splitlines()[-1].strip()}"
+            f"llm.config_overrides: {llm.name_or_path} refuses {llm.config_overrides}: "
+            f"{str(error).splitlines()[-1].strip()}"
         ) from error
 
 

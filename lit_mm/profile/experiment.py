@@ -26,6 +26,7 @@ from lit_mm.model.llm import DType, load_config
 from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.scales import Scale, all_scales, check_scales, nested_shapes
 from lit_mm.model.vlm import MatryoshkaVLM
+from lit_mm.renamed import accept_old_names, with_new_arguments
 from lit_mm.training.module import LitMatryoshka
 
 
@@ -85,7 +86,7 @@ class Experiment:
 
     def _llm_config(self) -> PretrainedConfig:
         llm = self.model.llm
-        return load_config(llm, load_tokenizer(llm)) if llm.sizes else config_of(llm.source)
+        return load_config(llm, load_tokenizer(llm)) if llm.config_overrides else config_of(llm.name_or_path)
 
     def _own_size(self) -> Size:
         """The only size that the encoder takes, or the square whose cells are the finest scale."""
@@ -117,13 +118,16 @@ def read_model(files: Sequence[str], overrides: Sequence[str]) -> Any:
         FileNotFoundError: There is no such config.
         ValueError: A config is no YAML, or no sections.
     """
+    accept_old_names()
     parser = ArgumentParser("python -m lit_mm profile", usage="%(prog)s --config FILE [--model.FIELD VALUE …]")
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_class_arguments(LitMatryoshka, "model", instantiate=False)
     others = sorted({key for file in files for key in _sections(file)} - {"model"})
     for section in others:
         parser.add_argument(f"--{section}", type=Any)
-    config = parser.parse_args([*(word for file in files for word in ("--config", file)), *overrides])
+    config = parser.parse_args(
+        [*(word for file in files for word in ("--config", file)), *with_new_arguments(overrides)]
+    )
     for section in others:  # whose classes would be built with the model's
         config[section] = None
     return parser.instantiate(config).model

@@ -36,7 +36,7 @@ def figures_of(experiment: Experiment, prompt: int, new_tokens: int, timer: Time
     return {
         "name": experiment.name,
         "encoder": type(experiment.encoder).__name__,
-        "llm": experiment.model.llm.source,
+        "llm": experiment.model.llm.name_or_path,
         "parameters": parameters,
         "dtype": experiment.dtype,
         "weight_bytes": sum(parameters.values()) * width,

@@ -126,11 +126,11 @@ def llm_weights(llm: LLM, source: str | None) -> Weights | None:
     """
     if source is not None:
         return open_weights(source).of("llm")
-    if llm.source.endswith(("Config", ".gguf")) or llm.source.startswith("package:"):
+    if llm.name_or_path.endswith(("Config", ".gguf")) or llm.name_or_path.startswith("package:"):
         return None
-    folder = Path(llm.source).expanduser()
+    folder = Path(llm.name_or_path).expanduser()
     if not folder.is_dir():
-        folder = Path(snapshot_download(llm.source, allow_patterns=["*.safetensors", "pytorch_model*.bin"]))
+        folder = Path(snapshot_download(llm.name_or_path, allow_patterns=["*.safetensors", "pytorch_model*.bin"]))
     found = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
     return open_weights(str(folder)).of("llm") if found else None
 
@@ -399,7 +399,7 @@ def check_new(folder: Path) -> None:
 
 def export(vlm: MatryoshkaVLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the model as plain files: encoder.safetensors, projector.safetensors, and in llm/ a Hugging
-    Face model with its tokenizer, adapters merged. `init_from` takes the folder, and `model.llm.source`
+    Face model with its tokenizer, adapters merged. `init_from` takes the folder, and `model.llm.name_or_path`
     or transformers the folder llm/. The folder appears when it is complete.
 
     Raises:

@@ -19,7 +19,7 @@ from lit_mm.costs.flops import Costs
 from lit_mm.data.chat import Conversation
 from lit_mm.data.dataset import ModelInputs
 from lit_mm.data.tokenizer import load_tokenizer
-from lit_mm.evaluation.metrics import AnswerAccuracy
+from lit_mm.evaluation.metrics import ExactMatch
 from lit_mm.evaluation.pictures import print_whole
 from lit_mm.inference.generation import Decoding, all_end_ids, described, generate
 from lit_mm.model.attention import NAME, Attention
@@ -121,7 +121,7 @@ class LitMatryoshka(LightningModule):
         self.packing, self.positions = packing_of(config, packing), positions_of(config)
         self.end_id = Conversation(self.tokenizer).end_id
         self.accuracy = nn.ModuleDict(
-            {f"{split}_{scale}": AnswerAccuracy() for split in ("val", "test") for scale in self.all_scales}
+            {f"{split}_{scale}": ExactMatch() for split in ("val", "test") for scale in self.all_scales}
         )
         if llm.quantize and not (parts.llm.frozen or parts.llm.lora):
             raise ValueError(f"llm.quantize {llm.quantize}: its weights cannot train, set parts.llm.frozen or .lora")
@@ -257,10 +257,10 @@ class LitMatryoshka(LightningModule):
             check_packing(self.vlm, self.packing, self.attention)
             self.checked = True
         window = self.trainer.accumulate_grad_batches
-        targets, encodings = self._over_ranks(batch)
+        num_labels, encodings = self._over_ranks(batch)
         if batch_idx % window == 0 or self.divisor is None:  # or resumed between two steps
-            self.divisor, self.targets = targets.clamp(min=1) * window, torch.zeros_like(targets)
-        self.targets += targets
+            self.divisor, self.num_labels = num_labels.clamp(min=1) * window, torch.zeros_like(num_labels)
+        self.num_labels += num_labels
         losses = self.vlm(batch, self.divisor / (window * self.trainer.world_size), encodings)
         self.recent = [
             *(self.recent if batch_idx % window else []),
@@ -270,10 +270,10 @@ class LitMatryoshka(LightningModule):
         return losses.loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Divide by the number of targets that were accumulated."""
+        """Divide by the number of labels that were accumulated."""
         if self.trainer.accumulate_grad_batches > 1 and self.divisor is not None:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            torch._foreach_mul_(gradients, self.divisor / self.targets.clamp(min=1))
+            torch._foreach_mul_(gradients, self.divisor / self.num_labels.clamp(min=1))
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -364,7 +364,7 @@ class LitMatryoshka(LightningModule):
     def _trained(self) -> dict[str, int]:
         """How many parameters are in each group, and of what rank its adapters are."""
         rank = (
-            {"lora rank": self.parts.llm.lora.rank, "lora alpha": self.parts.llm.lora.alpha}
+            {"lora rank": self.parts.llm.lora.r, "lora alpha": self.parts.llm.lora.lora_alpha}
             if self.parts.llm.lora
             else {}
         )
@@ -428,13 +428,13 @@ class LitMatryoshka(LightningModule):
     def _judge(self, split: Literal["val", "test"], batch: Batch) -> None:
         expected = [question.answer or "" for question in batch.questions]
         for scale, answers in self.answers(batch).items():
-            metric = cast(AnswerAccuracy, self.accuracy[f"{split}_{scale}"])
+            metric = cast(ExactMatch, self.accuracy[f"{split}_{scale}"])
             metric.update(answers, expected)
             self.log(f"{split}/accuracy@{scale}", metric, on_step=False, on_epoch=True, batch_size=len(expected))
 
     def _log_losses(self, split: Literal["train", "val"], losses: Losses, batch: Batch) -> None:
         """`train/loss` and `train/loss@16`, … of the drawn scales; means of this rank's batch. Epoch
-        means are weighted by the number of targets, which Lightning, over ranks, divides in integers."""
+        means are weighted by the number of labels, which Lightning, over ranks, divides in integers."""
         found = zip(self.all_scales, losses.per_scale, batch.scale_weights, strict=True)
         per_scale = {scale: loss for scale, loss, weight in found if weight}
         values = {f"{split}/loss@{scale}": loss for scale, loss in per_scale.items()}

@@ -26,20 +26,20 @@ class LoRA:
     The defaults are those of M3's and LLaVA's LoRA recipes, which go with a learning rate of 2e-4.
 
     Args:
-        rank: Of the two matrices of an adapter.
-        alpha: The adapters' output counts alpha / rank.
+        r: Rank of the two matrices of an adapter.
+        lora_alpha: The adapters' output counts lora_alpha / r.
         dropout: Before the adapters.
-        targets: Ends of the names of the layers that get one, or all-linear: all but the output head.
+        target_modules: Ends of the names of the layers that get one, or all-linear: all but the output head.
     """
 
-    rank: int = 128
-    alpha: int = 256
+    r: int = 128
+    lora_alpha: int = 256
     dropout: float = 0.05
-    targets: list[str] | Literal["all-linear"] = "all-linear"
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"parts.llm.lora.rank: expected a positive number, found {self.rank}")
+        if self.r < 1:
+            raise ValueError(f"parts.llm.lora.r: expected a positive number, found {self.r}")
 
 
 @dataclass
@@ -138,10 +138,10 @@ def add_adapters(llm: PreTrainedModel, lora: LoRA) -> None:
         ValueError: No layer has a name that is targeted.
     """
     config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.targets,
+        target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
     )
     check_targets(llm, lora)
@@ -162,11 +162,11 @@ def check_targets(llm: PreTrainedModel, lora: LoRA) -> None:
         ValueError: One is not.
     """
     linear = [name for name, module in llm.named_modules() if isinstance(module, nn.Linear)]
-    targets = [] if lora.targets == "all-linear" else list(lora.targets)
+    targets = [] if lora.target_modules == "all-linear" else list(lora.target_modules)
     nothing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in linear)]
     if nothing:
         ends = sorted({name.rpartition(".")[2] for name in linear})
-        raise ValueError(f"parts.llm.lora.targets: {nothing} match no layer, expected some of {ends}")
+        raise ValueError(f"parts.llm.lora.target_modules: {nothing} match no layer, expected some of {ends}")
 
 
 def start_adapters(module: nn.Module) -> None:
@@ -285,7 +285,7 @@ def _how(part: Part) -> str:
     if part.frozen:
         return "frozen"
     if isinstance(part, LLMPart) and part.lora:
-        return f"LoRA of rank {part.lora.rank}"
+        return f"LoRA of rank {part.lora.r}"
     how = "whole" if part.from_stage is None else f"from stage {part.from_stage} on"
     return how if part.layer_decay == 1.0 else f"{how}, layer decay {part.layer_decay:g}"
 

@@ -25,7 +25,7 @@ from lit_mm.costs.counts import counts_of
 from lit_mm.costs.devices import PeakMemory
 from lit_mm.costs.flops import Costs
 from lit_mm.costs.timing import Stopwatch
-from lit_mm.data.datamodules import ImageInstructions
+from lit_mm.data.datamodules import ImageDataModule
 from lit_mm.data.dataset import InstructionSet
 from lit_mm.data.images import ImageOptions
 from lit_mm.model.attention import NAME
@@ -54,7 +54,7 @@ def run(root, folder, callback=None, model=None, data=None, logger=None, ckpt_pa
     lightning.seed_everything(7, verbose=False)
     lit, spy = module(**(model or {})), Spy()
     files = {split: f"{root}/{'train' if split == 'train' else 'val'}.json" for split in ("train", "val", "test")}
-    source = ImageInstructions(
+    source = ImageDataModule(
         lit.inputs,
         **files,
         image_root=str(root),

@@ -254,7 +254,7 @@ def test_every_packed_llm_equals_the_counter(trains, kind):
 def test_adapters_cost_their_own_weights_gradients_only(checkpointed, gradient):
     """LoRA as the recipes inject it, on an image's tokens and on a text alone."""
     llm = tiny_vlm().llm.train()
-    add_adapters(llm, LoRA(rank=4))
+    add_adapters(llm, LoRA(r=4))
     if checkpointed:
         llm.gradient_checkpointing_enable({"use_reentrant": False})
     llm = on_meta(llm)

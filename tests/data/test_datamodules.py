@@ -1,4 +1,4 @@
-"""ImageInstructions on files on disk: what comes out, and what is refused before training."""
+"""ImageDataModule on files on disk: what comes out, and what is refused before training."""
 
 import json
 import multiprocessing
@@ -6,7 +6,7 @@ import multiprocessing
 import pytest
 import torch
 
-from lit_mm.data.datamodules import ImageInstructions
+from lit_mm.data.datamodules import ImageDataModule
 from lit_mm.data.dataset import ModelInputs
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.records import RecordError
@@ -16,11 +16,11 @@ from tests.conftest import conversation, draw
 
 @pytest.fixture
 def make(instruction_set, tokenizer):
-    def build(**options) -> ImageInstructions:
+    def build(**options) -> ImageDataModule:
         inputs = ModelInputs(tokenizer, 16, [16, 4, 1], (122, 116, 104))
         files = {"train": str(instruction_set / "train.json"), "val": str(instruction_set / "val.json")}
         settings = {"image": ImageOptions("keep", None), "image_root": str(instruction_set), "batch_size": 4}
-        return ImageInstructions(inputs, **{**files, **settings, **options})
+        return ImageDataModule(inputs, **{**files, **settings, **options})
 
     return build
 

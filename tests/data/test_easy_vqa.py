@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lit_mm.data.easy_vqa import EasyVQA, caption, package_data
+from lit_mm.data.easy_vqa import EasyVQADataModule, caption, package_data
 from lit_mm.data.records import parse
 from tests.conftest import installed
 
@@ -14,7 +14,7 @@ pytestmark = installed("easy_vqa")
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("easy")
-    EasyVQA(None, root=str(root)).prepare_data()
+    EasyVQADataModule(None, root=str(root)).prepare_data()
     return root
 
 

@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset as HFDataset
 from PIL import Image
 
-from lit_mm.data.datamodules import ImageInstructions, VideoInstructions
+from lit_mm.data.datamodules import ImageDataModule, VideoDataModule
 from lit_mm.data.dataset import ModelInputs, Reader, Subset, shares_of
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.records import RecordError
@@ -74,13 +74,13 @@ ALL = ["images.json", "videos.json", "text.jsonl", "table.parquet", "shard-000.t
 
 @pytest.fixture
 def make(sets, tokenizer):
-    def build(names=ALL, cls=VideoInstructions, times=(), pooling="exact", **options):
+    def build(names=ALL, cls=VideoDataModule, times=(), pooling="exact", **options):
         inputs = ModelInputs(tokenizer, 16, [16, 4, 1], (122, 116, 104), pooling=pooling, time_scales=times)
         subsets = [name if isinstance(name, Subset) else Subset(name) for name in names]
         for subset in subsets:
             subset.path = str(sets / subset.path)
         settings = {"image": ImageOptions("keep", None), "image_root": str(sets), "batch_size": 4}
-        if cls is VideoInstructions:
+        if cls is VideoDataModule:
             settings["video"] = VideoOptions(max_frames=4)
         return cls(inputs, train=subsets, **settings | options)
 
@@ -198,7 +198,7 @@ def test_adaptive_pooling_takes_images_of_any_shape(make, sets):
 
 def test_image_instructions_refuse_videos(make):
     with pytest.raises(RecordError, match=r"unexpected video: video 0\.mp4: expected images"):
-        make(["videos.json"], cls=ImageInstructions).setup("fit")
+        make(["videos.json"], cls=ImageDataModule).setup("fit")
 
 
 class Looked(Exception):
@@ -389,12 +389,12 @@ def test_a_program_without_a_trainer_ends_at_once(sets):
     program = f"""
 import time
 
-from lit_mm.data.datamodules import ImageInstructions
+from lit_mm.data.datamodules import ImageDataModule
 from lit_mm.data.dataset import ModelInputs
 from lit_mm.data.tokenizer import load_tokenizer
 from tests.conftest import tiny_llm
 inputs = ModelInputs(load_tokenizer(tiny_llm()), 16, [16, 4, 1], (0, 0, 0))
-data = ImageInstructions(inputs, train="{sets}/text.jsonl", num_workers=1)
+data = ImageDataModule(inputs, train="{sets}/text.jsonl", num_workers=1)
 data.setup("fit")
 next(iter(data.train_dataloader()))
 print(time.time())

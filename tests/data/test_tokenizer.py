@@ -39,7 +39,7 @@ def encoded(case, conversation):
 @pytest.mark.parametrize("case", AUTHORS, ids=[f"{case['case']}, legacy {case['legacy']}" for case in AUTHORS])
 def test_ids_and_labels_are_the_authors_own(case, tmp_path):
     source = folder_of(tmp_path / "vicuna", FIXTURES / "llama_tokenizer.model", case["legacy"])
-    conversation = Conversation(load_tokenizer(LLM(source, template=case["template"])))
+    conversation = Conversation(load_tokenizer(LLM(source, chat_template=case["template"])))
     made = encoded(case, conversation)
     assert made.ids == case["input_ids"]
     assert made.labels == case["labels"]
@@ -50,7 +50,7 @@ def test_ids_and_labels_are_the_authors_own(case, tmp_path):
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_prompt_is_the_beginning_of_what_was_trained_on(legacy, tmp_path):
     source = folder_of(tmp_path / "vicuna", FIXTURES / "llama_tokenizer.model", legacy)
-    conversation = Conversation(load_tokenizer(LLM(source, template="vicuna_v1")))
+    conversation = Conversation(load_tokenizer(LLM(source, chat_template="vicuna_v1")))
     for case in AUTHORS:
         if case["template"] == "vicuna_v1" and case["legacy"] == legacy and len(case["turns"]) == 2:
             asked = case["turns"][0]
@@ -62,7 +62,7 @@ def test_a_prompt_is_the_beginning_of_what_was_trained_on(legacy, tmp_path):
 
 def test_a_folder_that_says_nothing_of_legacy_is_as_transformers_4_took_it(tmp_path):
     source = folder_of(tmp_path / "vicuna", FIXTURES / "llama_tokenizer.model", legacy=None)
-    conversation = Conversation(load_tokenizer(LLM(source, template="vicuna_v1")))
+    conversation = Conversation(load_tokenizer(LLM(source, chat_template="vicuna_v1")))
     for case in AUTHORS:
         if case["template"] == "vicuna_v1" and case["legacy"]:
             assert encoded(case, conversation).ids == case["input_ids"]
@@ -87,7 +87,7 @@ def test_what_a_model_without_bytes_does_not_know_is_unk(tmp_path):
         minloglevel=2,
     )
     expected = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "made.model")).encode("a 日 b")
-    tokenizer = load_tokenizer(LLM(folder_of(tmp_path / "llm", tmp_path / "made.model"), template="vicuna_v1"))
+    tokenizer = load_tokenizer(LLM(folder_of(tmp_path / "llm", tmp_path / "made.model"), chat_template="vicuna_v1"))
     assert tokenizer.unk_token_id in expected
     assert tokenizer.encode("a 日 b", add_special_tokens=False) == expected
 
@@ -125,7 +125,7 @@ def test_runs_of_spaces_are_those_of_sentencepiece(tmp_path):
         piece.score = -1e6 - len(piece.piece)
     (tmp_path / "made.model").write_bytes(model.SerializeToString())
     expected = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "made.model"))
-    tokenizer = load_tokenizer(LLM(folder_of(tmp_path / "llm", tmp_path / "made.model"), template="vicuna_v1"))
+    tokenizer = load_tokenizer(LLM(folder_of(tmp_path / "llm", tmp_path / "made.model"), chat_template="vicuna_v1"))
     conversation = Conversation(tokenizer)
     for text in SPACED:
         assert conversation._encode_text(text, starts=True) == expected.encode(text), text
@@ -133,7 +133,7 @@ def test_runs_of_spaces_are_those_of_sentencepiece(tmp_path):
 
 def test_plain_takes_captions_alone(tmp_path):
     source = folder_of(tmp_path / "llm", FIXTURES / "llama_tokenizer.model")
-    conversation = Conversation(load_tokenizer(LLM(source, template="plain")))
+    conversation = Conversation(load_tokenizer(LLM(source, chat_template="plain")))
     for turns in (["What?", "A circle."], ["<image>\na?", "b", "c?", "d"]):
         with pytest.raises(ValueError, match="expected an image in the question"):
             encoded({"turns": turns}, conversation)

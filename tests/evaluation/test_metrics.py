@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_mm.evaluation.metrics import AnswerAccuracy, majority_share, normalize
+from lit_mm.evaluation.metrics import ExactMatch, majority_share, normalize
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_normalise(answer, expected):
 
 
 def test_accuracy_over_updates():
-    metric = AnswerAccuracy()
+    metric = ExactMatch()
     metric.update(["Yes", "no."], ["yes", "yes"])
     metric.update(["teal"], ["teal"])
     assert metric.compute() == pytest.approx(2 / 3)

@@ -71,7 +71,7 @@ def test_wrong_places_are_refused(source, message):
 def test_tokenizer_and_template_must_come_from_somewhere():
     with pytest.raises(ValueError, match=r"set llm\.tokenizer"):
         load_tokenizer(LLM("LlamaConfig"))
-    with pytest.raises(ValueError, match=r"set llm\.template to one of vicuna_v1, plain, chatml, bare"):
+    with pytest.raises(ValueError, match=r"set llm\.chat_template to one of vicuna_v1, plain, chatml, bare"):
         load_tokenizer(LLM("LlamaConfig", tokenizer=TOKENIZER))
 
 

@@ -21,7 +21,7 @@ from lit_mm.profile.memory import plan_of
 from lit_mm.profile.report import without_common_start
 from tests.conftest import ROOT, tiny_vlm
 
-VICUNA = {"source": "lmsys/vicuna-7b-v1.5", "template": "vicuna_v1"}
+VICUNA = {"name_or_path": "lmsys/vicuna-7b-v1.5", "chat_template": "vicuna_v1"}
 CONVLLAVA = {
     "scales": [576, 144, 36, 9, 1],
     "encoder": {"class_path": "lit_mm.ConvNeXtEncoder", "init_args": {"extra_stages": [{}]}},
@@ -154,7 +154,7 @@ def test_overlays_and_fields_win(tmp_path):
     overlay.write_text("model: {scales: [16, 1], llm: {sizes: {hidden_size: 64}}, max_new_tokens: 9}")
     model = read_model([QUICKSTART, str(overlay)], ["--model.encoder.drop_path", "0.25", "--model.max_new_tokens", "5"])
     assert (model.scales, model.max_new_tokens) == ([16, 1], 5)
-    assert model.llm.sizes["hidden_size"] == 64
+    assert model.llm.config_overrides["hidden_size"] == 64
     assert model.encoder().trunk.stages[-2].blocks[0].drop_path.drop_prob == 0.25
 
 
@@ -221,7 +221,11 @@ def test_an_encoder_of_ones_own_is_profiled_or_says_why_not(run, tmp_path, monke
 
 
 def test_what_is_quantized_is_said_to_be_left_out(run):
-    quantized = {"llm.source": "HuggingFaceTB/SmolLM2-135M-Instruct", "llm.sizes": "{}", "llm.quantize": "4bit"}
+    quantized = {
+        "llm.name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "llm.config_overrides": "{}",
+        "llm.quantize": "4bit",
+    }
     overrides = [word for name, value in quantized.items() for word in (f"--model.{name}", value)]
     _, printed = run("--config", QUICKSTART, *overrides)
     assert "quickstart: llm.quantize 4bit is left out" in printed
@@ -301,7 +305,7 @@ def test_times_hold_what_they_are_called(monkeypatch):
         (["--config", "LICENSE"], "--config LICENSE: "),
         (["--config", QUICKSTART, "--model.scalez", "[1]"], "model.scalez"),
         (["--config", QUICKSTART, "--model.scales", "[32,1]"], "no square grid has 32 cells, give --sizes"),
-        (["--config", QUICKSTART, "--model.llm.source", "Gemma2Config"], "costs of gemma2"),
+        (["--config", QUICKSTART, "--model.llm.name_or_path", "Gemma2Config"], "costs of gemma2"),
         (["--config", QUICKSTART, "--model.encoder.backbone", "convnxt"], "encoder.backbone convnxt"),
     ],
 )

@@ -106,6 +106,6 @@ def tensors(state: Any) -> list[torch.Tensor]:
 
 
 def digest_of(batch: Any) -> str:
-    """Of ids, targets and pixels."""
+    """Of ids, labels and pixels."""
     parts = [*batch.input_ids, *batch.labels, batch.image_index, *batch.images.groups]
     return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()[:16]

@@ -26,7 +26,7 @@ NARROW = {
                 "pretrained": False,
             }
         },
-        "llm": {"source": "LlamaConfig", "sizes": SIZES, "tokenizer": TOKENIZER},
+        "llm": {"name_or_path": "LlamaConfig", "config_overrides": SIZES, "tokenizer": TOKENIZER},
         "init_gain": 1.0,
     },
     "data": {"init_args": {"num_workers": 0}},

@@ -277,7 +277,7 @@ def test_the_published_llavas_names(tmp_path):
 def test_the_fixture_differs():
     """Or every test above would pass without copying."""
     assert not any(same(other_vlm(), tiny_vlm(), part) for part in ("encoder.", "projector.", "llm."))
-    assert isinstance(other_vlm(), MatryoshkaVLM) and tiny_llm().source == "LlamaConfig"
+    assert isinstance(other_vlm(), MatryoshkaVLM) and tiny_llm().name_or_path == "LlamaConfig"
 
 
 def test_older_models_in_bin_files(tmp_path):

@@ -6,7 +6,7 @@ import warnings
 import lightning
 import pytest
 
-from lit_mm.data.datamodules import ImageInstructions
+from lit_mm.data.datamodules import ImageDataModule
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.records import RecordError
 from lit_mm.model.llm import LLM
@@ -44,7 +44,7 @@ def files(instruction_set):
 def run(verb: str, llm: LLM, files: dict, root, **options) -> None:
     lit = LitMatryoshka(tiny_encoder, llm, [16, 4, 1], max_new_tokens=NEW_TOKENS)
     image = ImageOptions("keep", None)
-    data = ImageInstructions(lit.inputs, **files, image_root=str(root), image=image, cache=str(root / "c"), **options)
+    data = ImageDataModule(lit.inputs, **files, image_root=str(root), image=image, cache=str(root / "c"), **options)
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "inference_mode")
     trainer = lightning.Trainer(max_steps=2, accelerator="cpu", limit_val_batches=0, **dict.fromkeys(off, False))
     getattr(trainer, verb)(lit, data)

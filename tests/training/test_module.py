@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 from transformers import GenerationConfig, TrainingArguments, get_cosine_schedule_with_warmup
 
-from lit_mm.data.datamodules import ImageInstructions
+from lit_mm.data.datamodules import ImageDataModule
 from lit_mm.data.images import ImageOptions
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.parts import LLMPart, Part, Parts, parameter_groups
@@ -26,7 +26,7 @@ def module(**options) -> LitMatryoshka:
 def fit(root, folder, ckpt_path=None, data=None, **options) -> tuple[LitMatryoshka, lightning.Trainer]:
     lightning.seed_everything(7, verbose=False)
     lit = module()
-    module_of_data = ImageInstructions(
+    module_of_data = ImageDataModule(
         lit.inputs,
         train=f"{root}/train.json",
         val=f"{root}/val.json",
@@ -52,7 +52,7 @@ def test_what_a_module_came_from_does_not_count_as_steps_of_its_fit(instruction_
         "default_root_dir": tmp_path,
     }
     files = {split: f"{instruction_set}/{split}.json" for split in ("train", "val")}
-    data = ImageInstructions(lit.inputs, **files, image_root=str(instruction_set), image=ImageOptions("keep", None))
+    data = ImageDataModule(lit.inputs, **files, image_root=str(instruction_set), image=ImageOptions("keep", None))
     lightning.Trainer(**options, logger=False).validate(
         lit, data, ckpt_path=tmp_path / "first.ckpt", weights_only=False
     )

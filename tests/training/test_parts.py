@@ -203,9 +203,9 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="goes with neither frozen nor from_stage"):
         Parts(llm=LLMPart(frozen=True, lora=LoRA()))
     with pytest.raises(
-        ValueError, match=r"targets: \['no_such_layer'\] match no layer, expected some of \['down_proj'"
+        ValueError, match=r"target_modules: \['no_such_layer'\] match no layer, expected some of \['down_proj'"
     ):
-        apply_parts(tiny_vlm(), Parts(llm=LLMPart(lora=LoRA(targets=["q_proj", "no_such_layer"]))))
+        apply_parts(tiny_vlm(), Parts(llm=LLMPart(lora=LoRA(target_modules=["q_proj", "no_such_layer"]))))
 
 
 def test_the_table_counts_what_trains():

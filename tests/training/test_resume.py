@@ -42,8 +42,8 @@ CONFIG = {
             },
         },
         "llm": {
-            "source": "LlamaConfig",
-            "sizes": {
+            "name_or_path": "LlamaConfig",
+            "config_overrides": {
                 "hidden_size": 32,
                 "num_hidden_layers": 2,
                 "num_attention_heads": 4,
@@ -52,7 +52,7 @@ CONFIG = {
                 "attention_dropout": 0.1,
             },
             "tokenizer": TOKENIZER,
-            "template": "bare",
+            "chat_template": "bare",
         },
         "scales_per_step": 2,
         "max_new_tokens": 3,
@@ -104,7 +104,7 @@ class Runs:
 
     def __init__(self, folder: Path, data: dict, workers: int, ranks: int, **trainer) -> None:
         self.folder, self.ranks = folder, ranks
-        settings = {"class_path": "lit_mm.ImageInstructions", "init_args": {**data, "num_workers": workers}}
+        settings = {"class_path": "lit_mm.ImageDataModule", "init_args": {**data, "num_workers": workers}}
         limits = {"max_epochs": 3, "devices": ranks, "strategy": "ddp" if ranks > 1 else "auto", **trainer}
         self.config = CONFIG | {"data": settings, "trainer": CONFIG["trainer"] | limits}
 

@@ -139,7 +139,7 @@ def test_judging_without_a_checkpoint_is_refused(fit):
 def test_a_checkpoint_is_used_as_the_model_it_was_trained_as(fit, instruction_set, capsys):
     """Adaptive pooling cuts its boxes along all scales: [4] alone would be another model than [16, 4, 1]."""
     assert fit("fit", "--model.pooling", "adaptive") is None
-    for wrong in (["--model.scales", "[4]"], ["--model.sampling", "spatial"], ["--model.llm.template", "plain"]):
+    for wrong in (["--model.scales", "[4]"], ["--model.sampling", "spatial"], ["--model.llm.chat_template", "plain"]):
         said = fit("test", "--model.pooling", "adaptive", "--ckpt_path", "last", *wrong)
         assert "another model" in said or "adaptive goes with" in said, wrong
     assert "pooling was 'adaptive' and is 'exact'" in fit("test", "--ckpt_path", "last")
@@ -168,7 +168,7 @@ def test_what_is_no_checkpoint_of_this_model_is_refused_in_one_line(fit, instruc
     said = {name: fit("test", "--ckpt_path", name) for name in wrong}
     assert "code.ckpt holds more than tensors" in said["code.ckpt"]
     assert "no checkpoint of a run; --model.init_from" in said["weights.ckpt"]
-    said["other"] = fit("test", "--ckpt_path", str(last.parent), "--model.llm.sizes.intermediate_size", "40")
+    said["other"] = fit("test", "--ckpt_path", str(last.parent), "--model.llm.config_overrides.intermediate_size", "40")
     assert "the checkpoint is of another model: size mismatch for vlm.llm" in said["other"]
     torch.save({"state_dict": {}, "callbacks": Code()}, last)
     said["best"] = fit("test", "--ckpt_path", "best")

@@ -175,7 +175,7 @@ def module_with(llm: LLM, parts: Parts):
 def test_without_bitsandbytes_the_error_names_it(tmp_path, monkeypatch):
     load_llm(tiny_llm(), load_tokenizer(tiny_llm())).save_pretrained(tmp_path)
     monkeypatch.setattr("lit_mm.model.llm.importlib.util.find_spec", lambda name: None)
-    llm = LLM(str(tmp_path), tokenizer=TOKENIZER, template="bare", quantize="8bit")
+    llm = LLM(str(tmp_path), tokenizer=TOKENIZER, chat_template="bare", quantize="8bit")
     with pytest.raises(ModuleNotFoundError, match="pip install bitsandbytes"):
         load_llm(llm, load_tokenizer(llm))
 
@@ -186,7 +186,7 @@ def test_adapters_train_on_a_quantized_base(tmp_path, quantize, error):
     torch.manual_seed(0)
     whole = load_llm(tiny_llm(hidden_size=128, initializer_range=0.05), load_tokenizer(tiny_llm()))
     whole.save_pretrained(tmp_path)
-    llm = LLM(str(tmp_path), tokenizer=TOKENIZER, template="bare", quantize=quantize)
+    llm = LLM(str(tmp_path), tokenizer=TOKENIZER, chat_template="bare", quantize=quantize)
     lit = module_with(llm, Parts(llm=LLMPart(lora=LoRA(4, 8, 0.0))))
     lit.configure_model()
     ids = torch.randint(0, 300, (1, 9))

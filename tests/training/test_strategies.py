@@ -64,11 +64,11 @@ def folder(tmp_path_factory) -> Path:
     published = root / "published"
     lightning.seed_everything(5)
     load_llm(tiny_llm(), load_tokenizer(tiny_llm())).save_pretrained(published, max_shard_size="20KB")
-    read = {"llm": LLM(str(published), tokenizer=TOKENIZER, template="bare")}
+    read = {"llm": LLM(str(published), tokenizer=TOKENIZER, chat_template="bare")}
     same, eight = {"model": {"scheduler": unchanged}}, {"max_steps": 8}
     for case in CASES:
         perform(run_of(root / "auto" / case, "auto", case))
-    tied = {"llm": LLM(str(root / "tied"), tokenizer=TOKENIZER, template="bare")}
+    tied = {"llm": LLM(str(root / "tied"), tokenizer=TOKENIZER, chat_template="bare")}
     load_llm(tiny_llm(tie_word_embeddings=True), load_tokenizer(tiny_llm())).save_pretrained(root / "tied")
     reads = {"read": ("lora", read), "read tied": ("all", tied), "read head": ("lora head", read)}
     for name, (case, model) in reads.items():
