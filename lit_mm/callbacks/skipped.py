@@ -24,7 +24,7 @@ class SkippedRecords(Callback):
         before = Counter[str]()
         for mixture in data.sets.values():
             for each in mixture.sets:
-                before.update(each.index.bad.counts)
+                before.update(each.bad.counts)
         for reason in {*before, *loading}:
             pl_module.log(f"skipped/{reason}", float(before[reason] + loading[reason]), rank_zero_only=True)
         if trainer.is_global_zero and (before or loading):

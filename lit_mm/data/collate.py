@@ -26,13 +26,15 @@ class Visual:
 
     Args:
         key: Equal for what is the same.
-        pixels: uint8 [frames, 3, H, W]; one frame for an image.
-        video: Which of both.
+        pixels: uint8 [frames, 3, H, W]; one frame for an image. On the `meta` device if only the header was read.
+        video: Whether it is a video.
+        labels: [frames] what the text says before each frame, mostly nothing.
     """
 
     key: Hashable
     pixels: Tensor
     video: bool = False
+    labels: Sequence[str] = ("",)
 
 
 @dataclass

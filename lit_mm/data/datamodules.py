@@ -10,8 +10,6 @@ parsed, encoded and decoded when their turn comes.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,16 +18,14 @@ import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_mm.data.chat import Conversation
 from lit_mm.data.collate import Batches, LoadedBatch
-from lit_mm.data.dataset import InstructionSet, Mixture, ModelInputs, Reader, Split, Subset, shares_of
+from lit_mm.data.dataset import InstructionSet, Mixture, ModelInputs, Split, Subset, shares_of
 from lit_mm.data.images import ImageOptions
-from lit_mm.data.index import Index, index_of
 from lit_mm.data.loader import ResumableLoader, leave_signals_to_the_trainer
 from lit_mm.data.media import MediaFolder
 from lit_mm.data.records import BadRecords
-from lit_mm.data.sampler import BatchPlans, Budget, Choice, Sizes
-from lit_mm.data.sources import Source, open_source
+from lit_mm.data.sampler import BatchPlans, Budget, Choice
+from lit_mm.data.sources import open_source
 from lit_mm.data.video import VideoOptions
 
 
@@ -162,42 +158,20 @@ class ImageDataModule(LightningDataModule):
         except OSError as error:
             raise OSError(f"data.cache: expected a folder that can be written, found {error}") from None
         source = open_source(subset.path, self.cache, subset.format)
-        conversation = Conversation(self.inputs.tokenizer, self.inputs.time_scales)
         media = MediaFolder(root, self.image, self.inputs.color, self.video, self.frame, source.fingerprint)
-        limits = self.max_length, self.budget, self.image_first
-        reader = Reader(source, subset.items, conversation, media, split, self.inputs, *limits)
-        index = index_of(
-            reader,
-            self.cache,
-            self._settings(source, subset, media, split),
-            self.on_bad_record,
-            max(1, len(self.inputs.time_scales)),
-            self.num_workers,
-        )
-        if report := index.bad.report(source.name, index.total):
+        limits = self.max_length, self.budget, self.image_first, self.on_bad_record
+        made = InstructionSet(source, subset.items, media, split, self.inputs, *limits)
+        made.look(self.cache, self.num_workers)
+        if report := made.bad.report(source.name, len(source)):
             rank_zero_warn(report)
-        if not len(index.table):
+        if not len(made):
             raise ValueError(f"{source.name}: not one usable record\n{report or ''}")
-        self._warn_of_length(source.name, index)
-        return InstructionSet(reader, index, self.on_bad_record == "skip")
+        self._warn_of_length(source.name, made)
+        return made
 
-    def _settings(self, source: Source, subset: Subset, media: MediaFolder, split: Split) -> dict[str, Any]:
-        return self.inputs.settings() | {
-            "source": source.fingerprint,
-            "items": subset.items,
-            "root": media.root,
-            "media": (media.image, media.video, media.frame),
-            "split": split,
-            "image_first": self.image_first,
-            "limits": (self.max_length, *self._split_limits(split)),
-        }
-
-    def _split_limits(self, split: Split) -> tuple[int | None, ...]:
-        return (self.budget.tokens, self.budget.pixels) if split == "train" else (self.inputs.max_new_tokens,)
-
-    def _warn_of_length(self, name: str, index: Index) -> None:
+    def _warn_of_length(self, name: str, records: InstructionSet) -> None:
         """Of records on which an LLM goes on past the positions it was trained on."""
-        lengths = index.costs.tokens(np.arange(len(index.table)), [0], self.inputs.scales)
+        lengths = records.costs.tokens(np.arange(len(records)), [0], self.inputs.scales)
         known = self.inputs.positions
         if known and (longer := int((lengths > known.most).sum())):
             rank_zero_warn(
@@ -274,24 +248,18 @@ class ImageDataModule(LightningDataModule):
         choice: Choice = "next" if budget.fixed or not training else "largest"
         if training and self.inputs.packing == "padded":
             choice = "alike"  # rows are padded
-        order = self._order(mixture) if training else lambda _: np.arange(len(mixture))
-        return BatchPlans(order, self._sizes(mixture, training), budget, training, choice, rank, ranks, epoch)
-
-    def _order(self, mixture: Mixture) -> Callable[[int], np.ndarray]:
-        return lambda epoch: mixture.order(self._shuffled_as(epoch), self.seed)
-
-    def _shuffled_as(self, epoch: int) -> int:
-        """trainer.overfit_batches means the same batches in every epoch."""
-        return 0 if self.trainer and cast(Any, self.trainer).overfit_batches else epoch
-
-    def _sizes(self, mixture: Mixture, training: bool) -> Callable[[int], Sizes]:
         draw, costs = self.inputs.draw(training, self.seed), mixture.costs
+        same = trainer is not None and bool(cast(Any, trainer).overfit_batches)  # means one order for all epochs
+
+        def order(epoch: int) -> np.ndarray:
+            return mixture.order(0 if same else epoch, self.seed) if training else np.arange(len(mixture))
 
         def sizes(epoch: int, step: int, records: np.ndarray) -> np.ndarray:
-            tokens = costs.tokens(records, np.flatnonzero(draw(epoch, step)), self.inputs.scales)
+            drawn = np.flatnonzero(draw(0 if same else epoch, step))
+            tokens = costs.tokens(records, drawn, self.inputs.scales)
             return np.stack([np.ones_like(tokens), tokens, costs.pixels[records]], axis=1)
 
-        return lambda epoch: partial(sizes, self._shuffled_as(epoch))
+        return BatchPlans(order, sizes, budget, training, choice, rank, ranks, epoch)
 
     def _loader(self, name: str, plans: BatchPlans, training: bool) -> ResumableLoader:
         inputs = self.inputs

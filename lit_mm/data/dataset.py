@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lit_mm.data.chat import Conversation, Encoded
-from lit_mm.data.collate import Sample
-from lit_mm.data.index import Index, costs_of
-from lit_mm.data.media import MediaFolder, Shown
-from lit_mm.data.records import MARKERS, ItemFormat, Record, RecordError, image_first, parse
+from lit_mm.data.chat import Conversation
+from lit_mm.data.collate import Sample, Visual
+from lit_mm.data.index import VERSION, usable_records
+from lit_mm.data.media import MediaFolder
+from lit_mm.data.records import MARKERS, BadRecords, ItemFormat, Record, RecordError, image_first, parse
 from lit_mm.data.sampler import Budget, RecordSizes, ScaleDraw, epoch_order
 from lit_mm.data.sources import FileFormat, Source
 from lit_mm.model.attention import Attention
@@ -112,168 +115,195 @@ class Subset:
     items: ItemFormat | None = None
 
 
-class Reader:
-    """Records of one file, by their numbers in it.
+class InstructionSet(Dataset):
+    """The usable records of one file, numbered without gaps.
 
     Args:
         source: Raw items.
         items: Their format; None looks at each.
-        conversation: Encodes text.
         media: Opens images and videos.
         split: train supervises; val asks as well; test and predict only ask.
         inputs: What the model tells.
         max_length: Most tokens of a record at the finest scale.
         budget: Of a training batch.
         image_first: Whether the marker of a record's only image goes before its turn's text.
+        policy: `error` or `skip` bad records; those that cannot be loaded are named in their samples.
     """
 
     def __init__(
         self,
         source: Source,
         items: ItemFormat | None,
-        conversation: Conversation,
         media: MediaFolder,
         split: Split,
         inputs: ModelInputs,
         max_length: int,
         budget: Budget,
         image_first: bool = False,
+        policy: Literal["error", "skip"] = "error",
     ) -> None:
-        self.source, self.items, self.conversation, self.media = source, items, conversation, media
-        self.split, self.inputs, self.max_length, self.budget = split, inputs, max_length, budget
-        self.image_first = image_first
+        self.source, self.items, self.media, self.split, self.inputs = source, items, media, split, inputs
+        self.max_length, self.budget, self.image_first, self.policy = max_length, budget, image_first, policy
+        self.conversation = Conversation(inputs.tokenizer, inputs.time_scales)
+        self.times = max(1, len(inputs.time_scales))
+        self.table, self.bad = np.zeros((0, 3 + 2 * self.times), np.int64), BadRecords(policy)
 
-    def __len__(self) -> int:
-        return len(self.source)
+    def look(self, cache: Path, workers: int) -> None:
+        """Find the usable records and what each costs, or take it from the cache.
 
-    def record(self, number: int) -> Record:
-        """One record.
+        Sets `table` [n, 3 + 2 T]: the record's number in the file, positions before its first image, pixels,
+        words at T time scales, frames at T time scales.
 
         Raises:
-            RecordError: Anything in it that is not as it should be.
+            RecordError: A bad record, if the policy is `error`.
         """
+        train_limits = self.budget.tokens, self.budget.pixels
+        settings = self.inputs.settings() | {
+            "source": self.source.fingerprint,
+            "items": self.items,
+            "root": self.media.root,
+            "media": (self.media.image, self.media.video, self.media.frame),
+            "split": self.split,
+            "image_first": self.image_first,
+            "limits": (self.max_length, *(train_limits if self.split == "train" else (self.inputs.max_new_tokens,))),
+            "version": VERSION,
+            "policy": self.policy,
+            "times": self.times,
+        }
+        digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=16).hexdigest()
+        self.table, self.bad = usable_records(
+            self.cost, len(self.source), self.table.shape[1], cache / f"index-{digest}.npy", self.policy, workers
+        )
+
+    @property
+    def costs(self) -> RecordSizes:
+        """What the usable records cost."""
+        return RecordSizes.of(self.table[:, 1:])
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, number: int) -> Sample:
+        try:
+            record, *cost = self.table[number].tolist()
+            return self.sample(record, cost)
+        except RecordError as error:
+            if self.policy == "error":
+                raise
+            return Sample(skipped=[error])
+
+    def sample(self, number: int, cost: Sequence[int]) -> Sample:
+        """Record `number` of the file, encoded and decoded, that costs what the table says.
+
+        Raises:
+            RecordError: As `cost`, and what is found out by decoding images and videos.
+        """
+        sample, rows, lengths = self._encoded(self._record(number), decode=True)
+        if (found := rows[lengths.argmax()]) != list(cost):
+            detail = f"expected {list(cost)} (positions, pixels, words, frames), found {found}: other images or videos"
+            raise RecordError(sample.where, "changed since the first start", detail)
+        return sample
+
+    def cost(self, number: int) -> list[int]:
+        """The table's row of record `number` of the file, without the number; nothing is decoded.
+
+        Raises:
+            RecordError: The record is unusable, as far as can be known without decoding an image.
+        """
+        record = self._record(number)
+        if self.split != "predict" and record.turns[-1].role == "user":
+            detail = f"{self.split} needs conversations, found a question alone"
+            raise RecordError(record.where, "no answer", detail)
+        _, rows, lengths = self._encoded(record, decode=False)
+        longest = rows[lengths.argmax()]
+        self._check_limits(record, longest, lengths)
+        return longest
+
+    def _record(self, number: int) -> Record:
         where, item = self.source[number]
         record = parse(where, item, self.items)
         return image_first(record) if self.image_first else record
 
-    def sample(self, number: int, cost: Sequence[int]) -> Sample:
-        """One record, encoded and decoded, that costs what the table says.
-
-        Raises:
-            RecordError: As `record`, and what is found out by reading images and videos.
-        """
-        record = self.record(number)
-        visuals, frames = self.media.load(record)
-        sizes = [(visual.pixels.shape[2], visual.pixels.shape[3]) for visual in visuals]
-        shown = [Shown(*size, labels) for size, labels in zip(sizes, frames, strict=True)]
-        sample, encoded = Sample(visuals, where=record.where), None
+    def _encoded(self, record: Record, decode: bool) -> tuple[Sample, list[list[int]], np.ndarray]:
+        """A record's sample, and for each sequence that the LLM gets of it, which are the conversation and then
+        every question with its answer, the table's row and the positions at the finest scale."""
+        visuals = self.media.visuals(record, decode)
+        labels = [visual.labels for visual in visuals]
+        sample, timed = Sample(visuals, where=record.where), bool(self.inputs.time_scales)
+        pixels = sum(self._pixels(record, visual) for visual in visuals)
+        rows = []
         if self.split in ("train", "val"):
-            encoded = self.conversation.encode(record, frames)
-            sample.input_ids, sample.labels, sample.time_scale = encoded.tensors(bool(self.inputs.time_scales))
+            encoded = self.conversation.encode(record, labels)
+            sample.input_ids, sample.labels, sample.time_scale = encoded.tensors(timed)
+            rows.append(self._row(pixels, sample.input_ids, sample.time_scale))
         if self.split != "train":
-            sample.questions = self._questions(record, frames)
-        if (found := self._row(record, shown, encoded, sample.questions)) != list(cost):
-            detail = f"expected {list(cost)} (positions, pixels, words, frames), found {found}: other images or videos"
-            raise RecordError(record.where, "changed since the first start", detail)
-        return sample
+            sample.questions = self._questions(record, labels)
+            new = self.inputs.max_new_tokens
+            rows += [self._row(pixels, asked.input_ids, asked.time_scale, new) for asked in sample.questions]
+        return sample, rows, self._tokens(rows, [0])
 
-    def _questions(self, record: Record, frames: list[list[str]]) -> list[Question]:
-        """Every question of a record, on its own; of several each has a number behind the record's id."""
-        exchanges = list(record.exchanges)
-        ids = [record.id] if len(exchanges) == 1 else [f"{record.id}#{number + 1}" for number in range(len(exchanges))]
-        return [self._question(record, id, *own, frames) for id, own in zip(ids, exchanges, strict=True)]
-
-    def _question(
-        self, record: Record, id: str | int, text: str, answer: str | None, frames: list[list[str]]
-    ) -> Question:
-        """One exchange on its own: every question is asked with all media and without history."""
+    def _questions(self, record: Record, labels: list[Sequence[str]]) -> list[Question]:
+        """Every exchange of a record on its own, with all media and without history; of several each has a number
+        behind the record's id."""
         markers = [MARKERS[medium.kind] for medium in record.media]
-        asked = text if any(marker in text for marker in markers) else "".join(f"{m}\n" for m in markers) + text
-        if sum(asked.count(marker) for marker in MARKERS.values()) != len(markers):
-            reason = "images in several questions"
-            raise RecordError(record.where, reason, "expected all images in the first, as each question is asked alone")
-        encoded = self.conversation.prompt(asked, record.where, frames, record.system)
-        ids, _, time_scale = encoded.tensors(bool(self.inputs.time_scales))
-        plain = text
-        for marker in MARKERS.values():
-            plain = plain.replace(marker, "")
-        return Question(id, plain.strip(), ids, list(range(sum(map(len, frames)))), answer, time_scale)
+        exchanges, questions = list(record.exchanges), []
+        for number, (text, answer) in enumerate(exchanges, 1):
+            asked = text if any(marker in text for marker in markers) else "".join(f"{m}\n" for m in markers) + text
+            if sum(asked.count(marker) for marker in MARKERS.values()) != len(markers):
+                detail = "expected all images in the first, as each question is asked alone"
+                raise RecordError(record.where, "images in several questions", detail)
+            encoded = self.conversation.prompt(asked, record.where, labels, record.system)
+            ids, _, time_scale = encoded.tensors(bool(self.inputs.time_scales))
+            id = record.id if len(exchanges) == 1 else f"{record.id}#{number}"
+            plain = re.sub("|".join(MARKERS.values()), "", text).strip()
+            questions.append(Question(id, plain, ids, list(range(sum(map(len, labels)))), answer, time_scale))
+        return questions
 
-    def cost(self, number: int) -> list[int]:
-        """Find out before training what can be known without decoding an image; the record's costs."""
-        record = self.record(number)
-        if self.split != "predict" and record.turns[-1].role == "user":
-            detail = f"{self.split} needs conversations, found a question alone"
-            raise RecordError(record.where, "no answer", detail)
-        shown = self.media.shown(record)
-        frames = [each.frames for each in shown]
-        encoded, questions = None, []
-        if self.split != "train":
-            questions = self._questions(record, frames)
-        if self.split in ("train", "val"):
-            encoded = self.conversation.encode(record, frames)
-        row = self._row(record, shown, encoded, questions)
-        self._fits(record, row, encoded)
-        return row
-
-    def _row(
-        self, record: Record, shown: list[Shown], encoded: Encoded | None, questions: Sequence[Question]
-    ) -> list[int]:
-        """Before, pixels, words and frames at each time scale, of the longest that the LLM gets of a record: the
-        conversation, or a question with its answer."""
-        pixels = sum(self._pixels(record, each) for each in shown)
-        new = self.inputs.max_new_tokens
-        rows = [self._use(pixels, encoded.ids, encoded.time_scale)] if encoded else []
-        for question in questions:
-            stays = None if question.time_scale is None else question.time_scale.tolist()
-            rows.append(self._use(pixels, question.input_ids.tolist(), stays, new))
-        return max(rows, key=self._length)
-
-    def _use(self, pixels: int, ids: list[int], kept: list[int] | None, new_tokens: int = 0) -> list[int]:
-        times = max(1, len(self.inputs.time_scales))
-        before, words, frames = positions(np.array(ids), np.array(kept or [-1]), times)
+    def _row(self, pixels: int, ids: Tensor, time_scale: Tensor | None, new_tokens: int = 0) -> list[int]:
+        kept = np.array([-1]) if time_scale is None else time_scale.numpy()
+        before, words, frames = positions(ids.numpy(), kept, self.times)
         return [before, pixels, *(count + new_tokens for count in words), *frames]
 
-    def _length(self, row: list[int]) -> int:
-        """Positions at the finest scale."""
-        return row[0] + row[2] + row[2 + max(1, len(self.inputs.time_scales))] * self.inputs.scales[0]
+    def _tokens(self, rows: list[list[int]], drawn: list[int]) -> np.ndarray:
+        return RecordSizes.of(np.array(rows)).tokens(np.arange(len(rows)), drawn, self.inputs.scales)
 
-    def _pixels(self, record: Record, shown: Shown) -> int:
+    def _pixels(self, record: Record, visual: Visual) -> int:
         """Of an image or a video, padded to the stride."""
+        frames, _, height, width = visual.pixels.shape
         stride = self.inputs.stride
-        grid = math.ceil(shown.height / stride), math.ceil(shown.width / stride)
+        grid = math.ceil(height / stride), math.ceil(width / stride)
         try:
             nested_shapes(*grid, tuple(self.inputs.scales), self.inputs.sampling, self.inputs.pooling)
         except ValueError as error:
-            detail = f"an image of {shown.height}×{shown.width} pixels (height × width): {error}"
+            detail = f"an image of {height}×{width} pixels (height × width): {error}"
             raise RecordError(record.where, "scales", detail) from None
-        return math.prod(grid) * stride**2 * len(shown.frames)
+        return math.prod(grid) * stride**2 * frames
 
-    def _fits(self, record: Record, row: list[int], encoded: Encoded | None) -> None:
+    def _check_limits(self, record: Record, longest: list[int], lengths: np.ndarray) -> None:
         images = f"with the images at scale {self.inputs.scales[0]}"
-        length = self._length(self._use(0, encoded.ids, encoded.time_scale)) if encoded else 0
-        if length > self.max_length:
-            raise RecordError(record.where, "too long", f"{length} tokens {images}, allowed are {self.max_length}")
-        known, length = self.inputs.positions, self._length(row)
+        if self.split in ("train", "val") and lengths[0] > self.max_length:
+            raise RecordError(record.where, "too long", f"{lengths[0]} tokens {images}, allowed are {self.max_length}")
+        known, length = self.inputs.positions, lengths.max()
         if known and known.table and length > known.most:
             new = "" if self.split == "train" else f" and max_new_tokens {self.inputs.max_new_tokens}"
             detail = f"{length} positions {images}{new}, the LLM has {known.most}"
             raise RecordError(record.where, "too long for the LLM", detail)
         if self.split == "train":
-            found = {"tokens": self._most_tokens(row), "pixels": row[1]}
-            for name, limit in (("tokens", self.budget.tokens), ("pixels", self.budget.pixels)):
-                if limit is not None and found[name] > limit:
-                    detail = f"{found[name]} {name} in a training batch, data.{name}_per_batch allows {limit}"
+            budget = self.budget
+            tokens = self._most_tokens(longest) if budget.tokens else 0
+            for name, found, limit in ("tokens", tokens, budget.tokens), ("pixels", longest[1], budget.pixels):
+                if limit is not None and found > limit:
+                    detail = f"{found} {name} in a training batch, data.{name}_per_batch allows {limit}"
                     raise RecordError(record.where, f"more {name} than a batch holds", detail)
 
     def _most_tokens(self, row: list[int]) -> int:
         """Positions of the record at the scales that need most of all that can be drawn together."""
         draw, scales = self.inputs.draw(training=True), self.inputs.scales
-        costs, one = costs_of(np.array([[0, *row]])), np.zeros(1, np.int64)
-        every = list(range(draw.scales))
-        branches = every if costs.video(one)[0] else every[: len(scales)]  # the others are the same again
-        branches.sort(key=lambda scale: -int(costs.tokens(one, [scale], scales)[0]))
-        return int(costs.tokens(one, branches if draw.per_step == "all" else branches[: draw.per_step], scales)[0])
+        branches = list(range(draw.scales))
+        if not RecordSizes.of(np.array([row])).video(np.zeros(1, np.int64))[0]:
+            branches = branches[: len(scales)]  # the others are the same again
+        branches.sort(key=lambda scale: -self._tokens([row], [scale])[0])
+        return int(self._tokens([row], branches if draw.per_step == "all" else branches[: draw.per_step])[0])
 
 
 def positions(ids: np.ndarray, kept: np.ndarray, times: int) -> tuple[int, list[int], list[int]]:
@@ -283,31 +313,6 @@ def positions(ids: np.ndarray, kept: np.ndarray, times: int) -> tuple[int, list[
     stays = [kept[first:] >= time for time in range(times)] if kept.max() >= 0 else [np.ones(len(ids) - first, bool)]
     frames = [int(image[first:][each].sum()) for each in stays]
     return first, [int(each.sum()) - count for each, count in zip(stays, frames, strict=True)], frames
-
-
-class InstructionSet(Dataset):
-    """The usable records of one file.
-
-    Args:
-        reader: The file.
-        index: Which of its records are usable, and what they cost.
-        skip: Whether a record that cannot be read is named in its sample instead of raised.
-    """
-
-    def __init__(self, reader: Reader, index: Index, skip: bool) -> None:
-        self.reader, self.index, self.skip = reader, index, skip
-
-    def __len__(self) -> int:
-        return len(self.index.table)
-
-    def __getitem__(self, number: int) -> Sample:
-        try:
-            record, *cost = self.index.table[number].tolist()
-            return self.reader.sample(record, cost)
-        except RecordError as error:
-            if not self.skip:
-                raise
-            return Sample(skipped=[error])
 
 
 class Mixture(Dataset):
@@ -321,10 +326,7 @@ class Mixture(Dataset):
     def __init__(self, sets: list[InstructionSet], shares: list[float]) -> None:
         self.sets, self.shares = sets, shares
         self.firsts = [0, *accumulate(len(each) for each in sets)]
-        columns = zip(
-            *((c.before, c.words, c.frames, c.pixels) for c in (each.index.costs for each in sets)), strict=True
-        )
-        self.costs = RecordSizes(*(arrays[0] if len(sets) == 1 else np.concatenate(arrays) for arrays in columns))
+        self.costs = sets[0].costs if len(sets) == 1 else RecordSizes.of(np.concatenate([s.table[:, 1:] for s in sets]))
 
     def __len__(self) -> int:
         return self.firsts[-1]

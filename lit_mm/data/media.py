@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,21 +11,6 @@ from lit_mm.data.collate import Visual
 from lit_mm.data.images import ImageFile, ImageOptions, to_pixels
 from lit_mm.data.records import Media, Record, RecordError
 from lit_mm.data.video import Video, VideoOptions
-
-
-@dataclass
-class Shown:
-    """What an image or a video will be, told by its header.
-
-    Args:
-        height: Of the image or of every frame, in pixels.
-        width: Likewise.
-        frames: What the text says before each frame, mostly nothing.
-    """
-
-    height: int
-    width: int
-    frames: list[str]
 
 
 class MediaFolder:
@@ -54,62 +37,49 @@ class MediaFolder:
         self.root, self.color, self.source = root.resolve(), color, source
         self.image, self.video, self.frame = image, video, frame or image
 
-    def shown(self, record: Record) -> list[Shown]:
-        """What each medium of a record will be, without decoding any.
+    def visuals(self, record: Record, decode: bool = True) -> list[Visual]:
+        """The images and videos of a record.
+
+        Args:
+            record: Of one or more media.
+            decode: Otherwise only headers are read, and the pixels are on the `meta` device.
 
         Raises:
-            RecordError: Missing, outside the root, not what it should be, or too large.
+            RecordError: Missing, outside the root, not what it should be, too large, or, where it is decoded,
+                truncated.
         """
-        return [self._shown(record, medium) for medium in record.media]
+        return [self._visual(record, number, medium, decode) for number, medium in enumerate(record.media)]
 
-    def load(self, record: Record) -> tuple[list[Visual], list[list[str]]]:
-        """The pixels of each medium of a record, and what the text says before each of its frames.
-
-        Raises:
-            RecordError: As `shown`, or a file is truncated.
-        """
-        loaded = [self._load(record, medium) for medium in record.media]
-        keys = [self._key(record, number, medium) for number, medium in enumerate(record.media)]
-        visuals = [
-            Visual(key, pixels, medium.kind == "video")
-            for key, (pixels, _), medium in zip(keys, loaded, record.media, strict=True)
-        ]
-        return visuals, [labels for _, labels in loaded]
-
-    def _shown(self, record: Record, medium: Media) -> Shown:
-        if medium.kind == "image":
-            return Shown(*self._image(record, medium).size(), [""])
-        clip = self._video(record, medium).clip()
-        return Shown(*self.frame.target(clip.height, clip.width), self._labels(clip.times))
-
-    def _load(self, record: Record, medium: Media) -> tuple[Tensor, list[str]]:
-        if medium.kind == "image":
-            return self._image(record, medium).pixels(self.color), [""]
-        times, frames = self._video(record, medium).read()
-        color = self.color if self.frame.mode == "pad" else None
-        pixels = [to_pixels(frame, self.frame.target(frame.height, frame.width), color) for frame in frames]
-        return torch.stack(pixels), self._labels(times)
-
-    def _labels(self, times: Sequence[float]) -> list[str]:
-        stamped = self.video is not None and self.video.timestamps
-        return [f"{time:.1f}s: " if stamped else "" for time in times]
+    def _visual(self, record: Record, number: int, medium: Media, decode: bool) -> Visual:
+        if medium.kind == "video" and self.video is None:
+            detail = f"video {medium.name}: expected images, VideoDataModule takes both"
+            raise RecordError(record.where, "unexpected video", detail)
+        key = self._key(record, number, medium)
+        source = inside(self.root, record.where, medium) if medium.data is None else medium.data
+        if self.video is None or medium.kind == "image":
+            image = ImageFile(record.where, medium.name, source, self.image)
+            return Visual(key, image.pixels(self.color) if decode else _no_pixels(1, image.size()))
+        video = Video(record.where, medium.name, source, self.video)
+        if decode:
+            times, frames = video.read()
+            color = self.color if self.frame.mode == "pad" else None
+            shown = [to_pixels(frame, self.frame.target(frame.height, frame.width), color) for frame in frames]
+            pixels = torch.stack(shown)
+        else:
+            clip = video.clip()
+            times = clip.times
+            pixels = _no_pixels(len(times), self.frame.target(clip.height, clip.width))
+        labels = [f"{time:.1f}s: " if self.video.timestamps else "" for time in times]
+        return Visual(key, pixels, video=True, labels=labels)
 
     def _key(self, record: Record, number: int, medium: Media) -> tuple:
         if medium.data is not None:
             return self.source, record.where, number
         return self.root, medium.name, medium.kind, self.image, self.video, self.frame
 
-    def _image(self, record: Record, medium: Media) -> ImageFile:
-        return ImageFile(record.where, medium.name, self._source(record, medium), self.image)
 
-    def _video(self, record: Record, medium: Media) -> Video:
-        if self.video is None:
-            detail = f"video {medium.name}: expected images, VideoDataModule takes both"
-            raise RecordError(record.where, "unexpected video", detail)
-        return Video(record.where, medium.name, self._source(record, medium), self.video)
-
-    def _source(self, record: Record, medium: Media) -> Path | bytes:
-        return inside(self.root, record.where, medium) if medium.data is None else medium.data
+def _no_pixels(frames: int, size: tuple[int, int]) -> Tensor:
+    return torch.empty(frames, 3, *size, dtype=torch.uint8, device="meta")
 
 
 def inside(root: Path, where: str, medium: Media) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -83,6 +84,12 @@ class RecordSizes:
     frames: np.ndarray
     pixels: np.ndarray
 
+    @classmethod
+    def of(cls, table: np.ndarray) -> RecordSizes:
+        """Of a table [n, 2 + 2 T]: before, pixels, words at T time scales, frames at T time scales."""
+        times = (table.shape[1] - 2) // 2
+        return cls(table[:, 0], table[:, 2 : 2 + times], table[:, 2 + times :], table[:, 1])
+
     def video(self, records: np.ndarray) -> np.ndarray:
         """[m] whether time scales make a difference to the records."""
         words, frames = self.words[records], self.frames[records]
@@ -149,15 +156,18 @@ def epoch_order(counts: Sequence[int], shares: Sequence[float], seed: int, epoch
     return np.random.default_rng([seed, len(counts), epoch]).permutation(order)
 
 
-Sizes = Callable[[int, np.ndarray], np.ndarray]
-"""(step, [m] records) -> [m, 3] what each is of the budget: 1 record, its tokens, its pixels."""
-
-
 Choice = Literal["next", "largest", "alike"]
 """Which waiting record a batch takes next."""
 
 
-def fill(order: np.ndarray, sizes: Sizes, budget: Budget, ranks: int, choice: Choice, window: int) -> Iterator[list]:
+def fill(
+    order: np.ndarray,
+    sizes: Callable[[int, np.ndarray], np.ndarray],
+    budget: Budget,
+    ranks: int,
+    choice: Choice,
+    window: int,
+) -> Iterator[list]:
     """Cut an order into steps, each a list of as many batches [m] as there are ranks.
 
     A batch begins with the record that waits longest. Of those within the window it then takes the
@@ -167,7 +177,7 @@ def fill(order: np.ndarray, sizes: Sizes, budget: Budget, ranks: int, choice: Ch
 
     Args:
         order: [n] records.
-        sizes: What each costs.
+        sizes: (step, [m] records) -> [m, 3] what each costs of the budget: 1 record, its tokens, its pixels.
         budget: When a batch is full.
         ranks: Batches per step.
         choice: Which record a batch takes next.
@@ -224,7 +234,7 @@ class BatchPlans(SequentialSampler):
 
     Args:
         order: epoch -> its records.
-        sizes: epoch -> what each costs at a step.
+        sizes: (epoch, step, [m] records) -> [m, 3] what each costs.
         budget: When a batch is full.
         training: Whether a rank must never get nothing.
         choice: As in `fill`.
@@ -237,7 +247,7 @@ class BatchPlans(SequentialSampler):
     def __init__(
         self,
         order: Callable[[int], np.ndarray],
-        sizes: Callable[[int], Sizes],
+        sizes: Callable[[int, int, np.ndarray], np.ndarray],
         budget: Budget,
         training: bool,
         choice: Choice = "next",
@@ -273,7 +283,7 @@ class BatchPlans(SequentialSampler):
         return self._made[1]
 
     def _fill(self) -> Iterator[np.ndarray]:
-        order, sizes = self.order(self.epoch), self.sizes(self.epoch)
+        order, sizes = self.order(self.epoch), partial(self.sizes, self.epoch)
         for batches in fill(order, sizes, self.budget, self.ranks, self.choice, self.window):
             step = shared_out(batches, self.ranks)
             if not self.training or all(len(batch) for batch in step):

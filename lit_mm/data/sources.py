@@ -285,9 +285,9 @@ class _Scanned(Source):
     def table(self) -> np.ndarray:
         """int64, memory-mapped from the cache; scans if nothing is there."""
         file = self.cache / f"{self.fingerprint}.npy"
-        table = _load_table(file, self.columns)
+        table = load_table(file, self.columns)
         if table is None:
-            with _new_file(file) as partial:
+            with new_file(file) as partial:
                 if not _write_table(partial, self._scan(), self.columns):
                     raise ValueError(f"{self.name}: holds no records")
                 self.files.check()
@@ -301,7 +301,7 @@ class _Scanned(Source):
     def _scan(self) -> Iterator[np.ndarray]: ...
 
 
-def _load_table(file: Path, columns: int) -> np.ndarray | None:
+def load_table(file: Path, columns: int) -> np.ndarray | None:
     """A table of an earlier scan; None if there is none, or none that can be used."""
     try:
         table = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -334,7 +334,7 @@ def _in_chunks(spans: Iterator[tuple[int, ...]]) -> Iterator[np.ndarray]:
 
 
 @contextmanager
-def _new_file(file: Path) -> Iterator[IO[bytes]]:
+def new_file(file: Path) -> Iterator[IO[bytes]]:
     """Writes a file that nobody sees before it is complete, whoever else writes it at the same time."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{uuid4().hex}.tmp")

@@ -25,11 +25,11 @@ class Folder(MediaFolder):
     """With what the tests look at."""
 
     def sizes(self, record: Record) -> list[tuple[int, int]]:
-        return [(shown.height, shown.width) for shown in self.shown(record)]
+        return [tuple(visual.pixels.shape[2:]) for visual in self.visuals(record, decode=False)]
 
     def pixels(self, record: Record) -> list[torch.Tensor]:
-        visuals, labels = self.load(record)
-        assert labels == [[""]] * len(visuals)
+        visuals = self.visuals(record)
+        assert all(list(visual.labels) == [""] for visual in visuals)
         return [visual.pixels[0] for visual in visuals]
 
 

@@ -13,7 +13,7 @@ from datasets import Dataset as HFDataset
 from PIL import Image
 
 from lit_mm.data.datamodules import ImageDataModule, VideoDataModule
-from lit_mm.data.dataset import ModelInputs, Reader, Subset, shares_of
+from lit_mm.data.dataset import InstructionSet, ModelInputs, Subset, shares_of
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.records import RecordError
 from lit_mm.data.video import VideoOptions
@@ -211,7 +211,7 @@ def test_a_second_start_looks_at_no_record(make, sets, monkeypatch):
     def look(*_):
         raise Looked
 
-    monkeypatch.setattr(Reader, "cost", look)
+    monkeypatch.setattr(InstructionSet, "cost", look)
     assert questions(make()) == EXPECTED
     for changed in ({"max_length": 999}, {"image": ImageOptions("squash", 64)}, {"times": [2, 1]}):
         with pytest.raises(Looked):
@@ -237,7 +237,7 @@ def test_tables_do_not_depend_on_the_number_of_processes(make):
     for workers in (0, 2):
         data = make(num_workers=workers, max_length=1000 + workers)
         data.setup("fit")
-        tables.append([np.array(each.index.table) for each in data.sets["train"].sets])
+        tables.append([np.array(each.table) for each in data.sets["train"].sets])
     assert all(np.array_equal(a, b) for a, b in zip(*tables, strict=True))
 
 
@@ -312,7 +312,7 @@ def test_a_file_that_comes_later_is_found(make, sets):
     (sets / "images/2.png").write_bytes(content)
     data = make(["images.json"], on_bad_record="skip")
     data.setup("fit")
-    assert data.sets["train"].sets[0].index.table[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert data.sets["train"].sets[0].table[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("name", ["images/1.png", "1.mp4"])

@@ -24,10 +24,10 @@ BUDGETS = [Budget(16), Budget(None, 400), Budget(16, 1000, 1024), Budget(None, N
 
 
 def plans(budget, rank=0, ranks=1, training=True, seed=0, choice="largest") -> BatchPlans:
-    sizes = lambda step, records: np.stack([np.ones_like(records), LENGTHS[records], PIXELS[records]], axis=1)  # noqa: E731
+    sizes = lambda epoch, step, records: np.stack([np.ones_like(records), LENGTHS[records], PIXELS[records]], axis=1)  # noqa: E731
     order = lambda epoch: epoch_order([1003], [1.0], seed, epoch) if training else np.arange(1003)  # noqa: E731
     choice = choice if training and not budget.fixed else "next"
-    return BatchPlans(order, lambda epoch: sizes, budget, training, choice, rank, ranks, window=64)
+    return BatchPlans(order, sizes, budget, training, choice, rank, ranks, window=64)
 
 
 def batches(budget=BUDGETS[0], epoch=0, **options):
@@ -110,9 +110,7 @@ def test_batches_of_alike_lengths_need_little_padding():
     found = list(
         BatchPlans(
             lambda epoch: epoch_order([1003], [1.0], 0, epoch),
-            lambda epoch: (
-                lambda step, records: np.stack([np.ones_like(records), LENGTHS[records], 0 * records], axis=1)
-            ),
+            lambda epoch, step, records: np.stack([np.ones_like(records), LENGTHS[records], 0 * records], axis=1),
             Budget(16),
             True,
             "alike",
