@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_mm.data.records import MARKERS, Record, RecordError, Turn
+from lit_mm.data.records import MARKERS, Record, RecordError
 from lit_mm.data.tokenizer import IN_CHUNKS, TEMPLATES
 from lit_mm.model.batch import IGNORE_INDEX, IMAGE
 from lit_mm.model.scales import coarsest_time_scale
@@ -91,8 +91,8 @@ class Conversation:
             RecordError: The text holds a special token, or the template drops a turn or fails on it.
         """
         made, shown = Encoded(), iter([[""]] * len(record.media) if media is None else media)
-        answers = [turn.text for turn in record.turns if turn.role == "assistant"]
-        for text, answer in zip(self._prompts(record.where, record.turns, record.system), answers, strict=False):
+        prompts = self._prompts(record.where, record.turns, record.system)
+        for text, answer in zip(prompts, record.turns[1::2], strict=False):
             prompt = self._pieces(text.removesuffix(" "), shown, first=not made.ids)
             reply = self._pieces(" " + answer if text.endswith(" ") else answer, shown)
             # A later prompt opens with the end token of the answer before it, which is a label.
@@ -108,7 +108,7 @@ class Conversation:
         self, text: str, where: str = "question", media: Sequence[Frames] | None = None, system: str | None = None
     ) -> Encoded:
         """Token ids of one question up to where the answer begins."""
-        rendered = self._prompts(where, [Turn("user", text), Turn("assistant", "")], system)[0]
+        rendered = self._prompts(where, [text, ""], system)[0]
         markers = sum(text.count(marker) for marker in MARKERS.values())
         return self._pieces(rendered.removesuffix(" "), iter([[""]] * markers if media is None else media), first=True)
 
@@ -150,23 +150,17 @@ class Conversation:
             text = f" {text}"
         return self.tokenizer.encode(text, add_special_tokens=False) if text else []
 
-    def _prompts(self, where: str, turns: Sequence[Turn], system: str | None = None) -> list[str]:
-        pieces = self._render(turns, where, system).split(STAND_IN)
-        expected = sum(turn.role == "assistant" for turn in turns) + 1
-        if len(pieces) != expected:
-            raise RecordError(where, "chat template", f"rendered {len(pieces) - 1} answers, expected {expected - 1}")
-        return pieces
-
-    def _render(self, turns: Sequence[Turn], where: str, system: str | None) -> str:
-        texts = {f"turn {number}": turn.text for number, turn in enumerate(turns)} | {"system": system or ""}
+    def _prompts(self, where: str, turns: Sequence[str], system: str | None = None) -> list[str]:
+        """What the template puts around the answers: before the first, between two, after the last."""
+        texts = {f"turn {number}": text for number, text in enumerate(turns)} | {"system": system or ""}
         for name, text in texts.items():
             if found := [token for token in (STAND_IN, *self._special) if token in text]:
                 detail = f"{name} holds {found[0]!r}, which would steer the model, not inform it"
                 raise RecordError(where, "reserved text", detail)
         messages = [{"role": "system", "content": system}] if system else []
-        messages += [
-            {"role": turn.role, "content": STAND_IN if turn.role == "assistant" else turn.text} for turn in turns
-        ]
+        for number, text in enumerate(turns):
+            role, content = ("assistant", STAND_IN) if number % 2 else ("user", text)
+            messages.append({"role": role, "content": content})
         try:
             text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
         except Exception as error:  # a template is a program: besides Jinja's own errors it may raise any other
@@ -175,7 +169,11 @@ class Conversation:
             raise RecordError(where, "chat template", detail) from None
         if system and system not in text:
             raise RecordError(where, "chat template", "it leaves the system message out")
-        return text
+        pieces = text.split(STAND_IN)
+        expected = len(turns) // 2
+        if len(pieces) != expected + 1:
+            raise RecordError(where, "chat template", f"rendered {len(pieces) - 1} answers, expected {expected}")
+        return pieces
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_often"}
@@ -186,9 +184,7 @@ class Conversation:
 
     def _end_id(self) -> int:
         asked = "".join(MARKERS.values()) if self._in_chunks else "a"
-        *_, after = self._prompts(
-            self.tokenizer.name_or_path or "the tokenizer", [Turn("user", asked), Turn("assistant", "b")]
-        )
+        *_, after = self._prompts(self.tokenizer.name_or_path or "the tokenizer", [asked, "b"])
         if self.tokenizer.chat_template == TEMPLATES["plain"]:  # what ends a caption is no special token
             return self._encode_text("a\n", starts=True)[-1]
         ids = self._encode_text(after, starts=False)

@@ -211,7 +211,7 @@ class InstructionSet(Dataset):
             RecordError: The record is unusable, as far as can be known without decoding an image.
         """
         record = self._record(number)
-        if self.split != "predict" and record.turns[-1].role == "user":
+        if self.split != "predict" and len(record.turns) % 2:
             detail = f"{self.split} needs conversations, found a question alone"
             raise RecordError(record.where, "no answer", detail)
         _, rows, lengths = self._encoded(record, decode=False)

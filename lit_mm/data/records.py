@@ -21,8 +21,9 @@ from __future__ import annotations
 import base64
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -88,36 +89,28 @@ class Media:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One message; `text`, without white space around it, holds a marker where an image or a video stands."""
-
-    role: str
-    text: str
-
-
-@dataclass(frozen=True)
 class Record:
     """One item of an instruction set, parsed and validated.
 
     Args:
         id: The record's own id, or its place in the file.
         media: Images and videos, in the order of their markers.
-        turns: user and assistant in turn, user first; a last one of user is a question to be answered.
+        turns: Texts of user and assistant in turn, user first, each stripped, with a marker where an image or a
+            video stands; if the last is the user's, it is a question to be answered.
         where: File and record, for errors.
         system: The system message that goes ahead of the turns.
     """
 
     id: str | int
     media: tuple[Media, ...]
-    turns: tuple[Turn, ...]
+    turns: tuple[str, ...]
     where: str
     system: str | None = None
 
     @property
     def exchanges(self) -> Iterator[tuple[str, str | None]]:
         """Each question with its answer, None where there is none."""
-        texts = [turn.text for turn in self.turns] + [None]
-        return ((str(texts[i]), texts[i + 1]) for i in range(0, len(self.turns), 2))
+        return zip_longest(self.turns[::2], self.turns[1::2])
 
 
 class BadRecords:
@@ -133,7 +126,7 @@ class BadRecords:
         self.examples: dict[str, str] = {}
 
     def add(self, error: RecordError) -> None:
-        """Raise or count one error."""
+        """Raise or count an error."""
         if self.policy == "error":
             raise error
         self.count(error.reason, str(error))
@@ -163,14 +156,25 @@ def parse(where: str, item: Any, format: ItemFormat | None = None) -> Record:
     """
     readers = {"conversations": _conversation, "question": _question, "messages": _messages}
     name = _format(where, item, format)
-    return readers[name](where, item) if name in readers else parse(where, _translated(where, name, item))
-
-
-def _translated(where: str, name: ItemFormat, item: dict[str, Any]) -> dict[str, Any]:
+    if name in readers:
+        return readers[name](where, item)
     try:
-        return TRANSLATED[name](item)
+        translated = TRANSLATED[name](item)
     except Exception as error:  # whatever the reader of a format trips over
         raise RecordError(where, "malformed item", f"items {name}: {type(error).__name__}: {error}") from error
+    return parse(where, translated)
+
+
+def image_first(record: Record) -> Record:
+    """A record of one image with its marker on a line of its own before the turn's text, as LLaVA,
+    ConvLLaVA and M3 rewrite every turn (`preprocess_multimodal`); other records as they are."""
+    if [medium.kind for medium in record.media] != ["image"]:
+        return record
+    marker = MARKERS["image"]
+    turns = (
+        f"{marker}\n{text.replace(marker, '').strip()}".strip() if marker in text else text for text in record.turns
+    )
+    return replace(record, turns=tuple(turns))
 
 
 def id_of(item: Any) -> Any:
@@ -195,120 +199,98 @@ def _question(where: str, item: dict[str, Any]) -> Record:
     columns = _columns(where, item)
     text = _text(where, "text", item["text"])
     in_front = [f"{MARKERS[kind]}\n" * len(column) for kind, column in columns.items() if MARKERS[kind] not in text]
-    turns = (Turn("user", "".join(in_front) + text),)
-    return _record(where, item, turns, columns)
+    return _record(where, item, ("".join(in_front) + text,), columns)
 
 
 def _conversation(where: str, item: dict[str, Any]) -> Record:
-    raw = item["conversations"]
-    if not isinstance(raw, list) or not raw:
-        raise RecordError(where, "empty conversation", f"conversations: expected a list of turns, found {raw!r:.60}")
-    system, columns = None, _columns(where, item)
-    if isinstance(raw[0], dict) and raw[0].get("from") == "system":
-        system = _text(where, "conversations[0].value", raw[0].get("value"))
-        _refuse_markers(where, "conversations[0].value", system, "in a system message", "in a system turn")
-    first = int(system is not None)
-    turns = tuple(_turn(where, number, first, raw[number]) for number in range(first, len(raw)))
+    raw = _turn_list(where, item, "conversations", ("from", "value"), "turn")
+    texts = [_text(where, f"conversations[{number}].value", turn["value"]) for number, turn in enumerate(raw)]
+    roles = [turn["from"] for turn in raw]
+    system, turns = _dialog(where, "conversations", ("from", "value"), roles, texts, ("human", "gpt"), "a gpt turn")
     if len(turns) % 2 or not turns:
         found = "human's" if turns else "the system's"
-        raise RecordError(
-            where, "no answer", f"conversations: the last turn ({len(raw) - 1}) is {found}, expected gpt's"
-        )
-    if columns["video"] and not columns["image"] and not any(MARKERS["video"] in turn.text for turn in turns):
+        detail = f"conversations: the last turn ({len(raw) - 1}) is {found}, expected gpt's"
+        raise RecordError(where, "no answer", detail)
+    columns = _columns(where, item)
+    if columns["video"] and not columns["image"] and not any(MARKERS["video"] in text for text in turns):
         # LLaVA-NeXT's video sets mark a video as <image>
-        turns = tuple(Turn(turn.role, turn.text.replace(MARKERS["image"], MARKERS["video"])) for turn in turns)
+        turns = tuple(text.replace(MARKERS["image"], MARKERS["video"]) for text in turns)
     return _record(where, item, turns, columns, system=system)
 
 
-def image_first(record: Record) -> Record:
-    """A record of one image with its marker on a line of its own before the turn's text, as LLaVA,
-    ConvLLaVA and M3 rewrite every turn (`preprocess_multimodal`); other records as they are."""
-    if [medium.kind for medium in record.media] != ["image"]:
-        return record
-    marker = MARKERS["image"]
-    turns = tuple(
-        replace(turn, text=f"{marker}\n{turn.text.replace(marker, '').strip()}".strip())
-        if marker in turn.text
-        else turn
-        for turn in record.turns
-    )
-    return replace(record, turns=turns)
-
-
-def _turn(where: str, number: int, first: int, turn: Any) -> Turn:
-    field = f"conversations[{number}]"
-    if not isinstance(turn, dict) or not {"from", "value"} <= set(turn):
-        raise RecordError(where, "malformed turn", f"{field}: expected {{'from', 'value'}}, found {turn!r:.80}")
-    role = _role(where, f"{field}.from", turn["from"], number - first, ("human", "gpt"))
-    text = _text(where, f"{field}.value", turn["value"])
-    if role == "assistant":
-        _refuse_markers(where, f"{field}.value", text, "in an answer", "in a gpt turn")
-    return Turn(role, text)
-
-
 def _messages(where: str, item: dict[str, Any]) -> Record:
-    raw = _message_list(where, item["messages"])
+    raw = _turn_list(where, item, "messages", ("role", "content"), "message")
     in_parts = any(isinstance(message["content"], list) for message in raw)
-    contents = [_content(where, number, message["content"], in_parts) for number, message in enumerate(raw)]
-    texts = ["\n".join(map(str, content)) for content in contents]
-    system = texts[0] if raw[0]["role"] == "system" else None
-    first = int(system is not None)
-    _refuse_markers(where, "messages[0].content", system or "", "in a system message", "in a system message")
-    if len(raw) == first:
-        raise RecordError(where, "empty conversation", "messages: expected a user message, found one of system alone")
-    turns = tuple(
-        _message(where, number, first, raw[number]["role"], texts[number]) for number in range(first, len(raw))
-    )
-    slots = [part for content in contents for part in content if isinstance(part, _Slot)]
-    return _record(where, item, turns, _columns(where, item), _carried(where, slots), system)
-
-
-def _message_list(where: str, raw: Any) -> list[dict[str, Any]]:
-    if not isinstance(raw, list) or not raw:
-        raise RecordError(where, "empty conversation", f"messages: expected a list of messages, found {raw!r:.60}")
+    shown: list[tuple[Kind, Media | None]] = []  # of every part that is an image or a video
+    texts = []
     for number, message in enumerate(raw):
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            detail = f"messages[{number}]: expected {{'role', 'content'}}, found {message!r:.80}"
-            raise RecordError(where, "malformed turn", detail)
+        field, content = f"messages[{number}].content", message["content"]
+        if isinstance(content, list) and content:
+            parts = [_part(where, f"{field}[{place}]", part, shown) for place, part in enumerate(content)]
+            texts.append("\n".join(parts))
+        else:
+            texts.append(_part_text(where, field, content) if in_parts else _text(where, field, content))
+    roles, names = [message["role"] for message in raw], ("user", "assistant")
+    system, turns = _dialog(where, "messages", ("role", "content"), roles, texts, names, "an assistant message")
+    if not turns:
+        raise RecordError(where, "empty conversation", "messages: expected a user message, found one of system alone")
+    carried = {number: own for number, (_, own) in enumerate(shown) if own}
+    return _record(where, item, turns, _columns(where, item), carried, system)
+
+
+def _turn_list(where: str, item: dict[str, Any], field: str, keys: tuple[str, str], noun: str) -> list[dict[str, Any]]:
+    raw = item[field]
+    if not isinstance(raw, list) or not raw:
+        raise RecordError(where, "empty conversation", f"{field}: expected a list of {noun}s, found {raw!r:.60}")
+    for number, turn in enumerate(raw):
+        if not isinstance(turn, dict) or not set(keys) <= set(turn):
+            expected = f"{{{keys[0]!r}, {keys[1]!r}}}"
+            raise RecordError(where, "malformed turn", f"{field}[{number}]: expected {expected}, found {turn!r:.80}")
     return raw
 
 
-def _message(where: str, number: int, first: int, role: Any, text: str) -> Turn:
-    field = f"messages[{number}]"
-    role = _role(where, f"{field}.role", role, number - first, ("user", "assistant"))
-    if role == "assistant":
-        _refuse_markers(where, f"{field}.content", text, "in an answer", "in an assistant message")
-    return Turn(role, text)
+def _dialog(
+    where: str,
+    field: str,
+    keys: tuple[str, str],
+    roles: list[Any],
+    texts: list[str],
+    names: tuple[str, str],
+    answer: str,
+) -> tuple[str | None, tuple[str, ...]]:
+    """The system message, if there is one, and the texts of the turns after it, whose roles must alternate."""
+    system = texts[0] if roles[0] == "system" else None
+    first = int(system is not None)
+    _refuse_markers(where, f"{field}[0].{keys[1]}", system or "", "in a system message", "in a system message")
+    for number, (role, text) in enumerate(zip(roles[first:], texts[first:], strict=True)):
+        place, expected = f"{field}[{number + first}]", names[number % 2]
+        if role not in names:
+            detail = f"{place}.{keys[0]}: expected {names[0]} or {names[1]}, found {role!r}"
+            raise RecordError(where, "unknown role", detail)
+        if role != expected:
+            reason = f"two {role} turns in a row" if number else f"first turn is not {names[0]}'s"
+            raise RecordError(where, reason, f"{place}.{keys[0]}: expected {expected}, found {role}")
+        if role == names[1]:
+            _refuse_markers(where, f"{place}.{keys[1]}", text, "in an answer", f"in {answer}")
+    return system, tuple(texts[first:])
 
 
-@dataclass(frozen=True)
-class _Slot:
-    """A part of type image or video: with a file of its own, or waiting for the `index`-th of the columns."""
-
-    kind: Kind
-    media: Media | None
-    index: int | None
-
-    def __str__(self) -> str:
-        return MARKERS[self.kind]
-
-
-def _content(where: str, number: int, content: Any, in_parts: bool) -> list[str | _Slot]:
-    field = f"messages[{number}].content"
-    if isinstance(content, list) and content:
-        return [_part(where, f"{field}[{place}]", part) for place, part in enumerate(content)]
-    return [_part_text(where, field, content) if in_parts else _text(where, field, content)]
-
-
-def _part(where: str, field: str, part: Any) -> str | _Slot:
+def _part(where: str, field: str, part: Any, shown: list[tuple[Kind, Media | None]]) -> str:
+    """Text of a part; an image or a video is appended to `shown`, with its file if the part names one."""
     kinds: dict[Any, Kind] = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
     found = part.get("type") if isinstance(part, dict) else None
     if found == "text":
         return _part_text(where, f"{field}.text", part.get("text"))
-    if isinstance(found, str) and found in kinds:
-        return _Slot(kinds[found], _own_file(where, field, kinds[found], part), part.get("index"))
-    expected = "an object of type text, image, image_url, video or video_url"
-    raise RecordError(where, "unknown part", f"{field}: expected {expected}, found {part!r:.80}")
+    if not isinstance(found, str) or found not in kinds:
+        expected = "an object of type text, image, image_url, video or video_url"
+        raise RecordError(where, "unknown part", f"{field}: expected {expected}, found {part!r:.80}")
+    kind = kinds[found]
+    own, place = _own_file(where, field, kind, part), shown.count((kind, None))
+    if own is None and part.get("index") not in (None, place):
+        detail = f"messages: {kind} number {place} of the text has index {part['index']}"
+        raise RecordError(where, f"{kind} order disagrees", detail)
+    shown.append((kind, own))
+    return MARKERS[kind]
 
 
 def _part_text(where: str, field: str, value: Any) -> str:
@@ -334,44 +316,16 @@ def _own_file(where: str, field: str, kind: Kind, part: dict[str, Any]) -> Media
     return media
 
 
-def _carried(where: str, slots: Sequence[_Slot]) -> dict[int, Media]:
-    """Number among all markers -> the file of a part's own. An index that is not the part's place is an error."""
-    waiting: Counter[str] = Counter()
-    for slot in slots:
-        if slot.media is None and slot.index not in (None, waiting[slot.kind]):
-            detail = f"messages: {slot.kind} number {waiting[slot.kind]} of the text has index {slot.index}"
-            raise RecordError(where, f"{slot.kind} order disagrees", detail)
-        waiting[slot.kind] += slot.media is None
-    return {number: slot.media for number, slot in enumerate(slots) if slot.media}
-
-
-def _role(where: str, field: str, found: Any, number: int, names: tuple[str, str]) -> str:
-    if found not in names:
-        raise RecordError(where, "unknown role", f"{field}: expected {names[0]} or {names[1]}, found {found!r}")
-    expected = names[number % 2]
-    if found != expected:
-        reason = f"first turn is not {names[0]}'s" if number == 0 else f"two {found} turns in a row"
-        raise RecordError(where, reason, f"{field}: expected {expected}, found {found}")
-    return ("user", "assistant")[number % 2]
-
-
 def _text(where: str, field: str, value: Any) -> str:
     if not isinstance(value, str) and value is not None:
         raise RecordError(where, "not text", f"{field}: expected text, found {type(value).__name__} {value!r:.60}")
     if not value or not value.strip():
         raise RecordError(where, "empty text", f"{field}: expected text, found {value!r:.60}")
-    if not _is_unicode(value):
-        raise RecordError(where, "not Unicode", f"{field}: expected Unicode text, found half of a character")
-    return value.strip()
-
-
-def _is_unicode(text: str) -> bool:
-    """JSON can write halves of surrogate pairs, which are no characters."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        value.encode()
+    except UnicodeEncodeError:  # JSON can write halves of surrogate pairs, which are no characters
+        raise RecordError(where, "not Unicode", f"{field}: expected Unicode text, found half of a character") from None
+    return value.strip()
 
 
 def _refuse_markers(where: str, field: str, text: str, reason: str, place: str) -> None:
@@ -381,26 +335,22 @@ def _refuse_markers(where: str, field: str, text: str, reason: str, place: str) 
 
 
 def _columns(where: str, item: dict[str, Any]) -> dict[Kind, list[Media]]:
-    return {kind: _column(where, item, kind) for kind in MARKERS}
-
-
-def _column(where: str, item: dict[str, Any], kind: Kind) -> list[Media]:
-    fields = [field for field in (kind, f"{kind}s") if item.get(field) not in (None, [], "")]
-    if not fields:
-        return []
-    if len(fields) > 1:
-        raise RecordError(where, f"two {kind} fields", f"expected either {fields[0]} or {fields[1]}, found both")
-    field, found = fields[0], item[fields[0]]
-    values = (
-        {f"{field}[{number}]": value for number, value in enumerate(found)}
-        if isinstance(found, list)
-        else {field: found}
-    )
-    media = [_media(where, label, kind, value) for label, value in values.items()]
-    if None in media:
-        detail = f"{field}: expected a relative path or a list, found {found!r:.80}"
-        raise RecordError(where, f"malformed {kind} path", detail)
-    return [medium for medium in media if medium]
+    """What the fields image, images, video and videos hold."""
+    columns: dict[Kind, list[Media]] = {kind: [] for kind in MARKERS}
+    for kind, column in columns.items():
+        fields = [field for field in (kind, f"{kind}s") if item.get(field) not in (None, [], "")]
+        if len(fields) > 1:
+            raise RecordError(where, f"two {kind} fields", f"expected either {fields[0]} or {fields[1]}, found both")
+        for field in fields:
+            found = item[field]
+            several = isinstance(found, list)
+            for number, value in enumerate(found if several else [found]):
+                medium = _media(where, f"{field}[{number}]" if several else field, kind, value)
+                if medium is None:
+                    detail = f"{field}: expected a relative path or a list, found {found!r:.80}"
+                    raise RecordError(where, f"malformed {kind} path", detail)
+                column.append(medium)
+    return columns
 
 
 def _media(where: str, field: str, kind: Kind, value: Any) -> Media | None:
@@ -433,36 +383,25 @@ def _decoded(where: str, field: str, kind: Kind, uri: str) -> bytes:
 def _record(
     where: str,
     item: dict[str, Any],
-    turns: tuple[Turn, ...],
+    turns: tuple[str, ...],
     columns: Mapping[Kind, list[Media]],
     carried: Mapping[int, Media] = MappingProxyType({}),
     system: str | None = None,
 ) -> Record:
-    name = id_of(item)
-    if name is not None and not isinstance(name, str | int):
-        name = _written(where, name)
-    media = _in_marker_order(where, turns, columns, carried)
-    return Record(where if name is None else name, media, turns, where, system)
-
-
-def _written(where: str, name: Any) -> str:
-    """An id that JSON has no type for, as text: dates as ISO writes them, numbers and UUIDs as they print."""
-    if isinstance(name, bytes | list | dict):
-        kind = type(name).__name__
-        raise RecordError(where, "malformed id", f"id: expected text or a number, found {kind} {name!r:.60}")
-    return name.isoformat() if hasattr(name, "isoformat") else str(name)
-
-
-def _in_marker_order(
-    where: str, turns: Sequence[Turn], columns: Mapping[Kind, list[Media]], carried: Mapping[int, Media]
-) -> tuple[Media, ...]:
-    """The media of a record: each marker's own where its part carries one, the next of the columns elsewhere."""
+    """Each marker takes its own medium where its part carries one, and the next of the columns elsewhere."""
     kinds = {marker: kind for kind, marker in MARKERS.items()}
-    marked = [kinds[marker] for turn in turns for marker in re.findall("|".join(kinds), turn.text)]
+    marked = [kinds[marker] for marker in re.findall("|".join(kinds), "\n".join(turns))]
     waiting = Counter(kind for number, kind in enumerate(marked) if number not in carried)
     for kind, column in columns.items():
         if waiting[kind] != len(column):
             detail = f"{waiting[kind]} {MARKERS[kind]} in the text, {len(column)} in the field {kind}"
             raise RecordError(where, f"{kind} count disagrees", detail)
     rest = {kind: iter(column) for kind, column in columns.items()}
-    return tuple(carried.get(number) or next(rest[kind]) for number, kind in enumerate(marked))
+    media = tuple(carried.get(number) or next(rest[kind]) for number, kind in enumerate(marked))
+    name = id_of(item)
+    if isinstance(name, bytes | list | dict):
+        detail = f"id: expected text or a number, found {type(name).__name__} {name!r:.60}"
+        raise RecordError(where, "malformed id", detail)
+    if name is not None and not isinstance(name, str | int):  # parquet has dates, numbers and UUIDs
+        name = name.isoformat() if hasattr(name, "isoformat") else str(name)
+    return Record(where if name is None else name, media, turns, where, system)

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lit_mm.data.chat import Conversation
-from lit_mm.data.records import Media, Record, RecordError, Turn
+from lit_mm.data.records import Media, Record, RecordError
 from lit_mm.data.tokenizer import TEMPLATES, load_tokenizer
 from lit_mm.model.batch import IGNORE_INDEX, IMAGE
 from lit_mm.model.llm import LLM
@@ -24,9 +24,8 @@ CHATS = {name: text for name, text in TEMPLATES.items() if name != "plain"} | {"
 
 
 def record(*texts: str) -> Record:
-    turns = tuple(Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
     media = (Media("image", "a.png"),) * sum(t.count("<image>") for t in texts)
-    return Record("a", media, turns, "set.json, record 0")
+    return Record("a", media, texts, "set.json, record 0")
 
 
 def byte_level(template: str) -> PreTrainedTokenizerFast:
@@ -82,7 +81,7 @@ def test_text_is_the_templates_and_the_prompt_opens_the_training_sequence(make, 
     tokenizer = make(template)
     conversation = Conversation(tokenizer)
     ids = conversation.encode(record(*TEXTS)).ids
-    messages = [{"role": turn.role, "content": turn.text} for turn in record(*TEXTS).turns]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(record(*TEXTS).turns)]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
     place = ids.index(IMAGE)
     before, after = rendered.split("<image>")
@@ -99,7 +98,7 @@ def test_sentencepiece_like_pieces_equal_the_whole():
     tokenizer = sentencepiece_like(TEMPLATES["vicuna_v1"])
     texts = ["what color is the shape?", "teal", "is there a circle?", "no"]
     ids = Conversation(tokenizer).encode(record(*texts)).ids
-    messages = [{"role": turn.role, "content": turn.text} for turn in record(*texts).turns]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(record(*texts).turns)]
     text = tokenizer.apply_chat_template(messages, tokenize=False).removeprefix("<s>")
     assert ids == [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
 
@@ -171,7 +170,7 @@ VIDEO = "<image>\nand <video>\nwhat moves?"
 def shown(tokenizer, frames, times=(4, 2)):
     """The ids and the kept of a question about an image and a video."""
     media = (Media("image", "a.png"), Media("video", "a.mp4"))
-    turns = (Turn("user", VIDEO), Turn("assistant", "yes"))
+    turns = (VIDEO, "yes")
     made = Conversation(tokenizer, times).encode(Record("a", media, turns, "set.json, record 0"), [[""], frames])
     prompt = Conversation(tokenizer, times).prompt(VIDEO, "w", [[""], frames])
     assert made.ids[: len(prompt.ids)] == prompt.ids
@@ -206,7 +205,7 @@ def test_of_later_frames_of_a_set_nothing_stands_at_a_coarser_time_scale(tokeniz
 @pytest.mark.parametrize("template", CHATS.values(), ids=CHATS)
 def test_a_system_message_goes_first(template):
     tokenizer = byte_level(template)
-    turns = tuple(Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(["what?", "teal"]))
+    turns = ("what?", "teal")
     made = Conversation(tokenizer).encode(Record("a", (), turns, "w", "answer in one word"))
     text = tokenizer.decode(made.ids)
     assert text.index("answer in one word") < text.index("what?") < text.index("teal")
@@ -217,16 +216,12 @@ def test_a_system_message_goes_first(template):
 def test_a_template_without_room_for_a_system_message_is_refused():
     template = "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
     with pytest.raises(RecordError, match="chat template: it leaves the system message out"):
-        Conversation(byte_level(template)).encode(
-            Record("a", (), (Turn("user", "b"), Turn("assistant", "c")), "w", "be brief")
-        )
+        Conversation(byte_level(template)).encode(Record("a", (), ("b", "c"), "w", "be brief"))
     raising = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATES["bare"]
     )
     with pytest.raises(RecordError, match="chat template: no system"):
-        Conversation(byte_level(raising)).encode(
-            Record("a", (), (Turn("user", "b"), Turn("assistant", "c")), "w", "be brief")
-        )
+        Conversation(byte_level(raising)).encode(Record("a", (), ("b", "c"), "w", "be brief"))
 
 
 FAILING = {
@@ -245,7 +240,7 @@ FAILING = {
 def test_whatever_a_template_raises_names_record_and_tokenizer(fault, found):
     tokenizer = byte_level(fault + TEMPLATES["bare"])
     tokenizer.name_or_path = "folder/of/it"
-    turns = (Turn("user", "b"), Turn("assistant", "c"))
+    turns = ("b", "c")
     with pytest.raises(RecordError, match=rf"set.json, record 0: chat template: {found}.*template of folder/of/it"):
         Conversation(tokenizer).encode(Record("a", (), turns, "set.json, record 0", "be brief"))
 

@@ -21,7 +21,7 @@ def test_llava_record():
     record = parse("f, record 0", item())
     assert (record.id, record.media, record.where) == ("a", (Media("image", "a.png"),), "f, record 0")
     assert record.system is None
-    assert [(turn.role, turn.text) for turn in record.turns] == [("user", "<image>\nWhat?"), ("assistant", "This.")]
+    assert record.turns == ("<image>\nWhat?", "This.")
 
 
 def names(record):
@@ -99,9 +99,9 @@ def test_images_and_videos_stand_in_the_order_of_their_markers():
 def test_a_question_gets_the_markers_that_it_has_not():
     media = {"images": ["a.png", "b.png"], "video": "a.mp4"}
     record = parse("w", {"text": "What?"} | media)
-    assert record.turns[0].text == "<image>\n<image>\n<video>\nWhat?"
+    assert record.turns[0] == "<image>\n<image>\n<video>\nWhat?"
     record = parse("w", {"text": "Is <image> like <image>?"} | media)
-    assert record.turns[0].text == "<video>\nIs <image> like <image>?"
+    assert record.turns[0] == "<video>\nIs <image> like <image>?"
     assert names(record) == ["a.mp4", "a.png", "b.png"]
 
 
@@ -153,7 +153,7 @@ def test_chat_of_typed_parts():
     item = chat(("system", system), ("user", asked), ("assistant", answer), images=["a.png", {"bytes": PIXELS}])
     record = parse("f, record 0", item)
     assert record.system == "Be brief."
-    assert [turn.text for turn in record.turns] == [
+    assert list(record.turns) == [
         "Is this:\n<image>\nin\n<video>\n<image>\n<image>\n<image>",
         "Yes,\nit is.",
     ]
@@ -324,7 +324,7 @@ def queries(monkeypatch):
 
 def test_another_format_is_read_as_llavas(queries):
     record = records.parse("a.json, record 3", {"key": 7, "query": "what?", "answers": ["this"]})
-    assert record.id == 7 and [turn.text for turn in record.turns] == ["what?", "this"]
+    assert record.id == 7 and list(record.turns) == ["what?", "this"]
     assert records.parse("a", {"key": 7, "query": "what?", "answers": ["this"]}, "queries").turns == record.turns
 
 
@@ -350,7 +350,7 @@ def test_formats_are_not_taken_twice_nor_guessed(queries):
 def test_a_conversation_may_begin_with_the_system():
     raw = [{"from": "system", "value": "Be brief."}, *conversation(("<image>\nWhat?", "A dog."))]
     record = parse("set.json, record 0", {"image": "a.jpg", "conversations": raw})
-    assert (record.system, [turn.role for turn in record.turns]) == ("Be brief.", ["user", "assistant"])
+    assert (record.system, record.turns) == ("Be brief.", ("<image>\nWhat?", "A dog."))
     for wrong, said in (([raw[0]], "the system's"), ([raw[1], raw[2], raw[0]], "found 'system'")):
         with pytest.raises(RecordError, match=said):
             parse("set.json, record 0", {"image": "a.jpg", "conversations": wrong})
@@ -361,7 +361,7 @@ def test_a_video_may_be_marked_as_an_image():
     item = {"video": "a.mp4", "conversations": conversation(("<image>\nWhat?", "A dog."))}
     record = parse("set.json, record 0", item)
     assert [(medium.kind, medium.name) for medium in record.media] == [("video", "a.mp4")]
-    assert record.turns[0].text == "<video>\nWhat?"
+    assert record.turns[0] == "<video>\nWhat?"
 
 
 def test_an_empty_image_field_is_none():
@@ -372,7 +372,7 @@ def test_an_empty_image_field_is_none():
 def test_image_first_puts_the_image_on_a_line_before_the_text(asked):
     item = {"image": "a.jpg", "conversations": conversation(("Hello.", "Hi."), (asked, "A dog."))}
     record = image_first(parse("set.json, record 0", item))
-    assert [turn.text for turn in record.turns] == ["Hello.", "Hi.", "<image>\nWhat?", "A dog."]
+    assert list(record.turns) == ["Hello.", "Hi.", "<image>\nWhat?", "A dog."]
 
 
 def test_image_first_leaves_several_images_where_they_are():

@@ -157,7 +157,7 @@ def test_bad_lines_are_bad_records(tmp_path):
     source = open_source(write(tmp_path / "a.jsonl", b"\n".join(lines)), tmp_path / "cache")
     bad = BadRecords("skip")
     kept = kept_of(bad, range(len(source)), lambda number: parse(*source[number]))
-    assert [record.turns[0].text for record in kept] == ["a", "b"]
+    assert [record.turns[0] for record in kept] == ["a", "b"]
     assert bad.counts == {"not valid JSON": 1, "not UTF-8 text": 1}
     assert bad.examples["not valid JSON"].startswith(f"{tmp_path}/a.jsonl, line 3: not valid JSON: expected an object")
     assert "a.jsonl, line 4: not UTF-8 text: expected UTF-8, found byte 0xff at 10" in bad.examples["not UTF-8 text"]
@@ -468,14 +468,14 @@ def test_an_image_column_of_one_image_a_row(tmp_path):
     dataset.to_parquet(tmp_path / "a.parquet")
     record = parse(*open_source(str(tmp_path / "a.parquet"), tmp_path / "cache")[0])
     assert record.media[0].data == NO_IMAGE
-    assert record.turns[0].text == "<image>\nWhat?"
+    assert record.turns[0] == "<image>\nWhat?"
 
 
 def test_typed_parts_of_a_parquet_column(tmp_path):
     parts = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
     row = {"messages": [{"role": "user", "content": parts}], "images": [{"bytes": NO_IMAGE, "path": None}]}
     record = parse(*open_source(write_parquet(tmp_path / "a.parquet", [row]), tmp_path / "cache")[0])
-    assert (record.turns[0].text, record.media[0].data) == ("<image>\nWhat?", NO_IMAGE)
+    assert (record.turns[0], record.media[0].data) == ("<image>\nWhat?", NO_IMAGE)
 
 
 def test_several_parquet_files(tmp_path):
@@ -620,7 +620,7 @@ def test_shards(tmp_path, dialect):
         where, item = source[6]
         assert where == f"{tmp_path}/s-1.tar, record 2 (id {folder}12)"
         assert item["images"] == [{"bytes": NO_IMAGE + f"{folder}12".encode(), "path": f"{folder}12.jpg"}]
-        assert [parse(*source[number]).turns[1].text for number in range(12)] == [
+        assert [parse(*source[number]).turns[1] for number in range(12)] == [
             f"It is {folder}{number // 4}{number % 4}." for number in range(12)
         ]
 
@@ -638,18 +638,18 @@ def only_item(tmp_path, members, name="a.tar"):
 
 def test_a_text_is_the_answer_to_describe_the_image(tmp_path):
     record = parse(*only_item(tmp_path, {"7.png": b"0", "7.txt": "a réd car\n".encode()}))
-    assert (record.id, [turn.text for turn in record.turns]) == ("7", ["<image>\nDescribe the image.", "a réd car"])
+    assert (record.id, list(record.turns)) == ("7", ["<image>\nDescribe the image.", "a réd car"])
     assert [(media.kind, media.name, media.data) for media in record.media] == [("image", "7.png", b"0")]
     film = parse(*only_item(tmp_path, {"8.txt": b"a car", "8.mp4": b"1"}, "b.tar"))
-    assert (film.turns[0].text, film.media[0].data) == ("<video>\nDescribe the video.", b"1")
+    assert (film.turns[0], film.media[0].data) == ("<video>\nDescribe the video.", b"1")
 
 
 def test_a_text_beside_a_json_that_holds_no_conversation(tmp_path):
     members = {"7.jpg": b"0", "7.json": b'{"width": 3, "id": "own"}', "7.txt": b"a car"}
     record = parse(*only_item(tmp_path, members))
-    assert (record.id, record.turns[1].text) == ("own", "a car")
+    assert (record.id, record.turns[1]) == ("own", "a car")
     told = {"7.json": json.dumps({"text": "<image> What?"}).encode(), "7.jpg": b"0", "7.txt": b"a car"}
-    assert [turn.text for turn in parse(*only_item(tmp_path, told, "b.tar")).turns] == ["<image> What?"]
+    assert list(parse(*only_item(tmp_path, told, "b.tar")).turns) == ["<image> What?"]
 
 
 def test_several_images_come_in_the_order_of_the_json_if_it_names_them(tmp_path):
