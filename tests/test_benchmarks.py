@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_mm.callbacks.token_efficiency import TokenEfficiency
-from tests.conftest import ROOT, installed
+from tests.helpers.environment import ROOT, installed
 
 
 def benchmark(name, monkeypatch):

@@ -15,39 +15,10 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from lit_mm.__main__ import HELP, main
 from lit_mm.cli import LitMMCLI
-from tests.conftest import ROOT, TOKENIZER, conversation
-from tests.data.test_video import render
-
-CONFIG = f"""
-seed_everything: 3
-model:
-  scales: [16, 4, 1]
-  encoder:
-    class_path: lit_mm.ConvNeXtEncoder
-    init_args:
-      backbone: convnext_atto
-      overrides: {{patch_size: 1, depths: [1, 1, 1, 1], dims: [8, 8, 12, 16], kernel_sizes: 3}}
-      extra_stages: [{{depth: 1, width: 24}}]
-  llm:
-    source: LlamaConfig
-    sizes: {{hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 4, intermediate_size: 48}}
-    tokenizer: {TOKENIZER}
-    template: bare
-  init_gain: 1.0
-  max_new_tokens: 3
-data:
-  class_path: lit_mm.ImageDataModule
-  init_args:
-    image: {{mode: keep, size: null}}
-    batch_size: 4
-trainer: {{accelerator: cpu, max_steps: 3, val_check_interval: 3}}
-"""
-
-
-def lit_mm(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
-    command = [sys.executable, "-m", "lit_mm", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300)
+from tests.helpers.command_line import CONFIG, lit_mm
+from tests.helpers.environment import ROOT
+from tests.helpers.media import render
+from tests.helpers.records import conversation
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 
 from lit_mm.__main__ import main
 from lit_mm.cli import LitMMCLI
-from tests.conftest import ROOT, TOKENIZER, installed
-from tests.test_cli import lit_mm
+from tests.helpers.command_line import lit_mm
+from tests.helpers.environment import ROOT, TOKENIZER, installed
 
 EXPERIMENTS = sorted({*ROOT.glob("experiments/*.yaml")} - {ROOT / "experiments/base.yaml"})
 

@@ -7,8 +7,9 @@ import sys
 import pytest
 import yaml
 
-from tests.conftest import ROOT, TOKENIZER, draw
-from tests.test_cli import lit_mm
+from tests.helpers.command_line import lit_mm
+from tests.helpers.environment import ROOT, TOKENIZER
+from tests.helpers.media import draw
 
 
 def blocks() -> list[str]:

@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT
+from tests.helpers.environment import ROOT
 
 FOLDER = ROOT / "notebooks"
 PICTURES = {"1_nested_tokens": 4, "2_cost": 4}

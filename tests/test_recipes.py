@@ -23,8 +23,10 @@ from lit_mm.model.scales import nested_shapes
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.parts import count_parameters
 from lit_mm.training.strategies import policy_of
-from tests.conftest import ROOT, tiny_llm
-from tests.costs.test_llm_shapes import PARAMETERS
+from tests.helpers.command_line import configs
+from tests.helpers.environment import ROOT
+from tests.helpers.models import tiny_llm
+from tests.helpers.published import PARAMETERS
 
 DEVICES = 8
 TOKENS = {768: 144, 1024: 256, 1536: 576}
@@ -68,11 +70,6 @@ LLMS = {
     "llama_3.2_1b": ("meta-llama/Llama-3.2-1B-Instruct", 2048, "vicuna_v1"),
     "llama_3.2_3b": ("meta-llama/Llama-3.2-3B-Instruct", 3072, "vicuna_v1"),
 }
-
-
-def configs(*names: str) -> list[str]:
-    """Overlays as arguments of the command line."""
-    return [f"--config={ROOT / 'experiments' / name}.yaml" for name in names]
 
 
 class Parsed(LitMMCLI):

@@ -6,7 +6,7 @@ from lightning import LightningDataModule
 
 import lit_mm
 from lit_mm.cli import LitMMCLI
-from tests.conftest import TOKENIZER
+from tests.helpers.environment import TOKENIZER
 
 OLD = f"""
 model:

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from lit_mm.callbacks.skipped import SkippedRecords
-from tests.data.test_datamodules import truncate
-from tests.training.test_module import fit
+from tests.helpers.media import truncate
+from tests.helpers.runs import fit
 
 
 def spoil(root) -> None:

@@ -8,11 +8,9 @@ import yaml
 
 from lit_mm.__main__ import main
 from lit_mm.callbacks.stopping import REASONS, StopBetweenBatches
-from tests.conftest import conversation
-from tests.test_cli import CONFIG
-from tests.training.killing import command_line
-from tests.training.test_module import fit
-from tests.training.test_resume import SERVER
+from tests.helpers.command_line import CONFIG, forked
+from tests.helpers.records import conversation
+from tests.helpers.runs import fit
 
 
 def start(root, verb: str, way: str, after: int, *options: str) -> tuple[int, str]:
@@ -22,15 +20,12 @@ def start(root, verb: str, way: str, after: int, *options: str) -> tuple[int, st
     files = {split: str(root / f"{split}.json") for split in ("train", "val", "test", "predict")}
     config = yaml.safe_load(CONFIG)
     config["trainer"] |= {"default_root_dir": str(root / "runs"), "max_steps": 10_000, "val_check_interval": 1.0}
-    config["trainer"] |= {"callbacks": [{"class_path": "tests.training.killing.Recorder", "init_args": ending}]}
+    config["trainer"] |= {"callbacks": [{"class_path": "tests.helpers.killing.Recorder", "init_args": ending}]}
     config["data"]["init_args"] |= {**files, "image_root": str(root), "eval_batch_size": 2}
     (root / "config.yaml").write_text(yaml.safe_dump(config))
     log = root / f"{verb}-{way}.txt"
     arguments = [verb, "--config", str(root / "config.yaml"), *options]
-    process = SERVER.Process(target=command_line, args=(arguments, str(log)))
-    process.start()
-    process.join(120)
-    return process.exitcode, log.read_text()
+    return forked(arguments, log, 120)
 
 
 @pytest.mark.slow

@@ -11,9 +11,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lit_mm.callbacks.tensorboard_page import layout
 from lit_mm.callbacks.token_efficiency import TokenEfficiency
 from lit_mm.model.scales import VideoScale
-from tests.callbacks.browser import CHROMIUM, TEXT, Browser
-from tests.callbacks.test_token_efficiency import run
-from tests.conftest import instruction_set as made_set
+from tests.helpers.browser import CHROMIUM, TEXT, Browser
+from tests.helpers.records import write_instruction_set
+from tests.helpers.runs import watched_fit
 
 STEPS = 60
 LONGEST = """roots => {
@@ -55,7 +55,9 @@ def page(tmp_path_factory):
     logger = TensorBoardLogger(root / "runs", name="", default_hp_metric=False)  # as the command line has it
     options = {"log_every_n_steps": 1, "val_check_interval": 20, "check_val_every_n_epoch": None}
     options |= {"max_steps": STEPS, "max_epochs": -1}
-    trainer, lit, data, _ = run(made_set.__wrapped__(root), root, TokenEfficiency(0.5), logger=logger, **options)
+    trainer, lit, data, _ = watched_fit(
+        write_instruction_set(root), root, TokenEfficiency(0.5), logger=logger, **options
+    )
     trainer.test(lit, data, verbose=False)
     logger.experiment.flush()
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(root / "runs"), "--load_fast", "false"]

@@ -6,7 +6,6 @@ import time
 from collections import defaultdict
 from types import SimpleNamespace
 
-import lightning
 import numpy as np
 import pytest
 import torch
@@ -25,61 +24,15 @@ from lit_mm.costs.counts import counts_of
 from lit_mm.costs.devices import PeakMemory
 from lit_mm.costs.flops import Costs
 from lit_mm.costs.timing import Stopwatch
-from lit_mm.data.datamodules import ImageDataModule
 from lit_mm.data.dataset import InstructionSet
-from lit_mm.data.images import ImageOptions
 from lit_mm.model.attention import NAME
 from lit_mm.training.parts import PARTS
-from tests.conftest import instruction_set as made_set
-from tests.conftest import tiny_llm, tiny_vlm
-from tests.costs.test_counts import slow_counts
-from tests.model.test_packing import SCALES, packed, random_samples
-from tests.model.test_vlm import batch_of
-from tests.training.sharded import Run, on_ranks, perform
-from tests.training.test_module import module
-
-
-class Spy(lightning.Callback):
-    """Keeps every training batch."""
-
-    def __init__(self):
-        self.batches = []
-
-    def on_train_batch_start(self, trainer, lit, batch, batch_idx):
-        self.batches.append(batch)
-
-
-def run(root, folder, callback=None, model=None, data=None, logger=None, ckpt_path=None, **options):
-    """A short fit; (trainer, lit, data, training batches)."""
-    lightning.seed_everything(7, verbose=False)
-    lit, spy = module(**(model or {})), Spy()
-    files = {split: f"{root}/{'train' if split == 'train' else 'val'}.json" for split in ("train", "val", "test")}
-    source = ImageDataModule(
-        lit.inputs,
-        **files,
-        image_root=str(root),
-        image=ImageOptions("keep", None),
-        **{"batch_size": 4, **(data or {})},
-    )
-    defaults = {"max_steps": 6, "log_every_n_steps": 3, "enable_progress_bar": False, "enable_checkpointing": False}
-    trainer = lightning.Trainer(
-        **{**defaults, **options},
-        accelerator="cpu",
-        logger=logger or CSVLogger(folder),
-        callbacks=[callback or TokenEfficiency(), spy],
-        enable_model_summary=False,
-        reload_dataloaders_every_n_epochs=1,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(lit, source, ckpt_path=ckpt_path, weights_only=False)
-    return trainer, lit, source, spy.batches
-
-
-def logged(folder, having="speed/step_ms"):
-    """Rows of metrics.csv that have a name, as numbers."""
-    lines = next(folder.glob("**/metrics.csv")).read_text().splitlines()
-    rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
-    return [{name: float(value) for name, value in row.items() if value} for row in rows if row[having]]
+from tests.helpers.batches import SCALES, batch_of, packed, random_samples
+from tests.helpers.counting import slow_counts
+from tests.helpers.models import tiny_llm, tiny_vlm
+from tests.helpers.records import write_instruction_set
+from tests.helpers.runs import logged, watched_fit
+from tests.helpers.sharded import Run, on_ranks, perform
 
 
 def slow(batches, packing):
@@ -103,7 +56,7 @@ def slow(batches, packing):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_report_is_the_mean_of_its_steps(instruction_set, tmp_path, packing, accumulate):
     options = {"model": {"packing": packing, "scales_per_step": 2}, "accumulate_grad_batches": accumulate}
-    _, lit, _, batches = run(instruction_set, tmp_path, limit_val_batches=0, max_epochs=-1, **options)
+    _, lit, _, batches = watched_fit(instruction_set, tmp_path, limit_val_batches=0, max_epochs=-1, **options)
     rows = logged(tmp_path)
     assert [row["step"] for row in rows] == [2, 5]  # steps 3 and 6, as Lightning counts
     assert len(batches) == 6 * accumulate
@@ -123,7 +76,7 @@ def test_a_report_is_the_mean_of_its_steps(instruction_set, tmp_path, packing, a
 
 
 def test_the_last_interval_may_be_shorter(instruction_set, tmp_path):
-    _, _, _, batches = run(instruction_set, tmp_path, limit_val_batches=0, max_steps=7, max_epochs=-1)
+    _, _, _, batches = watched_fit(instruction_set, tmp_path, limit_val_batches=0, max_steps=7, max_epochs=-1)
     rows = logged(tmp_path)
     assert [row["step"] for row in rows] == [2, 5, 6]
     assert rows[-1]["tokens/text"] == slow(batches[6:], "packed")["text"]
@@ -131,10 +84,10 @@ def test_the_last_interval_may_be_shorter(instruction_set, tmp_path):
 
 def test_a_resumed_run_counts_its_own_steps(instruction_set, tmp_path):
     """Stopped behind the second of three steps: what follows it is the mean of what follows."""
-    trainer, *_ = run(instruction_set, tmp_path / "before", limit_val_batches=0, max_steps=2, max_epochs=-1)
+    trainer, *_ = watched_fit(instruction_set, tmp_path / "before", limit_val_batches=0, max_steps=2, max_epochs=-1)
     trainer.save_checkpoint(tmp_path / "stopped.ckpt")
     again = {"ckpt_path": tmp_path / "stopped.ckpt", "max_steps": 3, "max_epochs": -1}
-    _, _, _, batches = run(instruction_set, tmp_path / "after", limit_val_batches=0, **again)
+    _, _, _, batches = watched_fit(instruction_set, tmp_path / "after", limit_val_batches=0, **again)
     [row] = logged(tmp_path / "after")
     assert row["step"] == 2
     assert row["tokens/text"] == slow(batches, "packed")["text"]
@@ -153,7 +106,7 @@ def test_validation_is_no_training(instruction_set, tmp_path, monkeypatch):
     for name in ("note", "forget"):
         monkeypatch.setattr(PeakMemory, name, lambda self, name=name: asked.append(name))
     options = {"max_steps": 4, "log_every_n_steps": 1, "val_check_interval": 1, "max_epochs": -1}
-    run(instruction_set, tmp_path, Waits(repetitions=0), **options)
+    watched_fit(instruction_set, tmp_path, Waits(repetitions=0), **options)
     assert all(row["speed/step_ms"] < 400 for row in logged(tmp_path)[1:])  # the first has more to do
     assert asked == ["note", "forget"] * 4
 
@@ -171,7 +124,7 @@ class Slowed(TokenEfficiency):
 def test_the_parts_of_a_step_are_those_of_all_its_batches(instruction_set, tmp_path, between):
     """Also where validation came between the batches of a step: then another step is watched."""
     options = {"max_steps": 4, "log_every_n_steps": 1, "max_epochs": -1, **between}
-    run(instruction_set, tmp_path, Slowed(repetitions=0), accumulate_grad_batches=2, **options)
+    watched_fit(instruction_set, tmp_path, Slowed(repetitions=0), accumulate_grad_batches=2, **options)
     rows = logged(tmp_path)
     assert "parts/llm_ms" not in rows[0]  # the first step has more to do
     watched = [row for row in rows if "parts/llm_ms" in row]
@@ -248,7 +201,7 @@ def test_nothing_of_a_step_is_waited_for(instruction_set, tmp_path, monkeypatch)
             inside.pop()
 
         setattr(callback, name, hook)
-    run(instruction_set, tmp_path, callback, limit_val_batches=0, log_every_n_steps=2)
+    watched_fit(instruction_set, tmp_path, callback, limit_val_batches=0, log_every_n_steps=2)
     assert len(logged(tmp_path)) == 3
     assert not asked
 
@@ -311,7 +264,7 @@ def test_a_loader_that_does_not_tell_is_no_wait_of_zero(hands):
 def test_a_slow_set_is_seen_as_waiting(instruction_set, tmp_path, monkeypatch, workers):
     load = InstructionSet.__getitem__
     monkeypatch.setattr(InstructionSet, "__getitem__", lambda self, number: (time.sleep(0.1), load(self, number))[1])
-    run(instruction_set, tmp_path, data={"num_workers": workers}, limit_val_batches=0, max_steps=3)
+    watched_fit(instruction_set, tmp_path, data={"num_workers": workers}, limit_val_batches=0, max_steps=3)
     [row] = logged(tmp_path)
     assert 0.5 < row["speed/data_wait_share"] <= 1
     assert row["speed/step_ms"] > 300
@@ -435,16 +388,16 @@ def test_events_of_a_gpu_are_read_when_they_lie_behind(monkeypatch):
 
 def test_an_unknown_device_has_no_mfu(instruction_set, tmp_path, caplog):
     with caplog.at_level("INFO"):
-        run(instruction_set, tmp_path, limit_val_batches=0)
+        watched_fit(instruction_set, tmp_path, limit_val_batches=0)
     assert not any("MFU" in name for row in logged(tmp_path) for name in row)
     assert caplog.text.count("no MFU: the peak of") == 1
     assert all(row["speed/TFLOPS_per_device"] > 0 for row in logged(tmp_path))
 
 
 def test_a_given_peak_and_a_known_device_have(instruction_set, tmp_path, monkeypatch):
-    run(instruction_set, tmp_path / "given", TokenEfficiency(peak_tflops=0.5), limit_val_batches=0)
+    watched_fit(instruction_set, tmp_path / "given", TokenEfficiency(peak_tflops=0.5), limit_val_batches=0)
     monkeypatch.setattr(token_efficiency, "device_name", lambda device: "NVIDIA H200")
-    run(instruction_set, tmp_path / "known", limit_val_batches=0)
+    watched_fit(instruction_set, tmp_path / "known", limit_val_batches=0)
     for folder, peak in (("given", 0.5), ("known", 66.9)):
         for row in logged(tmp_path / folder):
             assert row["speed/MFU"] == pytest.approx(row["speed/TFLOPS_per_device"] / peak)
@@ -457,10 +410,10 @@ def test_a_given_peak_and_a_known_device_have(instruction_set, tmp_path, monkeyp
             assert whole == pytest.approx([whole[0]] * 3)  # FLOPs of the step, by each part's share
 
 
-def test_an_llm_of_unknown_costs_is_counted_all_the_same(instruction_set, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("tests.training.test_module.tiny_llm", lambda: tiny_llm("MistralConfig", sliding_window=8))
+def test_an_llm_of_unknown_costs_is_counted_all_the_same(instruction_set, tmp_path, caplog):
+    model = {"llm": tiny_llm("MistralConfig", sliding_window=8)}
     with caplog.at_level("INFO"):
-        run(instruction_set, tmp_path, TokenEfficiency(peak_tflops=1.0))
+        watched_fit(instruction_set, tmp_path, TokenEfficiency(peak_tflops=1.0), model)
     assert "costs of MistralForCausalLM are not known" in caplog.text
     assert "may not keep a plain KV cache" in caplog.text
     [row, _] = logged(tmp_path)
@@ -528,7 +481,9 @@ def test_two_ranks_write_one_json(ranks):
 def judged(tmp_path_factory):
     """Fit, validate and test of a run: (its folder, the result in memory, what validation logged)."""
     root, callback = tmp_path_factory.mktemp("judged"), TokenEfficiency(peak_tflops=3.0)
-    trainer, lit, data, _ = run(made_set.__wrapped__(root), root / "log", callback, val_check_interval=2, max_epochs=-1)
+    trainer, lit, data, _ = watched_fit(
+        write_instruction_set(root), root / "log", callback, val_check_interval=2, max_epochs=-1
+    )
     trainer.test(lit, data, verbose=False)
     return root / "log", callback, trainer
 
@@ -569,7 +524,7 @@ def test_the_last_validation_of_a_fit_is_kept_as_well(judged):
 
 def test_a_test_of_nothing_says_so(instruction_set, tmp_path):
     """Images that went away after a set was opened, left out as asked."""
-    trainer, lit, data, _ = run(instruction_set, tmp_path, data={"on_bad_record": "skip"}, limit_val_batches=0)
+    trainer, lit, data, _ = watched_fit(instruction_set, tmp_path, data={"on_bad_record": "skip"}, limit_val_batches=0)
     data.setup("test")
     for file in (instruction_set / "images").iterdir():
         file.unlink()
@@ -578,14 +533,14 @@ def test_a_test_of_nothing_says_so(instruction_set, tmp_path):
 
 
 def test_a_trial_of_one_batch_leaves_no_files(instruction_set, tmp_path, capsys):
-    run(instruction_set, tmp_path, fast_dev_run=True, default_root_dir=tmp_path)
+    watched_fit(instruction_set, tmp_path, fast_dev_run=True, default_root_dir=tmp_path)
     assert "Validation at step 1" in capsys.readouterr().out
     assert not list(tmp_path.rglob("accuracy_tokens*"))
 
 
 def test_nothing_is_timed_where_nobody_wants_it(instruction_set, tmp_path, caplog):
     with caplog.at_level("INFO"):
-        run(instruction_set, tmp_path, TokenEfficiency(repetitions=0))
+        watched_fit(instruction_set, tmp_path, TokenEfficiency(repetitions=0))
     assert "answers are not timed: token_efficiency.repetitions is 0" in caplog.text
     [row] = logged(tmp_path, "scale/prompt_tokens@16")
     assert not any("_ms@" in name for name in row)
@@ -595,7 +550,7 @@ def test_questions_of_several_images_are_timed_with_enough_of_them(instruction_s
     items = json.loads((instruction_set / "train.json").read_text())
     (instruction_set / "val.json").write_text(json.dumps([items[0], items[12]]))
     callback = TokenEfficiency(repetitions=2)
-    run(instruction_set, tmp_path, callback)
+    watched_fit(instruction_set, tmp_path, callback)
     assert callback.last["scales"][0]["mean_visual_tokens"] == pytest.approx(4 * 16 / 3)  # three questions
     assert callback.last["timed"]["images"] == 2
 
@@ -604,7 +559,7 @@ def test_text_alone_has_no_curve_over_tokens(instruction_set, tmp_path):
     items = json.loads((instruction_set / "train.json").read_text())
     (instruction_set / "val.json").write_text(json.dumps(items[13:]))
     callback = TokenEfficiency()
-    run(instruction_set, tmp_path, callback)
+    watched_fit(instruction_set, tmp_path, callback)
     assert callback.last["area"] is None
     assert callback.last["timed"] is None
 
@@ -624,7 +579,7 @@ def test_a_run_goes_on_where_memory_does_not_suffice_for_timing(instruction_set,
     monkeypatch.setattr(timing.AnswerTimer, "__call__", full)
     callback = TokenEfficiency()
     with caplog.at_level("INFO"):
-        run(instruction_set, tmp_path, callback)
+        watched_fit(instruction_set, tmp_path, callback)
     assert "answers are not timed: the memory does not suffice" in caplog.text
     assert [row["measured"] for row in callback.last["scales"]] == [None] * 3
 
@@ -632,7 +587,7 @@ def test_a_run_goes_on_where_memory_does_not_suffice_for_timing(instruction_set,
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_the_cache_is_as_large_as_a_real_one(instruction_set, tmp_path, precision):
     callback = TokenEfficiency(repetitions=0)
-    trainer, lit, _, _ = run(instruction_set, tmp_path, callback, precision=precision)
+    trainer, lit, _, _ = watched_fit(instruction_set, tmp_path, callback, precision=precision)
     with torch.no_grad(), trainer.precision_plugin.val_step_context():
         embeddings = lit.vlm.llm.get_input_embeddings()(torch.zeros(1, 10, dtype=torch.long))
         cache = lit.vlm.llm(inputs_embeds=embeddings, use_cache=True).past_key_values
@@ -722,7 +677,7 @@ def test_a_line_for_every_time_scale():
 
 
 def test_each_validation_of_a_fit_is_one_line(instruction_set, tmp_path, capsys):
-    trainer, *_ = run(instruction_set, tmp_path, max_steps=4, val_check_interval=2)
+    trainer, *_ = watched_fit(instruction_set, tmp_path, max_steps=4, val_check_interval=2)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("validation at step")]
     found = {name: float(value) for name, value in trainer.callback_metrics.items()}
     scales = [name.split("@")[1] for name in found if name.startswith("val/accuracy@")]

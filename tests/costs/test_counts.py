@@ -1,7 +1,6 @@
 """Counts of a batch against an obvious count: every sample spelled out token by token, at every scale."""
 
 import random
-from collections import Counter
 
 import pytest
 import torch
@@ -9,67 +8,9 @@ import torch
 from lit_mm.costs.counts import counts_of
 from lit_mm.data.collate import Sample, Visual, collate
 from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Question
-from tests.model import test_time_scales as video
-from tests.model.test_packing import SCALES, packed, random_samples
-from tests.model.test_vlm import batch_of, picture
-
-
-def spelled(ids, labels, kept, visuals, scale, times):
-    """One sample at a scale: (pixels that a visual token stands for or None, whether it has a label)."""
-    time, scale = divmod(scale, len(SCALES))
-    frames = [(n, len(own), own) for own in visuals for n in range(len(own))]
-    found, last = [], None
-    for position, (token, label, stays) in enumerate(zip(ids, labels, kept, strict=True)):
-        if token != IMAGE:
-            if stays >= time:
-                found.append((None, position > 0 and label != IGNORE_INDEX))
-            continue
-        number, count, own = frames.pop(0)
-        sets = min(count, times[time]) if times else count
-        starts = [k * count // sets for k in range(sets)]
-        if number in starts:
-            begin = starts.index(number)
-            end = [*starts, count][begin + 1]
-            last = sum(own[number:end])
-            found += [(last, False)] * SCALES[scale]
-    return found
-
-
-def slow_counts(samples, drawn, times, packing):
-    """As `Counts`, from (ids, labels, kept, visuals as lists of pixels per frame)."""
-    found, shown = Counter(), [0] * len(SCALES)
-    longest = []
-    for ids, labels, kept, visuals in samples:
-        prefix = ids.index(IMAGE) if IMAGE in ids else len(ids)
-        several = any(len(own) > 1 for own in visuals)
-        done, lengths = set(), []
-        for scale in drawn:
-            whole = spelled(ids, labels, kept, visuals, scale, times)
-            kind = scale if several else scale % len(SCALES) if visuals else None
-            lengths.append(len(whole))
-            if packing != "padded" and kind in done:
-                continue
-            shared = prefix if packing == "packed" and done else 0
-            own = whole[shared:]
-            if packing == "padded":
-                found["pairs"] += len(own) * (len(own) + 1) // 2
-            else:
-                branch = len(whole) - prefix
-                found["pairs"] += branch * prefix + branch * (branch + 1) // 2
-                found["pairs"] += prefix * (prefix + 1) // 2 if not shared else 0
-            visual = [pixels for pixels, _ in own if pixels]
-            found["visual"] += len(visual)
-            found["text"] += len(own) - len(visual)
-            seen = own if packing == "padded" or not done else whole[prefix:]
-            found["labels"] += sum(asked for _, asked in seen)
-            tokens = SCALES[scale % len(SCALES)]
-            shown[scale % len(SCALES)] += len(visual) // tokens
-            found["shown_pixels"] += sum(visual) // tokens
-            done.add(kind)
-        longest.append(lengths)
-    if packing == "padded":
-        found["padding"] = sum(max(each) * len(each) - sum(each) for each in zip(*longest, strict=True))
-    return dict(found), shown
+from tests.helpers.batches import SCALES, batch_of, packed, picture, random_samples
+from tests.helpers.counting import slow_counts
+from tests.helpers.videos import TIMES, encoded, random_videos, video_batch_of
 
 
 def compare(batch, samples, times, packing):
@@ -96,12 +37,12 @@ def test_still_images(packing, drawn):
 @pytest.mark.parametrize("drawn", [range(9), [4], [2, 5, 8]])
 def test_videos_with_time_scales(packing, drawn):
     for seed in range(4):
-        made = video.random_samples(seed)
-        batch = video.batch_of(made, packing=packing, weights=[float(number in drawn) for number in range(9)])
+        made = random_videos(seed)
+        batch = video_batch_of(made, packing=packing, weights=[float(number in drawn) for number in range(9)])
         visuals = [[[frame[0].numel() for frame in piece] for piece in p if torch.is_tensor(piece)] for p in made]
         columns = (batch.input_ids, batch.labels, batch.time_scale)
         samples = [(*map(torch.Tensor.tolist, own[:3]), own[3]) for own in zip(*columns, visuals, strict=True)]
-        compare(batch, samples, video.TIMES, packing)
+        compare(batch, samples, TIMES, packing)
 
 
 def test_a_batch_of_nothing():
@@ -126,8 +67,8 @@ def test_questions_at_every_level():
 
 def test_questions_about_a_video_lose_frames_with_the_time_scale():
     rng, piece = random.Random(0), torch.stack([picture(64, 64) for _ in range(8)])
-    batch = video.batch_of([[piece, [5, 6, 7]]])
-    ids, _, kept = video.encoded([piece, [5, 6, 7]], video.TIMES, rng)
+    batch = video_batch_of([[piece, [5, 6, 7]]])
+    ids, _, kept = encoded([piece, [5, 6, 7]], TIMES, rng)
     batch.questions = [Question("q", "", ids, list(range(8)), time_scale=kept)]
     counts = counts_of(batch, SCALES)
     sets = [4, 2, 1]

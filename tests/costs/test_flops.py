@@ -32,10 +32,9 @@ from lit_mm.model.packing import pack
 from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.parts import LoRA, add_adapters
-from tests.conftest import tiny_vlm
-from tests.model import test_time_scales
-from tests.model.test_packing import CLASSES, EXTRA, SCALES, packed, random_samples
-from tests.model.test_vlm import batch_of
+from tests.helpers.batches import SCALES, batch_of, packed, random_samples
+from tests.helpers.models import CLASSES, EXTRA, packing_vlm64, tiny_vlm
+from tests.helpers.videos import TIMES, random_videos, video_batch_of
 
 SQUARES = [(768, 768), (768, 1024), (1024, 1024), (1536, 1536)]
 QWEN2 = Qwen2Config(  # Qwen2-0.5B
@@ -380,8 +379,8 @@ def test_a_batch_without_rows_costs_every_level_apart():
 
 
 def test_a_video_step_costs_what_the_counter_says():
-    vlm = test_time_scales.vlm64()
-    batch = test_time_scales.batch_of(test_time_scales.random_samples(2))
+    vlm = packing_vlm64(time_scales=TIMES)
+    batch = video_batch_of(random_videos(2))
     real = counter_of_step(vlm, batch)
     loop = Costs(vlm).step(replace(batch, packed=[]))
     needed = Costs(vlm).step(batch)

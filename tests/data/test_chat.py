@@ -11,7 +11,8 @@ from lit_mm.data.records import Media, Record, RecordError
 from lit_mm.data.tokenizer import TEMPLATES, load_tokenizer
 from lit_mm.model.batch import IGNORE_INDEX, IMAGE
 from lit_mm.model.llm import LLM
-from tests.conftest import installed, tiny_llm
+from tests.helpers.environment import installed
+from tests.helpers.models import tiny_llm
 
 TEXTS = ["<image>\nwhat color is the shape?", "teal", "is there a circle?", "no"]
 LLAMA_3 = (

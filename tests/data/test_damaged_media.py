@@ -9,8 +9,7 @@ from PIL import Image
 from lit_mm.data.images import ImageFile, ImageOptions
 from lit_mm.data.records import RecordError
 from lit_mm.data.video import Video, VideoOptions
-from tests.data.test_images import noise, page, saved, sideways, tiff
-from tests.data.test_video import render
+from tests.helpers.media import noise, page, render, saved, sideways, tiff
 
 PHOTO = noise(6, 4).resize((120, 80), Image.Resampling.BICUBIC)
 OTHER = noise(15, 10)

@@ -11,7 +11,8 @@ from lit_mm.data.dataset import ModelInputs
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.records import RecordError
 from lit_mm.model.batch import IMAGE
-from tests.conftest import conversation, draw
+from tests.helpers.media import draw, truncate
+from tests.helpers.records import conversation
 
 
 @pytest.fixture
@@ -125,10 +126,6 @@ def test_nothing_usable_is_an_error(make, instruction_set):
     data = make(train=write(instruction_set, [one("images/gone.png")]), on_bad_record="skip")
     with pytest.raises(ValueError, match="not one usable record"), pytest.warns(UserWarning, match="skipped 1 of 1"):
         data.setup("fit")
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:150])
 
 
 def test_truncated_image_stops_or_is_counted(make, instruction_set):

@@ -6,7 +6,7 @@ import pytest
 
 from lit_mm.data.easy_vqa import EasyVQADataModule, caption, package_data
 from lit_mm.data.records import parse
-from tests.conftest import installed
+from tests.helpers.environment import installed
 
 pytestmark = installed("easy_vqa")
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from PIL import Image, ImageOps
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from lit_mm.data.images import ImageOptions, to_pixels
 from lit_mm.data.media import MediaFolder
 from lit_mm.data.records import Media, Record, RecordError
+from tests.helpers.media import noise, page, saved, sideways, tiff
 
 COLOUR = (122, 116, 104)
 
@@ -43,10 +43,6 @@ def record(*paths: str) -> Record:
 
 def as_shown(image: Image.Image, options: ImageOptions) -> torch.Tensor:
     return to_pixels(image, options.target(image.height, image.width), COLOUR if options.mode == "pad" else None)
-
-
-def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
 
 
 def test_pad_is_llavas():
@@ -311,12 +307,6 @@ def test_whatever_a_damaged_header_raises_is_a_bad_image(tmp_path, monkeypatch):
         assert refused(tmp_path, "a.png").reason == "not an image"
 
 
-def saved(kind: str, image: Image.Image, *others: Image.Image, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options, **({"save_all": True, "append_images": others} if others else {}))
-    return file.getvalue()
-
-
 def shown(content: bytes) -> np.ndarray:
     """What is shown of an image in a record, at its own size."""
     medium = Media("image", "a.jpg", content)
@@ -339,25 +329,6 @@ def test_of_an_mpo_the_first_picture_is_shown(hdr):
     content = saved("MPO", photo, noise(15, 10), xmp=GAIN_MAP[hdr], exif=sideways())
     first = content[: content.rindex(b"\xff\xd8\xff")]
     assert np.array_equal(shown(content), np.array(Image.open(io.BytesIO(first)).transpose(Image.Transpose.ROTATE_270)))
-
-
-def sideways() -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return exif
-
-
-def page(width: int, height: int, thumbnail: bool) -> Image.Image:
-    """A page as a TIFF's writer sees it; of the first one it takes the tags as an option instead."""
-    tags = ImageFileDirectory_v2()
-    tags[254] = int(thumbnail)
-    image = noise(width, height)
-    image.encoderinfo = {"tiffinfo": tags}
-    return image
-
-
-def tiff(*pages: Image.Image) -> bytes:
-    return saved("TIFF", *pages, tiffinfo=pages[0].encoderinfo["tiffinfo"])
 
 
 def test_of_a_tiff_the_only_page_that_is_no_thumbnail_is_shown():

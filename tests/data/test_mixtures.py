@@ -18,8 +18,9 @@ from lit_mm.data.images import ImageOptions
 from lit_mm.data.records import RecordError
 from lit_mm.data.video import VideoOptions
 from lit_mm.model.batch import IMAGE
-from tests.conftest import ROOT, conversation, draw
-from tests.data.test_video import render
+from tests.helpers.environment import ROOT
+from tests.helpers.media import draw, render
+from tests.helpers.records import conversation
 
 
 def png(color: str) -> bytes:
@@ -392,7 +393,6 @@ import time
 from lit_mm.data.datamodules import ImageDataModule
 from lit_mm.data.dataset import ModelInputs
 from lit_mm.data.tokenizer import load_tokenizer
-from tests.conftest import tiny_llm
 inputs = ModelInputs(load_tokenizer(tiny_llm()), 16, [16, 4, 1], (0, 0, 0))
 data = ImageDataModule(inputs, train="{sets}/text.jsonl", num_workers=1)
 data.setup("fit")

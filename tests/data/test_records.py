@@ -10,7 +10,7 @@ import pytest
 
 from lit_mm.data import records
 from lit_mm.data.records import BadRecords, Media, RecordError, id_of, image_first, parse
-from tests.conftest import conversation, kept_of
+from tests.helpers.records import conversation, kept_of
 
 
 def item(**changes):

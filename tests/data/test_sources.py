@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 from lit_mm.data import sources
 from lit_mm.data.records import BadRecords, RecordError, parse
 from lit_mm.data.sources import open_source
-from tests.conftest import ROOT, conversation, kept_of
+from tests.helpers.environment import ROOT
+from tests.helpers.records import conversation, kept_of
 
 VARIED = [
     {"id": "a", "text": 'brackets ] } , in "text" \\ and \\" escapes\n\t'},

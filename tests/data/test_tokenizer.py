@@ -11,7 +11,8 @@ from lit_mm.data.chat import Conversation
 from lit_mm.data.records import image_first, parse
 from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.model.llm import LLM
-from tests.conftest import ROOT, tiny_llm
+from tests.helpers.environment import ROOT
+from tests.helpers.models import tiny_llm
 
 FIXTURES = ROOT / "tests/fixtures"
 AUTHORS = json.loads((FIXTURES / "authors_ids.json").read_text())

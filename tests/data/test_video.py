@@ -13,31 +13,10 @@ from PIL import Image
 from lit_mm.data import video
 from lit_mm.data.records import RecordError
 from lit_mm.data.video import Clip, Video, VideoOptions, promised_size
-from tests.conftest import ROOT
+from tests.helpers.environment import ROOT
+from tests.helpers.media import FRAME_TIMES, render
 
 REAL = ROOT.parent / "shared/data/videos"
-TIMES = {
-    "constant": [40 * number for number in range(60)],
-    "variable": np.cumsum(np.random.default_rng(0).integers(10, 200, 60)).tolist(),
-    "late": [5000 + 40 * number for number in range(60)],
-    "early": [40 * number - 200 for number in range(60)],
-    "three": [0, 40, 80],
-    "single": [0],
-}
-OPEN_GOP = {"bf": "2", "x264-params": "open-gop=1:keyint=12:scenecut=0"}
-KINDS = {
-    "mp4": ("mp4", "libx264", OPEN_GOP),
-    "mp4-refresh": ("mp4", "libx264", {"x264-params": "intra-refresh=1:keyint=12:bframes=0"}),
-    "hevc": ("mp4", "libx265", {"x265-params": "keyint=12:open-gop=1:bframes=3:log-scale=none"}),
-    "mov": ("mov", "mpeg4", {"bf": "2"}),
-    "mkv": ("matroska", "libx264", OPEN_GOP),
-    "webm": ("webm", "libvpx", {}),
-    "webm9": ("webm", "libvpx-vp9", {"cpu-used": "8", "deadline": "realtime"}),
-    "avi": ("avi", "mpeg4", {}),
-    "avi-b": ("avi", "libx264", {"bf": "2"}),
-    "flv": ("flv", "libx264", {"bf": "2"}),
-    "ts": ("mpegts", "libx264", {"bf": "2"}),
-}
 CHOICES = [
     VideoOptions(),
     VideoOptions(max_frames=3),
@@ -45,33 +24,6 @@ CHOICES = [
     VideoOptions("fps", 50, fps=3),
     VideoOptions("keyframes", 50),
 ]
-
-
-def picture(number: int, width: int = 64, height: int = 48) -> np.ndarray:
-    colors = np.random.default_rng(number).integers(0, 255, (2, 3))
-    pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[:16, :16] = colors[0]
-    left = number * 3 % (width - 16)
-    pixels[20:36, left : left + 16] = colors[1]
-    return pixels
-
-
-def render(path: Path, kind: str = "mp4", times=TIMES["constant"], muxer=None, prepare=lambda stream: None, **size):
-    """A video with one picture at each time, in milliseconds."""
-    container_format, codec, options = KINDS[kind]
-    with av.open(str(path), "w", format=container_format, options=muxer or {}) as container:
-        stream = container.add_stream(codec, rate=25, options=options)
-        stream.width, stream.height = size.get("width", 64), size.get("height", 48)
-        stream.codec_context.time_base = Fraction(1, 1000)
-        stream.codec_context.gop_size = 12
-        prepare(stream)
-        container.start_encoding()
-        for number, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(picture(number, **size))
-            frame.pts, frame.time_base = time, Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
 
 
 def opened(source, options: VideoOptions = CHOICES[0]) -> Video:
@@ -126,12 +78,12 @@ def check(path: Path, options: VideoOptions) -> None:
         assert clip.times == pytest.approx([frames[number][0] - frames[0][0] for number in numbers], abs=2e-3)
 
 
-@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize("times", FRAME_TIMES)
 @pytest.mark.parametrize("kind", ["mp4", "mp4-refresh", "mov", "mkv", "avi", "avi-b", "flv", "ts"])
 def test_frames_are_those_of_the_whole_file(tmp_path, kind, times):
     if (kind, times) == ("ts", "three"):
         pytest.skip("FFmpeg finds no stream in so short a file")
-    path = render(tmp_path / f"a.{kind.split('-')[0]}", kind, TIMES[times])
+    path = render(tmp_path / f"a.{kind.split('-')[0]}", kind, FRAME_TIMES[times])
     for options in CHOICES:
         check(path, options)
 
@@ -226,7 +178,7 @@ def test_an_even_index_saves_reading_the_packets(tmp_path, monkeypatch):
     monkeypatch.setattr(Video, "_demuxed", None)
     opened(path).frames()
     with pytest.raises(TypeError):
-        opened(render(tmp_path / "b.mp4", times=TIMES["variable"])).frames()
+        opened(render(tmp_path / "b.mp4", times=FRAME_TIMES["variable"])).frames()
 
 
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
@@ -317,7 +269,7 @@ def test_too_many_pixels(tmp_path, limit):
 def test_frames_larger_than_the_header_says(tmp_path):
     """A stream may change its size on the way."""
     small = render(tmp_path / "a.ts", "ts", width=64, height=64).read_bytes()
-    large = render(tmp_path / "b.ts", "ts", TIMES["late"], width=512, height=512).read_bytes()
+    large = render(tmp_path / "b.ts", "ts", FRAME_TIMES["late"], width=512, height=512).read_bytes()
     assert {image.size for image in opened(small + large).frames()} == {(64, 64)}
     with pytest.raises(RecordError, match="cannot be decoded"):
         opened(small + large, VideoOptions(max_pixels=64 * 64)).frames()
@@ -326,7 +278,7 @@ def test_frames_larger_than_the_header_says(tmp_path):
 @pytest.mark.parametrize("kind", ["mp4", "mkv", "webm9", "avi"])
 @pytest.mark.parametrize("times", ["constant", "variable"])
 def test_truncated(tmp_path, kind, times):
-    path = render(tmp_path / "a", kind, TIMES[times], {"movflags": "faststart"} if kind == "mp4" else {})
+    path = render(tmp_path / "a", kind, FRAME_TIMES[times], {"movflags": "faststart"} if kind == "mp4" else {})
     content = path.read_bytes()
     assert promised_size(io.BytesIO(content)) == len(content)
     for part in (0.05, 0.3, 0.5, 0.9, 0.99):
@@ -343,7 +295,7 @@ def test_truncated_by_the_duration_in_the_header(tmp_path, part):
 @pytest.mark.parametrize("times", ["constant", "variable"])
 def test_truncated_where_the_size_is_not_told(tmp_path, times):
     """The index promises frames; those that cannot be read are not replaced by others."""
-    content = bytearray(render(tmp_path / "a.mp4", "mp4", TIMES[times], {"movflags": "faststart"}).read_bytes())
+    content = bytearray(render(tmp_path / "a.mp4", "mp4", FRAME_TIMES[times], {"movflags": "faststart"}).read_bytes())
     box = content.index(b"mdat") - 4
     content[box : box + 4] = bytes(4)  # up to the end of the file
     with pytest.raises(RecordError, match="truncated video"):

@@ -8,7 +8,7 @@ from lit_mm.evaluation.efficiency import Asked, accuracy_per_tflop, area, scale_
 from lit_mm.model.attention import causal_pairs
 from lit_mm.model.batch import Counts, Prompts
 from lit_mm.model.scales import VideoScale
-from tests.conftest import tiny_vlm
+from tests.helpers.models import tiny_vlm
 
 
 def row(tokens, accuracy, scale=None):

@@ -6,7 +6,7 @@ import torch
 from transformers import ConvNextConfig, ConvNextModel
 
 from lit_mm.model.encoder import ConvNeXtEncoder, ExtraStage, TimmEncoder
-from tests.conftest import tiny_encoder
+from tests.helpers.models import tiny_encoder
 
 
 def millions(module: torch.nn.Module) -> float:

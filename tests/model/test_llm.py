@@ -7,7 +7,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lit_mm.data.tokenizer import TEMPLATES, load_tokenizer
 from lit_mm.model.llm import LLM, Positions, load_llm, positions_of
-from tests.conftest import SIZES, TOKENIZER, installed, tiny_llm
+from tests.helpers.environment import TOKENIZER, installed
+from tests.helpers.models import SIZES, tiny_llm
 
 
 @pytest.mark.parametrize("source", ["LlamaConfig", "Qwen2Config", "Qwen3Config"])

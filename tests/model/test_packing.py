@@ -1,6 +1,5 @@
 """Packed rows against the slow, obvious way of test_vlm: one sample and one scale at a time."""
 
-import random
 from itertools import combinations
 
 import pytest
@@ -13,52 +12,17 @@ from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch, Images
 from lit_mm.model.llm import PACKED, load_config, packing_of
 from lit_mm.model.packing import pack
 from lit_mm.training.check import check_packing
-from tests.conftest import tiny_llm, tiny_vlm, tiny_vlm64
-from tests.model.test_vlm import SCALES, batch_of, picture, samples, slow_loss
+from tests.helpers.batches import SCALES, batch_of, packed, random_samples, samples, slow_loss
+from tests.helpers.models import CLASSES, EXTRA, gradients, packing_vlm64, tiny_llm, tiny_vlm, tiny_vlm64
 
 LLMS = ["LlamaConfig", "Qwen2Config", "Qwen3Config"]
-SIZES = [(64, 64), (32, 128), (60, 50), (128, 32)]
-
-
-def packed(batch: Batch, packing="packed", weights=None, attention="branch") -> Batch:
-    batch.scale_weights = weights or [1 / len(SCALES)] * len(SCALES)
-    batch.packed = pack(batch, SCALES, packing, attention)
-    return batch
-
-
-def random_samples(seed: int, count: int = 5, sizes=SIZES):
-    """Text alone, one image or several, anywhere in short or long text, labels at random."""
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    made = []
-    for _ in range(count):
-        images = [picture(*rng.choice(sizes)) for _ in range(rng.choice([0, 1, 1, 2, 3]))]
-        ids = [rng.randrange(348) for _ in range(rng.randint(4, 60))]
-        for _ in images:
-            ids.insert(rng.choice([0, len(ids) // 2, len(ids) - 2]), IMAGE)
-        labels = [i if i != IMAGE and rng.random() < 0.3 and n else IGNORE_INDEX for n, i in enumerate(ids)]
-        labels[-1] = ids[-1]
-        made.append((ids, labels, images))
-    return made
-
-
-def plain_vlm64(source="LlamaConfig", **sizes):
-    """In float64, with the attention of packed sequences."""
-    vlm = tiny_vlm64(source=source, **sizes)
-    vlm.llm.set_attn_implementation(NAME)
-    return vlm
-
-
-def gradients(total, vlm):
-    found = torch.autograd.grad(total, list(vlm.parameters()), allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, vlm.parameters(), strict=True)]
 
 
 @pytest.mark.parametrize("packing", ["packed", "sequential"])
 @pytest.mark.parametrize("source", LLMS)
 @pytest.mark.parametrize("seed", range(3))
 def test_losses_and_gradients_equal_the_slow_way(source, packing, seed):
-    vlm, mixed = plain_vlm64(source), random_samples(seed)
+    vlm, mixed = packing_vlm64(source=source), random_samples(seed)
     losses = vlm(packed(batch_of(*mixed), packing))
     expected = torch.stack([slow_loss(vlm, mixed, scale) for scale in SCALES])
     assert torch.allclose(losses.per_scale, expected, rtol=1e-10)
@@ -86,7 +50,7 @@ def test_every_way_of_a_group_is_tried():
 
 
 def test_a_sample_moves_no_other_samples_loss_by_one_bit():
-    vlm, mixed = plain_vlm64(), random_samples(3, count=6)
+    vlm, mixed = packing_vlm64(), random_samples(3, count=6)
     before = vlm_losses(vlm, mixed)
     for changed in range(len(mixed)):
         other = [(list(ids), list(labels), list(images)) for ids, labels, images in mixed]
@@ -139,7 +103,7 @@ def test_a_row_is_as_long_as_m3s_scales_without_repetitions():
 
 @pytest.mark.parametrize("per_step", [1, 2])
 def test_mean_gradient_over_all_draws_is_m3s(per_step):
-    vlm, batch = plain_vlm64(), batch_of(*samples())
+    vlm, batch = packing_vlm64(), batch_of(*samples())
     whole = gradients(vlm(packed(batch)).loss, vlm)
     draws = list(combinations(range(3), per_step))
     sums = [torch.zeros_like(p) for p in vlm.parameters()]
@@ -155,31 +119,12 @@ def test_mean_gradient_over_all_draws_is_m3s(per_step):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_computes_the_same_losses():
     """Forward only: on a CPU flex_attention has no backward."""
-    vlm, mixed = plain_vlm64(), random_samples(0)
+    vlm, mixed = packing_vlm64(), random_samples(0)
     with torch.no_grad():
         fast, slow = vlm(packed(batch_of(*mixed), attention="flex")), vlm(packed(batch_of(*mixed)))
     assert torch.allclose(fast.per_scale, slow.per_scale, rtol=1e-10)
 
 
-CLASSES = {
-    "cohere": "CohereConfig",
-    "gemma": "GemmaConfig",
-    "granite": "GraniteConfig",
-    "llama": "LlamaConfig",
-    "mistral": "MistralConfig",
-    "olmo": "OlmoConfig",
-    "olmo2": "Olmo2Config",
-    "phi3": "Phi3Config",
-    "qwen2": "Qwen2Config",
-    "qwen3": "Qwen3Config",
-    "smollm3": "SmolLM3Config",
-    "starcoder2": "Starcoder2Config",
-}
-EXTRA = {
-    "gemma": {"head_dim": 8},
-    "mistral": {"sliding_window": None},
-    "phi3": {"pad_token_id": 0},
-}
 UNPACKED = {
     "MistralConfig": {"sliding_window": 8},
     "Phi3Config": {"sliding_window": 8, "pad_token_id": 0},
@@ -247,7 +192,7 @@ def test_a_window_is_refused_where_it_would_be_lost():
 
 
 def test_the_start_up_check_finds_an_attention_that_leaks(monkeypatch):
-    vlm = plain_vlm64()
+    vlm = packing_vlm64()
     check_packing(vlm, "packed")
     real = attention._attend_group
     monkeypatch.setattr(
@@ -259,7 +204,7 @@ def test_the_start_up_check_finds_an_attention_that_leaks(monkeypatch):
 
 
 def test_the_start_up_check_tries_masked_groups_too(monkeypatch):
-    vlm, real = plain_vlm64(), attention._attend_group
+    vlm, real = packing_vlm64(), attention._attend_group
 
     def leaky(group, queries, keys, *rest):
         return real(group, queries, keys if group.mask is None else keys.roll(1, 0), *rest)
@@ -282,7 +227,7 @@ def test_the_start_up_check_under_autocast_knows_rounding_from_a_leak(monkeypatc
 
 
 def test_layer_checkpointing_keeps_every_gradient():
-    vlm, mixed = plain_vlm64(), random_samples(1)
+    vlm, mixed = packing_vlm64(), random_samples(1)
     plain = gradients(vlm(packed(batch_of(*mixed))).loss, vlm)
     vlm.llm.gradient_checkpointing_enable({"use_reentrant": False})
     vlm.train()
@@ -303,7 +248,7 @@ def test_bf16_stays_near_float32():
 
 def test_compiled_layers_compute_the_same_however_many_layouts_come():
     """Attention is left out of the graphs: compiled with them, every other layout would be a new one."""
-    vlm, seeds = plain_vlm64(), range(12)
+    vlm, seeds = packing_vlm64(), range(12)
     expected = [vlm(packed(batch_of(*random_samples(seed, 2 + seed)))).loss for seed in seeds]
     for layer in vlm.llm.model.layers:
         layer.compile(backend="aot_eager", dynamic=True)

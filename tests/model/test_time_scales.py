@@ -7,68 +7,13 @@ import torch
 
 from lit_mm.data.collate import group_by_size
 from lit_mm.inference.generation import generate
-from lit_mm.model.attention import NAME
-from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch, Question
+from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Question
 from lit_mm.model.encoder import TimmEncoder
-from lit_mm.model.packing import pack
 from lit_mm.model.projector import MatryoshkaProjector
-from lit_mm.model.scales import VideoScale, coarsest_time_scale, set_starts
-from tests.conftest import tiny_vlm64
-from tests.model.test_packing import gradients
-from tests.model.test_vlm import picture
-
-SCALES, TIMES = [16, 4, 1], [4, 2, 1]
-ALL_SCALES = [VideoScale(frames, tokens) for frames in TIMES for tokens in SCALES]
-LAST = len(TIMES) - 1
-
-
-def vlm64(times=TIMES):
-    vlm = tiny_vlm64(time_scales=times)
-    vlm.llm.set_attn_implementation(NAME)
-    return vlm
-
-
-def random_samples(seed: int, times=TIMES, count: int = 4):
-    """Each (text and visuals in turn): a visual is its frames, text a list of ids; labels at random."""
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    samples = []
-    for _ in range(count):
-        pieces = []
-        for frames in rng.choice([[], [1], [3], [6], [1, 5], [9]]):
-            pieces.append([rng.randrange(348) for _ in range(rng.choice([0, 2, 9]))])
-            pieces.append(torch.stack([picture(64, 64) for _ in range(frames)]))
-        samples.append([*pieces, [rng.randrange(348) for _ in range(rng.randint(3, 12))]])
-    return samples
-
-
-def encoded(pieces, times, rng):
-    """ids, labels, kept; every frame but the first of a visual has an id of its own before it."""
-    ids, kept = [], []
-    for piece in pieces:
-        if isinstance(piece, list):
-            ids, kept = ids + piece, kept + [len(times) - 1] * len(piece)
-        else:
-            for frame, stays in enumerate(coarsest_time_scale(len(piece), times)):
-                own = [IMAGE] if frame == 0 else [100 + frame, IMAGE]
-                ids, kept = ids + own, kept + [stays] * len(own)
-    always = [
-        token < 100 and token != IMAGE and stays == len(times) - 1 for token, stays in zip(ids, kept, strict=True)
-    ]
-    labels = [token if keep and rng.random() < 0.4 else IGNORE_INDEX for token, keep in zip(ids, always, strict=True)]
-    labels[0], labels[-1] = IGNORE_INDEX, ids[-1]
-    return torch.tensor(ids), torch.tensor(labels), torch.tensor(kept)
-
-
-def batch_of(samples, times=TIMES, packing="packed", weights=None) -> Batch:
-    rng = random.Random(0)
-    ids, labels, kept = zip(*(encoded(pieces, times, rng) for pieces in samples), strict=True)
-    visuals = [piece for pieces in samples for piece in pieces if not isinstance(piece, list)]
-    images, index = group_by_size(visuals, times), torch.arange(sum(len(visual) for visual in visuals))
-    count = len(SCALES) * len(times)
-    batch = Batch(images, list(ids), list(labels), index, weights or [1 / count] * count, time_scale=list(kept))
-    batch.packed = pack(batch, SCALES, packing)
-    return batch
+from lit_mm.model.scales import VideoScale, set_starts
+from tests.helpers.batches import SCALES, picture
+from tests.helpers.models import gradients, packing_vlm64
+from tests.helpers.videos import ALL_SCALES, TIMES, encoded, random_videos, video_batch_of
 
 
 def slow_sequence(vlm, pieces, labels, frames, tokens):
@@ -106,8 +51,8 @@ def slow_loss(vlm, samples, frames, tokens):
 @pytest.mark.parametrize("packing", ["packed", "sequential", "padded"])
 @pytest.mark.parametrize("times", [TIMES, [2], [4]])
 def test_losses_and_gradients_equal_the_slow_way(times, packing):
-    vlm, samples = vlm64(times), random_samples(len(times), count=5)
-    losses = vlm(batch_of(samples, times, packing))
+    vlm, samples = packing_vlm64(time_scales=times), random_videos(len(times), count=5)
+    losses = vlm(video_batch_of(samples, times, packing))
     scales = [VideoScale(frames, tokens) for frames in times for tokens in SCALES]
     assert vlm.all_scales == scales
     expected = torch.stack([slow_loss(vlm, samples, *scale) for scale in scales])
@@ -120,23 +65,23 @@ def test_losses_and_gradients_equal_the_slow_way(times, packing):
 @pytest.mark.parametrize("packing", ["packed", "sequential", "padded"])
 @pytest.mark.parametrize("drawn", [[3], [0, 4], [2, 5, 8]])
 def test_drawn_scales_count_by_their_weights(drawn, packing):
-    vlm, samples = vlm64(), random_samples(3)
+    vlm, samples = packing_vlm64(time_scales=TIMES), random_videos(3)
     weights = torch.softmax(torch.arange(len(drawn), dtype=torch.float64), 0)
     of_scales = dict(zip(drawn, weights.tolist(), strict=True))
     spread = [of_scales.get(number, 0.0) for number in range(len(ALL_SCALES))]
-    found = vlm(batch_of(samples, packing=packing, weights=spread)).loss
+    found = vlm(video_batch_of(samples, packing=packing, weights=spread)).loss
     expected = torch.stack([slow_loss(vlm, samples, *ALL_SCALES[number]) for number in drawn])
     assert torch.allclose(found, (weights * expected).sum(), rtol=1e-10)
 
 
 def test_a_sample_without_video_is_laid_out_once_a_scale():
     still, text = [[5, 6], torch.stack([picture(64, 64)]), [7, 8]], [[9, 10, 11]]
-    [row] = batch_of([still, text]).packed
+    [row] = video_batch_of([still, text]).packed
     assert len(row.input_ids) == 2 + sum(SCALES) + 3 * 2 + 3
 
 
 def test_coarser_times_are_means_of_finer_ones():
-    vlm = vlm64()
+    vlm = packing_vlm64(time_scales=TIMES)
     images = group_by_size([torch.stack([picture(64, 64) for _ in range(8)])], TIMES)
     nested = vlm.encode(images).split(TIMES)  # [4, T, D], [2, T, D], [1, T, D]
     for number, tokens in enumerate(SCALES):
@@ -147,9 +92,9 @@ def test_coarser_times_are_means_of_finer_ones():
 
 @pytest.mark.parametrize("scale", [ALL_SCALES[0], ALL_SCALES[4], ALL_SCALES[8]], ids=str)
 def test_generation_equals_a_greedy_loop_without_cache(scale):
-    vlm, samples = vlm64(), random_samples(5, count=3)
+    vlm, samples = packing_vlm64(time_scales=TIMES), random_videos(5, count=3)
     vlm.llm.generation_config.eos_token_id = None
-    batch, questions, done = batch_of(samples), [], 0
+    batch, questions, done = video_batch_of(samples), [], 0
     for number, ids in enumerate(batch.input_ids):
         count = int((ids == IMAGE).sum())
         questions.append(
@@ -166,10 +111,10 @@ def test_generation_equals_a_greedy_loop_without_cache(scale):
 
 def test_the_blank_image_adds_exactly_nothing():
     """Text alone, on a rank that must run its encoder: the same loss, gradients of zero and not None."""
-    vlm, samples = vlm64([1]), [[[5, 6, 7]], [[8, 9, 10, 11]]]
-    plain = vlm(batch_of(samples, [1])).loss
+    vlm, samples = packing_vlm64(time_scales=[1]), [[[5, 6, 7]], [[8, 9, 10, 11]]]
+    plain = vlm(video_batch_of(samples, [1])).loss
     assert torch.autograd.grad(plain, list(vlm.encoder.parameters()), allow_unused=True)[0] is None
-    total = vlm(batch_of(samples, [1]), encodings=2).loss
+    total = vlm(video_batch_of(samples, [1]), encodings=2).loss
     assert torch.equal(total, plain)
     total.backward()
     for parameter in [*vlm.encoder.parameters(), *vlm.projector.parameters()]:
@@ -178,9 +123,9 @@ def test_the_blank_image_adds_exactly_nothing():
 
 
 def test_the_blank_image_is_left_out_where_there_are_images():
-    vlm, calls = vlm64([1]), []
+    vlm, calls = packing_vlm64(time_scales=[1]), []
     vlm.encoder.register_forward_hook(lambda *_: calls.append("encoder"))
-    batch = batch_of([[[5, 6], torch.stack([picture(64, 64)]), [7, 8]]], [1])
+    batch = video_batch_of([[[5, 6], torch.stack([picture(64, 64)]), [7, 8]]], [1])
     vlm(batch, encodings=1)
     assert calls == ["encoder"]
     vlm(batch, encodings=3)
@@ -189,7 +134,7 @@ def test_the_blank_image_is_left_out_where_there_are_images():
 
 @pytest.mark.parametrize("options", [{"img_size": 32}, {"img_size": 32, "dynamic_img_size": True}])
 def test_the_blank_image_is_one_that_the_encoder_takes(options):
-    vlm = vlm64([1])
+    vlm = packing_vlm64(time_scales=[1])
     vlm.encoder = TimmEncoder("vit_tiny_patch16_224", -1, overrides={"depth": 1, **options}).double()
     vlm.projector = MatryoshkaProjector(192, 32, [4, 1]).double()
     assert vlm.encoder.smallest == ((16, 16) if "dynamic_img_size" in options else (32, 32))
@@ -197,7 +142,7 @@ def test_the_blank_image_is_one_that_the_encoder_takes(options):
 
 
 def test_the_blank_image_passes_no_infinity_on():
-    vlm = vlm64([1])
+    vlm = packing_vlm64(time_scales=[1])
     with torch.no_grad():
         vlm.encoder.trunk.stem[0].bias.fill_(float("inf"))
     assert vlm._dummy() == 0
@@ -205,7 +150,7 @@ def test_the_blank_image_passes_no_infinity_on():
 
 def test_the_blank_image_is_tiny():
     """One grid cell: a 576th of what a 24×24 grid costs."""
-    vlm, sizes = vlm64([1]), []
+    vlm, sizes = packing_vlm64(time_scales=[1]), []
     vlm.encoder.register_forward_hook(lambda module, inputs, grid: sizes.append(grid.shape[2:]))
     vlm._dummy()
     assert sizes == [(1, 1)]

@@ -21,8 +21,9 @@ from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.profile.ledger import FLOAT32
 from lit_mm.profile.memory_plan import MemoryPlan, example_batch, plan
-from tests.conftest import ROOT, tiny_vlm
-from tests.profile.measured_step import CASES, RETURNING, Case, batch_of, build, optimizer_of, rank_of, real, units_of
+from tests.helpers.environment import ROOT
+from tests.helpers.measured_step import CASES, RETURNING, Case, batch_of, build, optimizer_of, rank_of, real, units_of
+from tests.helpers.models import tiny_vlm
 
 GIB = 2**30
 linux = pytest.mark.skipif(
@@ -51,7 +52,7 @@ def packing_vlm() -> MatryoshkaVLM:
 
 
 def measure(device: str) -> dict[str, int]:
-    command = [sys.executable, "-m", "tests.profile.measured_step", device, *CASES]
+    command = [sys.executable, "-m", "tests.helpers.measured_step", device, *CASES]
     environment = os.environ | RETURNING | {"OMP_NUM_THREADS": "1"}
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, env=environment, cwd=ROOT, check=True).stdout)
 

@@ -19,7 +19,8 @@ from lit_mm.model.scales import nested_shapes
 from lit_mm.profile.experiment import Experiment, pooled_again, read_model
 from lit_mm.profile.memory import plan_of
 from lit_mm.profile.report import without_common_start
-from tests.conftest import ROOT, tiny_vlm
+from tests.helpers.environment import ROOT
+from tests.helpers.models import tiny_vlm
 
 VICUNA = {"name_or_path": "lmsys/vicuna-7b-v1.5", "chat_template": "vicuna_v1"}
 CONVLLAVA = {

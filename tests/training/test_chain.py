@@ -12,9 +12,11 @@ from torch import Tensor
 
 from lit_mm.cli import LitMMCLI
 from lit_mm.training.module import LitMatryoshka
-from tests.conftest import ROOT, SIZES, TOKENIZER, conversation, draw
-from tests.data.test_video import render
-from tests.test_recipes import configs
+from tests.helpers.command_line import configs
+from tests.helpers.environment import ROOT, TOKENIZER
+from tests.helpers.media import draw, render
+from tests.helpers.models import SIZES
+from tests.helpers.records import conversation
 
 NARROW = {
     "model": {

@@ -15,8 +15,9 @@ from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.checkpoints import InitFrom, export, open_weights, start_from
 from lit_mm.training.parts import LLMPart, LoRA, Parts, apply_parts
-from tests.conftest import installed, tiny_llm, tiny_vlm
-from tests.training.test_module import fit
+from tests.helpers.environment import installed
+from tests.helpers.models import tiny_llm, tiny_vlm
+from tests.helpers.runs import fit
 
 
 def other_vlm(**sizes):

@@ -14,8 +14,8 @@ from lit_mm.model.batch import Batch
 from lit_mm.model.packing import pack
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.parts import LLMPart, Part, Parts
-from tests.conftest import tiny_encoder, tiny_llm
-from tests.model.test_packing import SCALES, batch_of, random_samples
+from tests.helpers.batches import SCALES, batch_of, random_samples
+from tests.helpers.models import tiny_encoder, tiny_llm
 
 
 class Samples(lightning.LightningDataModule):

@@ -11,7 +11,9 @@ from lit_mm.data.images import ImageOptions
 from lit_mm.data.records import RecordError
 from lit_mm.model.llm import LLM
 from lit_mm.training.module import LitMatryoshka
-from tests.conftest import TOKENIZER, conversation, tiny_encoder, tiny_llm
+from tests.helpers.environment import TOKENIZER
+from tests.helpers.models import tiny_encoder, tiny_llm
+from tests.helpers.records import conversation
 
 NEW_TOKENS = 5
 QUESTION = "<image>\nwhat color is the shape in this picture?"

@@ -1,44 +1,19 @@
 """LitMatryoshka: groups, schedule, what is logged, checkpoints, repeatable runs."""
 
 import math
-from functools import partial
 
 import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
-from lightning.pytorch.loggers import CSVLogger
 from transformers import GenerationConfig, TrainingArguments, get_cosine_schedule_with_warmup
 
 from lit_mm.data.datamodules import ImageDataModule
 from lit_mm.data.images import ImageOptions
-from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.parts import LLMPart, Part, Parts, parameter_groups
 from lit_mm.training.schedule import WarmupCosine
-from tests.conftest import tiny_encoder, tiny_llm, tiny_vlm
-
-
-def module(**options) -> LitMatryoshka:
-    parts = Parts(Part(1e-3), Part(2e-3), LLMPart(3e-3))
-    return LitMatryoshka(tiny_encoder, tiny_llm(), [16, 4, 1], parts=parts, max_new_tokens=3, **options)
-
-
-def fit(root, folder, ckpt_path=None, data=None, **options) -> tuple[LitMatryoshka, lightning.Trainer]:
-    lightning.seed_everything(7, verbose=False)
-    lit = module()
-    module_of_data = ImageDataModule(
-        lit.inputs,
-        train=f"{root}/train.json",
-        val=f"{root}/val.json",
-        image_root=str(root),
-        image=ImageOptions("keep", None),
-        **{"batch_size": 4, **(data or {})},
-    )
-    defaults = {"max_steps": 4, "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1}
-    logger = CSVLogger(folder)
-    trainer = lightning.Trainer(**{**defaults, **options}, logger=logger, enable_model_summary=False)
-    trainer.fit(lit, module_of_data, ckpt_path=ckpt_path, weights_only=False)
-    return lit, trainer
+from tests.helpers.models import tiny_vlm
+from tests.helpers.runs import fit, losses, module
 
 
 def test_what_a_module_came_from_does_not_count_as_steps_of_its_fit(instruction_set, tmp_path):
@@ -61,15 +36,6 @@ def test_what_a_module_came_from_does_not_count_as_steps_of_its_fit(instruction_
     trainer.fit(lit, data)
     trainer.save_checkpoint(tmp_path / "second.ckpt")
     assert torch.load(tmp_path / "second.ckpt", weights_only=False)["global_step"] == 2
-
-
-def losses(folder) -> list[dict[str, float]]:
-    lines = next(folder.glob("**/metrics.csv")).read_text().splitlines()
-    names = lines[0].split(",")
-    rows = [dict(zip(names, line.split(","), strict=True)) for line in lines[1:]]
-    return [
-        {n: float(v) for n, v in row.items() if n.startswith("train/loss") and v} for row in rows if row["train/loss"]
-    ]
 
 
 def test_groups_carry_the_parts_rates_and_spare_norms_from_decay():
@@ -210,10 +176,9 @@ def test_building_twice_keeps_the_model():
     assert lit.vlm is vlm
 
 
-def test_optimizer_and_schedule_come_from_the_config(instruction_set, tmp_path, monkeypatch):
-    build = partial(module, optimizer=torch.optim.SGD, scheduler=torch.optim.lr_scheduler.CosineAnnealingLR)
-    monkeypatch.setattr("tests.training.test_module.module", build)
-    _, trainer = fit(instruction_set, tmp_path)
+def test_optimizer_and_schedule_come_from_the_config(instruction_set, tmp_path):
+    lit = module(optimizer=torch.optim.SGD, scheduler=torch.optim.lr_scheduler.CosineAnnealingLR)
+    _, trainer = fit(instruction_set, tmp_path, lit=lit)
     assert isinstance(trainer.optimizers[0], torch.optim.SGD)
     schedule = trainer.lr_scheduler_configs[0].scheduler
     assert (type(schedule), schedule.T_max) == (torch.optim.lr_scheduler.CosineAnnealingLR, 4)

@@ -7,7 +7,7 @@ from torch.optim import AdamW, Muon
 
 from lit_mm.training.optim import MuonAdamW
 from lit_mm.training.parts import LLMPart, Part, Parts, parameter_groups, with_parameters
-from tests.conftest import tiny_vlm
+from tests.helpers.models import tiny_vlm
 
 
 def groups():

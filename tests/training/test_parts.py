@@ -25,9 +25,8 @@ from lit_mm.training.parts import (
     parts_table,
     with_parameters,
 )
-from tests.conftest import tiny_llm, tiny_vlm
-from tests.model.test_packing import packed
-from tests.model.test_vlm import batch_of, samples
+from tests.helpers.batches import batch_of, packed, samples
+from tests.helpers.models import tiny_llm, tiny_vlm
 
 
 def vlm_for(parts: Parts, **sizes):

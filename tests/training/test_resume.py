@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import random
 import subprocess
@@ -16,11 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import ROOT, TOKENIZER, conversation, draw
-from tests.training.killing import command_line
-
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["lit_mm.cli", "tests.training.killing"])
+from tests.helpers.command_line import forked
+from tests.helpers.environment import ROOT, TOKENIZER
+from tests.helpers.media import draw
+from tests.helpers.records import conversation
 
 CONFIG = {
     "seed_everything": 3,
@@ -112,7 +110,7 @@ class Runs:
         """Exit status and what was printed."""
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
-        recorder = {"class_path": "tests.training.killing.Recorder", "init_args": {"folder": str(folder), **ending}}
+        recorder = {"class_path": "tests.helpers.killing.Recorder", "init_args": {"folder": str(folder), **ending}}
         trainer = self.config["trainer"] | {"default_root_dir": str(folder), "callbacks": [recorder]}
         checkpoint = self.config["checkpoint"] | {"dirpath": str(folder / "version_0/checkpoints")}
         (folder / "config.yaml").write_text(
@@ -120,10 +118,7 @@ class Runs:
         )
         arguments, log = ["fit", "--config", str(folder / "config.yaml"), *options], folder / "log.txt"
         if self.ranks == 1:
-            process = SERVER.Process(target=command_line, args=(arguments, str(log)))
-            process.start()
-            process.join(300)
-            return process.exitcode, log.read_text()
+            return forked(arguments, log)
         # every rank is started by this very command
         alone = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "lit_mm", *arguments]

@@ -13,7 +13,7 @@ from lit_mm.__main__ import main
 from lit_mm.training import saving
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.saving import WholeFiles, check_readable, check_room
-from tests.test_cli import CONFIG
+from tests.helpers.command_line import CONFIG
 
 
 @pytest.fixture

@@ -12,9 +12,8 @@ from torch.distributed.fsdp import fully_shard
 
 from lit_mm.model.attention import NAME
 from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch
-from tests.conftest import tiny_vlm
-from tests.model.test_packing import packed
-from tests.model.test_vlm import batch_of, picture
+from tests.helpers.batches import batch_of, packed, picture
+from tests.helpers.models import tiny_vlm
 
 KINDS = {
     "text": [[(64, 64)], [None]],

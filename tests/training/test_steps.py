@@ -15,8 +15,9 @@ from lit_mm.model.llm import LLM, load_llm
 from lit_mm.training.optim import FusedAdamW
 from lit_mm.training.parts import LLMPart, LoRA, Part, Parts
 from lit_mm.training.steps import refuse_hidden_scale
-from tests.conftest import TOKENIZER, installed, tiny_llm
-from tests.training.test_module import fit, losses, module
+from tests.helpers.environment import TOKENIZER, installed
+from tests.helpers.models import tiny_llm
+from tests.helpers.runs import fit, losses, module
 
 
 def poison(trainer, lit, batch, batch_idx) -> None:
@@ -68,7 +69,7 @@ def test_the_logged_norm_is_that_before_clipping(instruction_set, tmp_path):
     assert norms[-1] > 0.06 and float(clipped) == pytest.approx(0.05, rel=1e-3)
 
 
-def test_a_rate_given_now_beats_the_checkpoints(instruction_set, tmp_path, monkeypatch):
+def test_a_rate_given_now_beats_the_checkpoints(instruction_set, tmp_path):
     def lrs(trainer):
         return {group["name"]: group["lr"] for group in trainer.optimizers[0].param_groups}
 
@@ -76,38 +77,35 @@ def test_a_rate_given_now_beats_the_checkpoints(instruction_set, tmp_path, monke
     trainer.save_checkpoint(tmp_path / "two.ckpt")
     _, same = fit(instruction_set, tmp_path / "b", tmp_path / "two.ckpt", limit_val_batches=0)
     parts = Parts(Part(5e-3), Part(2e-3), LLMPart(3e-3, weight_decay=0.7))
-    monkeypatch.setattr("tests.training.test_module.module", partial(changed, parts))
-    _, other = fit(instruction_set, tmp_path / "c", tmp_path / "two.ckpt", limit_val_batches=0)
+    _, other = fit(instruction_set, tmp_path / "c", tmp_path / "two.ckpt", lit=changed(parts), limit_val_batches=0)
     for name, lr in lrs(same).items():
         assert lrs(other)[name] == pytest.approx(lr * (5 if name.startswith("encoder") else 1))
     decays = {group["name"]: group["weight_decay"] for group in other.optimizers[0].param_groups}
     assert decays["llm"] == 0.7 and decays["llm_no_decay"] == 0.0 == decays["encoder_other"]
 
 
-def test_other_options_and_another_length_are_those_of_now(instruction_set, tmp_path, monkeypatch):
+def test_other_options_and_another_length_are_those_of_now(instruction_set, tmp_path):
     """AdamW's betas too; and of a longer run the schedule from its first step on, though the rate had been zero."""
     _, trainer = fit(instruction_set, tmp_path / "a", limit_val_batches=0, max_steps=2)
     trainer.save_checkpoint(tmp_path / "two.ckpt")
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
     seen = []
-    monkeypatch.setattr("tests.training.test_module.module", partial(changed, None))
     watch = LambdaCallback(
         on_before_optimizer_step=lambda trainer, lit, optimizer: seen.append(optimizer.param_groups[0]["lr"])
     )
     options = {"limit_val_batches": 0, "max_steps": 6, "callbacks": [watch]}
-    _, longer = fit(instruction_set, tmp_path / "b", tmp_path / "two.ckpt", **options)
+    _, longer = fit(instruction_set, tmp_path / "b", tmp_path / "two.ckpt", lit=changed(), **options)
     assert longer.optimizers[0].param_groups[0]["betas"] == (0.5, 0.6)
     resumed, seen[:] = list(seen), []
-    fit(instruction_set, tmp_path / "c", **options)
+    fit(instruction_set, tmp_path / "c", lit=changed(), **options)
     assert resumed == pytest.approx(seen[2:]) and resumed[0] > 0
 
 
-def test_other_parts_are_not_resumed(instruction_set, tmp_path, monkeypatch):
+def test_other_parts_are_not_resumed(instruction_set, tmp_path):
     _, trainer = fit(instruction_set, tmp_path / "a", limit_val_batches=0, max_steps=2)
-    trainer.save_checkpoint(tmp_path / "two.ckpt")
-    monkeypatch.setattr("tests.training.test_module.module", partial(changed, Parts(Part(frozen=True))))
+    trainer.save_checkpoint(two := tmp_path / "two.ckpt")
     with pytest.raises(ValueError, match=r"trained \{'encoder_other': .* --model.init_from begins another"):
-        fit(instruction_set, tmp_path / "b", tmp_path / "two.ckpt", limit_val_batches=0)
+        fit(instruction_set, tmp_path / "b", two, lit=changed(Parts(Part(frozen=True))), limit_val_batches=0)
 
 
 def test_a_fused_optimizer_is_refused_where_the_loss_is_scaled():
@@ -119,9 +117,8 @@ def test_a_fused_optimizer_is_refused_where_the_loss_is_scaled():
         refuse_hidden_scale(SimpleNamespace(optimizers=[fused], precision="16-mixed"))
 
 
-def changed(parts: Parts | None, **options):
-    lit = module(**options)
-    lit.build_optimizer = partial(FusedAdamW, betas=(0.5, 0.6))
+def changed(parts: Parts | None = None):
+    lit = module(optimizer=partial(FusedAdamW, betas=(0.5, 0.6)))
     lit.parts = parts or lit.parts
     return lit
 

@@ -18,8 +18,9 @@ from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.optim import MuonAdamW
 from lit_mm.training.parts import LLMPart, LoRA, Part, Parts
 from lit_mm.training.strategies import FSDP, policy_of, units
-from tests.conftest import TOKENIZER, tiny_encoder, tiny_llm, tiny_vlm
-from tests.training.sharded import Run, on_ranks, perform
+from tests.helpers.environment import TOKENIZER
+from tests.helpers.models import tiny_encoder, tiny_llm, tiny_vlm
+from tests.helpers.sharded import Run, on_ranks, perform
 
 EVERYTHING = Parts(Part(0.01), Part(0.01), LLMPart(0.01))
 STAGE_1 = Parts(Part(0.01, from_stage=5), Part(0.01), LLMPart(frozen=True))

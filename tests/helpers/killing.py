@@ -5,27 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
-import runpy
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback
-
-
-def command_line(arguments: list[str], log: str) -> None:
-    """`python -m lit_mm …` in a process that has imported it already."""
-    with Path(log).open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # as on the command line, for the loader's processes
-    sys.argv = ["lit_mm", *arguments]
-    runpy.run_module("lit_mm", run_name="__main__", alter_sys=True)
 
 
 class Killed(RuntimeError):

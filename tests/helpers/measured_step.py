@@ -1,6 +1,6 @@
 """Training steps of a middle size for test_memory, and what they really take, in a process of its own.
 
-python -m tests.profile.measured_step cpu plain sequential    # JSON: case -> bytes at most
+python -m tests.helpers.measured_step cpu plain sequential    # JSON: case -> bytes at most
 """
 
 import gc

@@ -23,8 +23,8 @@ from lit_mm.training import strategies  # noqa: F401 (registers fsdp)
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.optim import FusedAdamW
 from lit_mm.training.parts import LLMPart, Part, Parts
-from tests.conftest import tiny_encoder, tiny_llm
-from tests.model.test_packing import SCALES, batch_of, random_samples
+from tests.helpers.batches import SCALES, batch_of, random_samples
+from tests.helpers.models import tiny_encoder, tiny_llm
 
 STEPS = [[[0, 1], [2]], [[6], [3, 4]], [[6], [7]], [[5, 2], [0]]]
 """Samples of each step and rank; 6 and 7 are text alone, the others have images of two shapes."""

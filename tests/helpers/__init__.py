@@ -1,0 +1,1 @@
+"""What tests share: small models, batches, media, records, runs. Tests import from here, not from one another."""

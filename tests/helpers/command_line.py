@@ -1,0 +1,72 @@
+"""`python -m lit_mm` on a small configuration: in a process of its own, or in one that has imported it already."""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.helpers.environment import ROOT, TOKENIZER
+
+CONFIG = f"""
+seed_everything: 3
+model:
+  scales: [16, 4, 1]
+  encoder:
+    class_path: lit_mm.ConvNeXtEncoder
+    init_args:
+      backbone: convnext_atto
+      overrides: {{patch_size: 1, depths: [1, 1, 1, 1], dims: [8, 8, 12, 16], kernel_sizes: 3}}
+      extra_stages: [{{depth: 1, width: 24}}]
+  llm:
+    name_or_path: LlamaConfig
+    config_overrides: {{hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 4, intermediate_size: 48}}
+    tokenizer: {TOKENIZER}
+    chat_template: bare
+  init_gain: 1.0
+  max_new_tokens: 3
+data:
+  class_path: lit_mm.ImageDataModule
+  init_args:
+    image: {{mode: keep, size: null}}
+    batch_size: 4
+trainer: {{accelerator: cpu, max_steps: 3, val_check_interval: 3}}
+"""
+
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["lit_mm.cli", "tests.helpers.killing", "tests.helpers.command_line"])
+
+
+def lit_mm(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """`python -m lit_mm …`."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+    command = [sys.executable, "-m", "lit_mm", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+def forked(arguments: list[str], log: Path, seconds: float = 300) -> tuple[int, str]:
+    """The same in a process that has imported everything already: its exit status and what it printed."""
+    process = SERVER.Process(target=main_of, args=(arguments, str(log)))
+    process.start()
+    process.join(seconds)
+    return process.exitcode, log.read_text()
+
+
+def main_of(arguments: list[str], log: str) -> None:
+    """What the process does."""
+    with Path(log).open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # as on the command line, for the loader's processes
+    sys.argv = ["lit_mm", *arguments]
+    runpy.run_module("lit_mm", run_name="__main__", alter_sys=True)
+
+
+def configs(*names: str) -> list[str]:
+    """Overlays as arguments of the command line."""
+    return [f"--config={ROOT / 'experiments' / name}.yaml" for name in names]
