@@ -43,8 +43,8 @@ def layout(scales: Sequence[Scale], utilization: bool) -> Layout:
             "time of a further token (ms)": of_levels("scale/further_token_ms"),
         },
         "speed": {
-            "tokens per second": chart(*(f"speed/{kind}_tokens_per_s" for kind in ("visual", "text", "target"))),
-            "tokens per step": chart(*(f"tokens/{kind}" for kind in ("visual", "text", "target", "padding"))),
+            "tokens per second": chart(*(f"speed/{kind}_tokens_per_s" for kind in ("visual", "text", "label"))),
+            "tokens per step": chart(*(f"tokens/{kind}" for kind in ("visual", "text", "label", "padding"))),
             "time in a step by part (ms)": chart(*(f"parts/{part}_ms" for part in (*PARTS, "other"))),
             "share of time waiting for data": chart("speed/data_wait_share"),
             "peak memory (GiB)": chart(*(f"memory/{kind}_GiB" for kind in ("allocated", "reserved", "process"))),
