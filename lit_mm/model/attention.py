@@ -1,7 +1,7 @@
 """Who sees whom in a packed sequence: attention branch by branch, without an L×L mask.
 
-A packed sequence is cut into segments. A query sees its own segment, causally, and the prefix that its
-segment belongs to; nothing else. Two samples, the first with an image at two scales:
+A packed sequence is cut into segments. A query attends causally to its own segment, and to all of the prefix
+that its segment belongs to. Two samples, the first with an image at two scales:
 
                  prefix 1   branch 1a      branch 1b   text 2
     prefix 1     causal
@@ -10,7 +10,7 @@ segment belongs to; nothing else. Two samples, the first with an image at two sc
     text 2                                             causal
 
 `layout_of` turns the segments into index tensors on the CPU, in the collator. `attend` is registered with
-transformers' AttentionInterface and finds its layout among the LLM's keyword arguments.
+transformers' AttentionInterface and gets the layout as a keyword argument of the LLM's forward.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "lit_mm_packed"
-"""Under which name transformers knows the attention of packed sequences."""
+"""Name of this attention in transformers' AttentionInterface."""
 
 Attention = Literal["branch", "flex"]
 """How a packed sequence attends."""
@@ -46,17 +46,17 @@ class Segment(NamedTuple):
 
     @property
     def pairs(self) -> int:
-        """How many pairs of a query and a key that it sees there are: what attention must compute."""
+        """Query-key pairs that attention must compute for this segment."""
         return causal_pairs(self.length, self.prefix_length)
 
 
 def causal_pairs(queries: int, before: int = 0) -> int:
-    """Pairs that causal attention of `queries` tokens needs with `before` tokens in the KV cache."""
+    """Query-key pairs of causal attention for `queries` tokens after `before` tokens in the KV cache."""
     return queries * before + queries * (queries + 1) // 2
 
 
 class Layout:
-    """How the segments of a packed sequence attend, by one mechanism."""
+    """Which positions of a packed sequence attend to which, in the form that one mechanism needs."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float) -> Tensor:
         """Queries [1, heads, L, d], keys and values [1, kv heads, L, d] -> [1, L, heads, d]."""
@@ -79,10 +79,10 @@ def attend(
     packed_layout: Layout | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function for transformers; plain SDPA where no layout is given (generation).
+    """The attention function for transformers; plain SDPA without a layout (generation).
 
     Raises:
-        ValueError: The model asks for something that packed sequences would silently leave out.
+        ValueError: The LLM needs a kind of attention that packed sequences do not implement.
     """
     if packed_layout is None:
         return sdpa_attention_forward(
@@ -102,14 +102,14 @@ AttentionMaskInterface.register(NAME, sdpa_mask)  # without it a padding mask wo
 
 @dataclass
 class Group:
-    """Segments of similar length that are attended to in one call.
+    """Segments of similar length that share one attention call.
 
     Args:
         count: Number of segments.
-        queries: Query slots of each.
-        keys: Key slots of each.
-        mask: [count, 1, queries, keys] what is seen; None: plain causal, keys and queries are the
-            same positions.
+        queries: Query slots per segment.
+        keys: Key slots per segment.
+        mask: [count, 1, queries, keys] True where a query attends to a key; None: plain causal
+            attention, and keys and queries are the same positions.
     """
 
     count: int
@@ -122,14 +122,16 @@ class Group:
 class Slots:
     """Positions of the packed sequence, copied into the slots of all groups' segments.
 
-    A segment's slots hold its prefix and its own positions, then padding at the end, which no causal
-    query sees. A prefix's positions stand in the slots of each of its branches.
+    A segment's slots hold its prefix, its own positions, and padding at the end, which causal attention
+    never reaches. With prefix 0 1 and the branches 2 3 4 and 5:
+
+        slots   0 1 2 3 4 | 0 1 5 .       home of 0 1 2 3 4 5: slots 0 1 2 3 4 7; copies: slots 5 6
 
     Args:
         positions: [slots] the position that each slot holds.
-        home: [L] the first slot that holds a position.
+        home: [L] the first slot that holds each position.
         copies: [R] the other slots that hold a position of a prefix.
-        copied: [R] which positions these are.
+        copied: [R] the positions that these hold.
     """
 
     positions: Tensor
@@ -150,15 +152,15 @@ class BranchLayout(Layout):
 
     Args:
         groups: The groups.
-        queries: Where the queries come from; a position's output is taken from its home.
-        keys: Where keys and values come from.
+        queries: Slots of the queries; the output of a position is read at its home.
+        keys: Slots of keys and values.
     """
 
     groups: list[Group]
     queries: Slots
     keys: Slots
 
-    @torch.compiler.disable  # groups differ in number and size from batch to batch: each would be compiled anew
+    @torch.compiler.disable  # groups differ in number and size in every batch, and each would be compiled
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float) -> Tensor:
         sizes = [[g.count * g.queries for g in self.groups], [g.count * g.keys for g in self.groups]]
         queries = self.queries.gather(query).split(sizes[0])
@@ -175,7 +177,7 @@ def _attend_group(
     query, key, value = (x.unflatten(0, (group.count, -1)).transpose(1, 2) for x in (queries, keys, values))
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1 and query.is_cuda and (group.mask is not None or query.dtype == torch.float32):
-        # no fused CUDA kernel takes grouped heads then: all scores would exist at once
+        # no fused CUDA kernel takes grouped heads in these cases: the full score matrix would be built
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     output = F.scaled_dot_product_attention(
         query,
@@ -191,8 +193,8 @@ def _attend_group(
 
 
 class _Gather(torch.autograd.Function):
-    """x [L, …] -> x[slots]. The backward pass takes each position's gradient from its home slot and
-    adds the few copies: a general scatter-add over all slots is many times slower on a CPU."""
+    """x [L, …] -> x[slots]. The backward pass reads each position's gradient at its home slot and adds
+    the few copies: a general scatter-add over all slots is many times slower on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, positions: Tensor, home: Tensor, copies: Tensor, copied: Tensor) -> Tensor:
@@ -242,15 +244,15 @@ def _branch_layout(segments: Sequence[Segment]) -> BranchLayout:
 
 
 def _needs_mask(segment: Segment) -> bool:
-    """Plain causal attention over prefix and branch costs (P + B)² / 2; the branch's queries alone,
-    with a mask that a kernel cannot skip, cost B (P + B): less where the prefix is the longer part."""
+    """Whether masked attention is cheaper. Plain causal attention over prefix P and branch B computes
+    (P + B)² / 2 pairs; the branch's queries alone, with a mask, B (P + B): less where P > B."""
     return segment.prefix_length > segment.length
 
 
 def _grouped(segments: Sequence[Segment], apart: float = 0.85) -> list[list[Segment]]:
-    """Segments in groups, the shortest of each at least `apart` times as long as its longest.
+    """Segments in groups; the shortest of a group is at least `apart` times as long as its longest.
 
-    Prefixes whose queries a branch's plain causal attention answers anyway are left out.
+    A prefix gets no call of its own where a branch's plain causal attention computes its output anyway.
     """
     answered = {s.prefix_start for s in segments if s.prefix_length and not _needs_mask(s)}
     asking = [s for s in segments if s.prefix_length or s.start not in answered]
@@ -281,8 +283,8 @@ class FlexLayout(Layout):
 
     Args:
         segment: [L] the segment of each position.
-        prefix: [L] the segment of the prefix that it sees; its own without one.
-        mask: The block mask, once `prepare` has made it.
+        prefix: [L] the segment of its prefix; its own segment without one.
+        mask: The block mask, made by `prepare`.
     """
 
     segment: Tensor
@@ -290,7 +292,7 @@ class FlexLayout(Layout):
     mask: BlockMask | None = None
 
     def prepare(self) -> None:
-        """Make the block mask, once a batch, on the device."""
+        """Make the block mask on the device, once per batch."""
         if self.mask is not None:
             return
         length, segment, prefix = len(self.segment), self.segment, self.prefix

@@ -1,11 +1,11 @@
 """What a batch is: samples, their images, and the packed sequences made of them.
 
-A sample is `input_ids` in which IMAGE stands once for each image (or frame of a video), with `labels` that
-are IGNORE_INDEX where nothing is trained. At a scale of s tokens every IMAGE becomes s positions, which the
+A sample is `input_ids` with one IMAGE for each image (or frame of a video), and `labels` that are
+IGNORE_INDEX where nothing is trained. At a scale of s tokens every IMAGE becomes s positions, which the
 model fills with that image's tokens.
 
-With time scales, only the first frame of each set of frames keeps its place in the text, with the set's mean.
-`time_scale` says of every position up to which time scale it stands.
+With time scales, only the first frame of each set of frames keeps its place in the text, and stands for the
+mean of the set. `time_scale` gives the coarsest time scale at which each position is still there.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ IGNORE_INDEX = -100
 
 @dataclass
 class FrameSets:
-    """How all images of a batch are grouped at one time scale; a still image is a set of its own.
+    """How the images of a batch are grouped at one time scale; a still image is a set of its own.
 
     Args:
-        index: [N] the set of every image.
-        sizes: [n] how many images each set has.
+        index: [N] the set that each image belongs to.
+        sizes: [n] the number of images in each set.
     """
 
     index: Tensor
@@ -39,11 +39,11 @@ class FrameSets:
 
 @dataclass
 class Images:
-    """Distinct images, grouped by size so that each group is one tensor.
+    """The distinct images of a batch, grouped by size so that each group is one tensor.
 
     Args:
-        groups: uint8 pixels [n, 3, H, W], one tensor a size; empty without images.
-        order: [N] where image i stands in the concatenation of the groups.
+        groups: uint8 pixels [n, 3, H, W], one tensor per size; empty without images.
+        order: [N] the index of image i in the concatenation of the groups.
         frame_sets: The sets of frames at every time scale, finest first; empty without time scales.
         frames: How many of the N are frames of videos.
     """
@@ -54,7 +54,7 @@ class Images:
     frames: int = 0
 
     def nested_rows(self) -> list[Tensor]:
-        """For every time scale [N]: the row of `MatryoshkaVLM.encode`'s tokens that holds each image or its set."""
+        """For every time scale [N]: the row of `MatryoshkaVLM.encode`'s output for each image, or for its set."""
         if not self.frame_sets:
             return [torch.arange(len(self.order), device=self.order.device)]
         firsts = accumulate((len(sets.sizes) for sets in self.frame_sets), initial=0)
@@ -68,8 +68,8 @@ class Question:
     Args:
         record: The record's id.
         text: The question as asked, for reports.
-        input_ids: [T] the prompt, IMAGE once for each image.
-        image_index: Which images of the batch stand there, in order.
+        input_ids: [T] the prompt, with one IMAGE for each image.
+        image_index: The batch's images that these mean, in order.
         answer: The expected answer; None where there is none (predict).
         time_scale: [T] as in a Batch; None without time scales.
     """
@@ -88,16 +88,16 @@ class PackedSequence:
 
     Args:
         input_ids: [L], 0 at visual positions.
-        position_ids: [L], going on from the prefix's end in each branch.
+        position_ids: [L]; each branch continues from the end of its prefix.
         visual_index: [V] the visual positions.
-        visual_source: [V] which of the nested tokens each takes, an index into `MatryoshkaVLM.encode`'s
-            tokens [M, sum of scales, D] flattened to [M × sum of scales, D].
+        visual_source: [V] the nested token at each visual position, as an index into the output of
+            `MatryoshkaVLM.encode` [M, sum of scales, D] flattened to [M × sum of scales, D].
         label_index: [S] the positions whose hidden state predicts a label.
         labels: [S] token ids.
-        label_scales: [S, scales] bool: the scales whose loss a label belongs to.
-        label_sample: [S] the label's sample.
-        layout: Who sees whom, for the LLM's attention.
-        counts: What it holds.
+        label_scales: [S, scales] bool: the scales whose loss a label counts in.
+        label_sample: [S] the sample that each label comes from.
+        layout: Which positions attend to which.
+        counts: Numbers of positions and of attention pairs.
     """
 
     input_ids: Tensor
@@ -114,12 +114,12 @@ class PackedSequence:
 
 @dataclass
 class Prompts:
-    """Questions at one scale.
+    """Size of a batch's prompts at one scale.
 
     Args:
-        text: Positions of text of all prompts together.
+        text: Positions of text in all prompts together.
         visual: Positions of visual tokens.
-        pairs: Pairs of a query and a key that causal attention sees.
+        pairs: Query-key pairs of causal attention.
     """
 
     text: int = 0
@@ -129,18 +129,18 @@ class Prompts:
 
 @dataclass
 class Counts:
-    """What a batch holds, in numbers, all scales of the step together.
+    """Size of a batch, over all scales of the step.
 
     Args:
         text: Positions of text that the LLM computes.
         visual: Positions of visual tokens.
         labels: Positions with a loss.
-        padding: Positions that only fill samples up to the longest (`padded`).
-        pairs: Pairs of a query and a key that attention sees.
-        shown: [image scales] how often an image, or a set of frames, stands there with so many tokens.
-        shown_pixels: Pixels of what visual tokens stand for, each image as often as it stands there.
+        padding: Positions that only fill samples up to the longest (packing `padded`).
+        pairs: Query-key pairs that attention computes.
+        shown: [image scales] how many images (or sets of frames) are shown with each number of tokens.
+        shown_pixels: Pixels of the images shown, counted once for every time they are shown.
         prompts: [scales] the questions at every scale; empty without questions.
-        asked: (number, height, width) of the images that the questions show, each as often as it is asked about.
+        asked: (number, height, width) of the images that the questions show, counted once per question.
     """
 
     text: int = 0
@@ -160,18 +160,18 @@ class Batch:
 
     Args:
         images: The distinct images of all samples and questions.
-        input_ids: [T_i] a sample: ids with IMAGE once for each image.
-        labels: [T_i] a sample: the ids where supervised, else IGNORE_INDEX.
-        image_index: [K] which image each of the K IMAGE ids means, over all samples in order.
+        input_ids: [T_i] for each sample: ids with one IMAGE for each image.
+        labels: [T_i] for each sample: the ids where supervised, else IGNORE_INDEX.
+        image_index: [K] the image that each of the K IMAGE ids means, over all samples in order.
         scale_weights: [scales] coefficient of each scale's loss in the step's loss, finest first; 0 for a
-            scale that does not take part. M3's is 1 / scales for all. Where scales are drawn, the mean over
+            scale that takes no part. In M3 all are 1 / scales; where scales are drawn, their mean over
             steps must be that.
-        packed: The samples packed: one sequence, or one a scale; empty for an LLM that cannot be packed.
-        questions: What validation, test and predict ask.
-        time_scale: [T_i] a sample: the index of the coarsest time scale at which a position still stands;
-            empty without time scales.
-        num_labels: Number of labels, each counted once however many scales there are; counted here.
-        counts: What is in it, counted on the CPU; None where nobody did.
+        packed: The samples as one packed sequence, or one per scale; empty for packing `padded`.
+        questions: The prompts of validation, test and predict.
+        time_scale: [T_i] for each sample: the index of the coarsest time scale at which a position is
+            still there; empty without time scales.
+        num_labels: Number of labels, counted once whatever the number of scales; -1: counted here.
+        counts: Size of the batch; None where it was not counted.
     """
 
     images: Images

@@ -1,8 +1,8 @@
 """Image -> grid: the five-stage ConvNeXt of ConvLLaVA, or any other timm backbone.
 
-Pixels come normalized from `VLM.encode` as [B, 3, H, W]; the grid [B, width, h, w] goes to the
-projector. An encoder knows its stride, so that the data side can tell how many tokens an image
-will become before a single weight exists.
+    pixels [B, 3, H, W], normalized  ->  grid [B, num_features, ceil(H / stride), ceil(W / stride)]
+
+An encoder knows its stride, so the data side can count an image's tokens before any weights exist.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ExtraStage:
         depth: Number of ConvNeXt blocks. The paper's stage 5 has 6; it beats 3 and 9.
         width: Channels of the stage, and of the grid if it is the last one.
         layer_scale: Initial value of the residual branches' scale. 1e-6 suits a new stage on a
-            pretrained trunk (ConvLLaVA); from scratch 0.1 to 1 learns faster.
+            pretrained trunk (ConvLLaVA); from scratch, 0.1 to 1 learns faster.
     """
 
     depth: int = 6
@@ -36,14 +36,14 @@ class ExtraStage:
 
 
 class Encoder(nn.Module):
-    """What every encoder offers: `forward`, `grid`, `normalize` and the figures below.
+    """Base class of encoders: a subclass sets the attributes and implements `forward`.
 
     Attributes:
         stride: Pixels per grid cell along a side.
         num_features: Channels of the grid.
-        mean: Per-channel mean that the backbone was trained with, of values in 0..1.
+        mean: Per-channel mean that the backbone was trained with, for values in 0..1.
         std: Per-channel standard deviation, likewise.
-        pretrained: Whether the backbone has timm's weights.
+        pretrained: Whether the backbone was loaded with timm's weights.
     """
 
     stride: int
@@ -55,7 +55,7 @@ class Encoder(nn.Module):
 
     @property
     def stages(self) -> list[nn.Module]:
-        """The trunk's stages, or a ViT's blocks, nearest to the pixels first; one that has none is one."""
+        """The trunk's stages (ConvNet) or blocks (ViT), input first; an encoder without a trunk is one stage."""
         if not hasattr(self, "trunk"):
             return [self]
         modules = dict(self.trunk.named_modules())
@@ -64,47 +64,48 @@ class Encoder(nn.Module):
 
     @property
     def smallest(self) -> tuple[int, ...]:
-        """One grid cell, or the only size that a backbone takes."""
+        """Height and width of the smallest image: one grid cell, or the only size that the backbone accepts."""
         patches: Any = getattr(getattr(self, "trunk", None), "patch_embed", None)
         return tuple(patches.img_size) if getattr(patches, "strict_img_size", False) else (self.stride, self.stride)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the grid of a `height` × `width` image, in cells (sides padded up)."""
+        """Rows and columns of the grid of a height × width image, whose sides are padded up to the stride."""
         return math.ceil(height / self.stride), math.ceil(width / self.stride)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """uint8 pixels [B, 3, H, W] in 0..255 -> floats of the encoder's dtype, mean 0, deviation 1."""
         dtype = next(self.parameters()).dtype
-        exact = torch.promote_types(dtype, torch.float32)  # 255 levels do not survive bf16 arithmetic
+        exact = torch.promote_types(dtype, torch.float32)  # bf16 cannot represent all 256 levels
         mean, std = (
             torch.tensor(values, dtype=exact, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std)
         )
         return ((pixels.to(exact) / 255 - mean) / std).to(dtype)
 
     def pad(self, pixels: Tensor) -> Tensor:
-        """Pad the right and the bottom of normalized pixels with the mean colour up to the stride."""
+        """Pad normalized pixels on the right and at the bottom with the mean color, up to the stride."""
         height, width = pixels.shape[-2:]
         return F.pad(pixels, (0, -width % self.stride, 0, -height % self.stride))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass instead of keeping them.
+        """Recompute the blocks' activations in the backward pass instead of keeping them.
 
         Raises:
-            ValueError: The encoder does not know how.
+            ValueError: The encoder has no timm trunk and does not override this method.
         """
-        raise ValueError(f"model.activation_checkpointing: {type(self).__name__} has no set_grad_checkpointing")
+        if not hasattr(self, "trunk"):
+            raise ValueError(f"model.activation_checkpointing: {type(self).__name__} has no set_grad_checkpointing")
+        self.trunk.set_grad_checkpointing(enable)
 
-    def _statistics_of(self, trunk: nn.Module) -> None:
-        config = cast(dict[str, Any], trunk.pretrained_cfg)
-        self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
+    def _set_trunk(self, trunk: Any, pretrained: bool) -> None:
+        self.trunk, self.pretrained = trunk, pretrained
+        self.mean, self.std = tuple(trunk.pretrained_cfg["mean"]), tuple(trunk.pretrained_cfg["std"])
 
 
 class ConvNeXtEncoder(Encoder):
     """A timm ConvNeXt with extra stages as one trunk (ConvLLaVA, section 3.2).
 
-    The output is the last stage's feature map without a norm, as in the paper: the projector gets
-    it as it is. `trunk.stages`, `trunk.feature_info` and `trunk.num_features` include the extra
-    stages.
+    The output is the last stage's feature map without a final norm, as in the paper. `trunk.stages`,
+    `trunk.feature_info` and `trunk.num_features` include the extra stages.
     """
 
     def __init__(
@@ -118,9 +119,8 @@ class ConvNeXtEncoder(Encoder):
         """Build the trunk; the paper's is the default backbone with one `ExtraStage()`.
 
         Args:
-            backbone: Name of a timm ConvNeXt or ConvNeXt-V2, with its pretrained tag or without.
-            extra_stages: Stages behind the backbone's four; each doubles the stride. [] or null:
-                none.
+            backbone: Name of a timm ConvNeXt or ConvNeXt-V2, with or without its pretrained tag.
+            extra_stages: Stages after the backbone's four; each doubles the stride. [] or null: none.
             pretrained: Load timm's weights of the backbone; extra stages start at random.
             drop_path: Stochastic depth of the backbone's blocks; extra stages have none.
             overrides: Further keywords of timm's ConvNeXt, such as depths, dims, patch_size.
@@ -135,24 +135,19 @@ class ConvNeXtEncoder(Encoder):
         trunk.norm_pre, trunk.head = nn.Identity(), cast(Any, nn.Identity())
         for stage in extra_stages or []:
             append_stage(trunk, stage)
-        # depthwise convolutions and the blocks' linear layers both want the channels last
-        self.trunk, self.pretrained = trunk.to(memory_format=torch.channels_last), pretrained
+        # depthwise convolutions and the blocks' linear layers are both fastest with channels last
+        self._set_trunk(trunk.to(memory_format=torch.channels_last), pretrained)
         self.stride = cast(int, trunk.feature_info[-1]["reduction"])
         self.num_features = trunk.num_features
-        self._statistics_of(trunk)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels [B, 3, H, W] -> grid [B, width, ceil(H / stride), ceil(W / stride)]."""
+        """Normalized pixels [B, 3, H, W] -> grid [B, num_features, ceil(H / stride), ceil(W / stride)]."""
         pixels = self.pad(pixels).contiguous(memory_format=torch.channels_last)
         return self.trunk.stages(self.trunk.stem(pixels))
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks of every stage, the extra ones included, in the backward pass."""
-        self.trunk.set_grad_checkpointing(enable)
-
 
 def create_trunk(backbone: str, pretrained: bool, keywords: dict[str, Any]) -> Any:
-    """A timm model without its classifier. On the meta device no weights are fetched.
+    """A timm model without its classifier; on the meta device no weights are downloaded.
 
     Raises:
         ValueError: timm does not know the backbone or a keyword.
@@ -165,7 +160,7 @@ def create_trunk(backbone: str, pretrained: bool, keywords: dict[str, Any]) -> A
 
 
 def append_stage(trunk: ConvNeXt, stage: ExtraStage) -> None:
-    """Append one stage to a timm ConvNeXt in place (timm itself knows four stages only)."""
+    """Append one stage to a timm ConvNeXt in place (timm itself only builds four)."""
     block = cast(Any, trunk.stages[-1]).blocks[0]
     uses_grn = hasattr(block.mlp, "grn")  # ConvNeXt-V2: response norm instead of layer scale
     added = ConvNeXtStage(
@@ -189,7 +184,7 @@ def append_stage(trunk: ConvNeXt, stage: ExtraStage) -> None:
 
 
 class TimmEncoder(Encoder):
-    """Any other timm backbone with a spatial feature map, a ViT above all: what ConvLLaVA replaces."""
+    """Any other timm backbone with a spatial feature map, such as the ViT that ConvLLaVA replaces."""
 
     def __init__(
         self,
@@ -202,8 +197,8 @@ class TimmEncoder(Encoder):
 
         Args:
             backbone: Name of a timm model that offers `forward_intermediates`.
-            layer: Which block's (of a ViT) or stage's (of a ConvNet) output is the grid, counted as
-                in a Python list. LLaVA takes the last but one of CLIP's ViT.
+            layer: Index of the block (ViT) or stage (ConvNet) whose output is the grid; negative indices
+                count from the end. LLaVA takes -2, the second-to-last block of CLIP's ViT.
             pretrained: Load timm's weights.
             overrides: Further keywords of the timm model, such as img_size or dynamic_img_size.
 
@@ -214,21 +209,16 @@ class TimmEncoder(Encoder):
         trunk = create_trunk(backbone, pretrained, overrides or {})
         if not hasattr(trunk, "forward_intermediates"):
             raise ValueError(f"{backbone}: timm's {type(trunk).__name__} offers no forward_intermediates")
-        self.trunk, self.pretrained = trunk, pretrained
+        self._set_trunk(trunk, pretrained)
         self.layer = range(len(trunk.feature_info))[layer]
         info = trunk.feature_info[layer]
-        if hasattr(trunk, "prune_intermediate_layers"):  # what lies behind would wait for gradients
+        if hasattr(trunk, "prune_intermediate_layers"):  # later blocks would never get gradients
             trunk.prune_intermediate_layers([self.layer], prune_norm=True, prune_head=True)
         self.stride, self.num_features = info["reduction"], info["num_chs"]
-        self._statistics_of(trunk)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels [B, 3, H, W] -> grid [B, width, ceil(H / stride), ceil(W / stride)]."""
+        """Normalized pixels [B, 3, H, W] -> grid [B, num_features, ceil(H / stride), ceil(W / stride)]."""
         maps = self.trunk.forward_intermediates(
             self.pad(pixels), indices=[self.layer], output_fmt="NCHW", intermediates_only=True
         )
         return maps[0]
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the backbone's blocks in the backward pass."""
-        self.trunk.set_grad_checkpointing(enable)

@@ -1,4 +1,4 @@
-"""Cross-entropy where there is a label, and logits nowhere else."""
+"""Cross-entropy at the positions with a label; logits are computed nowhere else."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 CHUNK = {"cpu": 2**23, "cuda": 2**27}
-"""Most logits that exist at once in training, by device: 32 MiB in float32 on a CPU."""
+"""Maximum number of logits that exist at once in training, by device: 32 MiB in float32 on a CPU."""
 
 
 def weighted_loss(llm: PreTrainedModel, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted sum of next-token losses, with at most CHUNK logits at a time.
 
     Args:
-        llm: A causal LM; its output head is applied. A head that is no plain nn.Linear keeps all its
-            logits for the backward pass.
+        llm: A causal LM, whose output head is applied. A head that is not a plain nn.Linear keeps all
+            its logits for the backward pass.
         hidden: [S, D] last hidden states at the positions that predict.
         labels: [S] token ids.
         weights: [S] coefficient of each loss in the sum.
@@ -38,7 +38,7 @@ def weighted_loss(llm: PreTrainedModel, hidden: Tensor, labels: Tensor, weights:
 
 
 def logit_factor(config: Any) -> float:
-    """By what transformers' models multiply the logits after their head: Cohere multiplies, Granite divides."""
+    """Factor that some models of transformers apply to the logits: Cohere multiplies, Granite divides."""
     return (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
 
 
@@ -48,8 +48,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Output head and cross-entropy. Each chunk's gradient is made in the forward pass, so that its
-    logits never wait for a backward."""
+    """Output head and cross-entropy. Each chunk's gradient is computed in the forward pass, so that its
+    logits need not be kept for the backward pass."""
 
     @staticmethod
     def forward(
@@ -87,13 +87,13 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        # by a tensor of one element, not a scalar: a bf16 product with a float32 factor is rounded once
+        # a one-element tensor, not a scalar: the bf16 × float32 product is then rounded only once
         made = (x if x is None else (x * gradients[0][None]).to(x.dtype) for x in ctx.saved_tensors)
         return *made, None, None, None, None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, without a matrix in between where the types agree."""
+    """total += left @ right, without a temporary where the dtypes agree."""
     if total.dtype == left.dtype == right.dtype:
         total.addmm_(left, right)
     else:

@@ -1,18 +1,18 @@
 """Samples -> packed sequences, on the CPU, from input_ids and scales alone.
 
-All scales of a sample share what stands before its first image. A packed sequence holds samples after each
-other, each as
+All scales of a sample share its prefix, the text before its first image. A packed sequence holds samples one
+after another, each as
 
-    [prefix][branch][branch] …      one branch a scale: the sample from its first image on
+    [prefix][branch][branch] …      one branch per scale: the sample from its first image on
 
-so the LLM runs once for all scales and computes every prefix once. With scales 4 and 1, prefix `5 6`, an
+so the LLM runs once for all scales and computes every prefix once. With scales 4 and 1, the prefix `5 6`, an
 image and the text `7 8`:
 
-    input_ids      5  6 | .  .  .  .  7  8 | .  7  8        . is filled with a visual token
-    position_ids   0  1 | 2  3  4  5  6  7 | 2  3  4        as if the other branches were not there
+    input_ids      5  6 | .  .  .  .  7  8 | .  7  8        . becomes a visual token
+    position_ids   0  1 | 2  3  4  5  6  7 | 2  3  4        as if there were no other branch
 
-A text alone is a prefix without branches. A sample without video has one branch per number of tokens, also
-where the model has time scales. The LLM's attention keeps branches apart: see `attention.py`.
+A sample without images is a prefix without branches. Time scales add branches only to samples with a video.
+The LLM's attention keeps branches apart: see `attention.py`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def pack(
     Args:
         batch: Samples on the CPU; of its images only the sizes are read.
         scales: The model's image scales, finest first.
-        packing: `packed`: one sequence with all branches. `sequential`: one for each scale; what no scale
-            changes has its labels in the first alone. `padded`: none.
+        packing: `packed`: one sequence with all branches. `sequential`: one sequence per scale; labels in
+            prefixes are in the first sequence only. `padded`: none.
         attention: The mechanism that the sequences are laid out for.
 
     Raises:
@@ -66,7 +66,7 @@ def pack(
 @dataclass
 class _Sample:
     """One sample as arrays: ids, labels and time scales [T], the images that its IMAGE ids mean, and the
-    scales at which it differs."""
+    scales that get a branch."""
 
     number: int
     ids: np.ndarray
@@ -83,7 +83,7 @@ def _samples(batch: Batch, drawn: Sequence[int], image_scales: int) -> Iterator[
         own = images[done : done + (count := int((ids == IMAGE).sum()))]
         done += count
         is_video = stays is not None and (stays < stays.max()).any()
-        # without video, time scales change nothing: the first drawn scale of each number of tokens is enough
+        # without video, scales that differ in time alone are equal: one branch per number of tokens is enough
         first = {scale % image_scales: scale for scale in reversed(drawn)}
         branches = list(drawn) if is_video else sorted(first.values())
         yield _Sample(number, ids, labels.numpy(), stays if is_video else None, own, branches if count else [])

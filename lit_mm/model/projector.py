@@ -1,7 +1,8 @@
 """Grid -> nested tokens: the Matryoshka projector of M3.
 
-The encoder's grid is projected to the LLM's width once, then pooled to every scale. Pooling comes
-after the projection (M3, section 3), and each coarser set is the mean of the finer one.
+    grid [B, C, h, w] -> cells [B, h, w, D] -> tokens [B, 576, D] ⊃ [B, 144, D] ⊃ … ⊃ [B, 1, D]
+
+Every cell is projected to the LLM's width once; pooling comes after the projection (M3, section 3).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class MatryoshkaProjector(nn.Module):
             sampling: `mean` pools boxes of cells; `spatial` takes the first cell of every box;
                 `sequential` takes the first cells in reading order. M3 compares the three.
             pooling: `exact` refuses scales whose square windows do not tile the grid; `adaptive` cuts
-                any grid that is large enough into boxes as equal as the finer set's borders allow.
+                any grid that is large enough into boxes as equal as the finer scale's borders allow.
 
         Raises:
             ValueError: The scales are not distinct positive numbers, finest first.
@@ -50,11 +51,11 @@ class MatryoshkaProjector(nn.Module):
     def forward(self, grid: Tensor, scales: Sequence[int] | None = None) -> Tensor:
         """Grid [B, in_features, h, w] -> nested tokens [B, sum of scales, out_features], finest first.
 
-        `.split(projector.scales, dim=1)` takes the scales apart.
+        `.split(projector.scales, dim=1)` separates the scales.
 
         Args:
-            grid: The encoder's.
-            scales: Other scales than the model's own.
+            grid: Output of the encoder.
+            scales: Scales to use instead of the projector's own.
 
         Raises:
             ValueError: A scale does not divide the grid; the message names the scales that do.
@@ -75,7 +76,7 @@ def nest(cells: Tensor, scales: Sequence[int], sampling: Sampling = "mean", pool
         return [box_means(cells, *cuts).flatten(1, 2) for cuts in nested_cuts(height, width, shapes)]
     sets = []
     for shape in shapes:
-        cells = mean_pool(cells, *shape)  # of the finer set: the same mean as of the grid, for less work
+        cells = mean_pool(cells, *shape)  # of the finer set: the same mean as of the whole grid, with less work
         sets.append(cells.flatten(1, 2))
     return sets
 

@@ -1,7 +1,7 @@
 """The slow, obvious forward: the LLM runs once per scale on padded samples.
 
-It is what packed sequences are tested against, and how LLMs run that cannot be packed: those with
-attention windows or soft caps, recurrent ones, and those that no test here covers.
+Packed sequences are tested against it, and LLMs that cannot be packed run through it: those with attention
+windows or soft caps, recurrent ones, and those that no test here covers.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def padded_sums(
     Args:
         llm: A causal LM.
         batch: Samples.
-        nested: [M, sum of scales, D], what `MatryoshkaVLM.encode` made of the images.
+        nested: [M, sum of scales, D] output of `MatryoshkaVLM.encode`.
         scales: Tokens per image, finest first.
-        zero: Added to the embeddings, so that a gradient of zero flows to where it comes from.
+        zero: Scalar zero that is added to the embeddings, so that a gradient reaches what computed it.
     """
     losses = {
         scale: scale_losses(llm, batch, nested, scales, scale, zero)
@@ -68,16 +68,16 @@ def at_scale(
 
     Args:
         images: The batch's images.
-        nested: [M, sum of scales, D], what `MatryoshkaVLM.encode` made of them.
+        nested: [M, sum of scales, D] output of `MatryoshkaVLM.encode`.
         scales: Tokens per image, finest first.
-        scale: The scale.
-        input_ids: [T_i] a sample.
-        image_index: [K] which image each IMAGE means, over all samples.
-        time_scale: [T_i] a sample, as in a Batch; empty without time scales.
+        scale: Index of the scale.
+        input_ids: [T_i] for each sample.
+        image_index: [K] the image that each IMAGE means, over all samples.
+        time_scale: [T_i] for each sample, as in a Batch; empty without time scales.
 
     Returns:
-        [T_i'] a sample: indices into its positions, each IMAGE as often as it has tokens. And the nested
-        tokens [K', tokens, D] of the images that stand there.
+        [T_i'] for each sample: indices into its positions, with IMAGE repeated once per token. And the
+        nested tokens [K', tokens, D] of the images that are still there.
     """
     time, image_scale = divmod(scale, len(scales))
     stays = [own >= time for own in time_scale] or [torch.ones_like(ids, dtype=torch.bool) for ids in input_ids]
@@ -113,10 +113,10 @@ def token_losses(llm: PreTrainedModel, embeddings: Tensor, labels: Tensor) -> Te
 
 @contextmanager
 def head_only_at(llm: PreTrainedModel, positions: Tensor) -> Iterator[None]:
-    """Within this context the output head computes logits [S, vocabulary] of the S marked positions [B, T].
+    """Within this context the output head computes logits [S, vocabulary] at the S marked positions [B, T].
 
-    Going through the model's own forward keeps what it does after its head exact for every
-    architecture: Granite and Cohere scale their logits, Gemma 2 caps them.
+    The model's own forward is used because some architectures change the logits after the head: Granite
+    and Cohere scale them, Gemma 2 caps them.
     """
     head = cast(nn.Module, llm.get_output_embeddings())
     handle = head.register_forward_pre_hook(lambda module, hidden: (hidden[0][positions],))

@@ -34,7 +34,7 @@ class VideoScale(NamedTuple):
 
 
 Scale = int | VideoScale
-"""What a model answers at: tokens per image, and with time scales the number of sets of frames too."""
+"""Tokens per image, or for a model with time scales, sets of frames times tokens per set."""
 
 
 def check_scales(scales: Sequence[int], name: str = "scales") -> list[int]:
@@ -62,7 +62,7 @@ def check_time_scales(time_scales: Sequence[int] | None) -> list[int]:
 
 
 def all_scales(scales: Sequence[int], time_scales: Sequence[int] = ()) -> list[Scale]:
-    """Every scale that a model answers at, finest first: its image scales, at each of its time scales."""
+    """Every scale of a model, finest first: its image scales, at each of its time scales."""
     if not time_scales:
         return list(scales)
     return [VideoScale(frames, tokens) for frames in time_scales for tokens in scales]

@@ -29,8 +29,8 @@ class Losses:
 
     Args:
         loss: Scalar with a gradient: the scales' losses by their weights.
-        per_scale: [scales] mean over the batch's own labels, without a gradient; 0 for scales that do
-            not take part.
+        per_scale: [scales] mean over the batch's own labels, without a gradient; 0 for scales that take
+            no part.
     """
 
     loss: Tensor
@@ -61,11 +61,11 @@ class MatryoshkaVLM(nn.Module):
         self.llm = llm
         self.time_scales = check_time_scales(time_scales)
         self.sharded = False
-        """Whether ranks wait for each other's parameters, and so must compute equally often."""
+        """Whether parameters are sharded, so that all ranks must run the same number of forwards."""
 
     @property
     def all_scales(self) -> list[Scale]:
-        """What the model answers at, finest first: its image scales, at each of its time scales."""
+        """The model's scales, finest first; with time scales their combinations."""
         return all_scales(self.projector.scales, self.time_scales)
 
     def forward(
@@ -82,11 +82,11 @@ class MatryoshkaVLM(nn.Module):
 
         Args:
             batch: Samples, packed or not.
-            count: What the sum of losses is divided by; None: the batch's own number of labels.
-            encodings: How many times the encoder and the projector run at least. Ranks that wait for
-                each other's parameters or gradients must all run them equally often: ranks with fewer
-                image sizes run dummy images whose loss is zero.
-            nested: What `encode` made of the images, if that is known.
+            count: Divisor of the sum of losses; None: the batch's own number of labels.
+            encodings: Minimum number of runs of the encoder and the projector. Ranks that share
+                parameters or gradients must all run them equally often: ranks with fewer image sizes
+                run dummy images whose loss is zero.
+            nested: Output of `encode` for these images, to skip the encoder.
         """
         nested, own = self._encode(batch.images) if nested is None else nested, max(1, batch.num_labels)
         dummies = [self._dummy() for _ in range(encodings - len(batch.images.groups))]
@@ -98,17 +98,17 @@ class MatryoshkaVLM(nn.Module):
         return Losses(total / (own if count is None else count), sums / own)
 
     def reference(self, batch: Batch) -> Losses:
-        """What `forward` computes, in the obvious way: the LLM runs once per scale, on padded samples."""
+        """Same result as `forward`, computed the obvious way: the LLM runs once per scale, on padded samples."""
         return self(replace(batch, packed=[]))
 
     def encode(self, images: Images, encodings: int = 0) -> Tensor:
         """N images -> their nested tokens [N, sum of scales, D], finest scale first.
 
-        With time scales [M, sum of scales, D]: the means over the frames of every set, of the sets of the
-        finest time scale first. `Images.nested_rows` says where each image is.
+        With time scales [M, sum of scales, D]: the mean over the frames of every set, finest time scale
+        first. `Images.nested_rows` gives the row of each image.
 
         Args:
-            images: To be encoded.
+            images: Images of a batch.
             encodings: As for `forward`.
 
         Raises:
@@ -128,13 +128,13 @@ class MatryoshkaVLM(nn.Module):
         return torch.cat([mean_over(sets, nested) for sets in images.frame_sets]) if self.time_scales else nested
 
     def _dummy(self) -> Tensor:
-        """Zero, with a gradient of zero for the encoder and the projector, from the smallest image.
+        """Zero, computed by the encoder and the projector from the smallest image.
 
-        Added to the LLM's embeddings, so that every backward goes through the LLM into the encoder.
+        It is added to the LLM's embeddings, so that the backward pass reaches the encoder on every rank.
         """
         pixels = torch.zeros(1, 3, *self.encoder.smallest, dtype=torch.uint8)
         grid = self.encoder(self.encoder.normalize(pixels.to(next(self.encoder.parameters()).device)))
-        return self.projector(grid, [1])[:, :0].sum()  # a sum of nothing: not even an infinity comes through
+        return self.projector(grid, [1])[:, :0].sum()  # the sum of an empty slice: zero even if the grid has infinities
 
     def _packed_sums(self, batch: Batch, nested: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
         """Sum of all losses by their scales' weights, and each scale's sum [scales] without a gradient."""
@@ -147,8 +147,8 @@ class MatryoshkaVLM(nn.Module):
         return total, (losses[:, None] * of_scales).sum(0)
 
     def _hidden(self, packed: PackedSequence, nested: Tensor, zero: Tensor | None, recompute: bool) -> Tensor:
-        """Last hidden states [S, D] where labels are predicted. `recompute` runs the LLM again in the
-        backward pass, so that only one packed sequence's activations exist at a time."""
+        """Last hidden states [S, D] at the positions that predict labels. `recompute` runs the LLM again in
+        the backward pass, so that only one packed sequence's activations exist at a time."""
         embeddings = cast(nn.Module, self.llm.get_input_embeddings())(packed.input_ids)  # [L, D]
         if len(packed.visual_index):
             tokens = nested.flatten(0, 1)[packed.visual_source].to(embeddings.dtype)  # [V, D]
@@ -159,10 +159,10 @@ class MatryoshkaVLM(nn.Module):
         return self._decode(embeddings, packed)
 
     def _decode(self, embeddings: Tensor, packed: PackedSequence) -> Tensor:
-        """Embeddings [L, D] of a packed sequence -> last hidden states [S, D] where labels are predicted."""
+        """Embeddings [L, D] of a packed sequence -> last hidden states [S, D] at the positions that predict labels."""
         if isinstance(packed.layout, FlexLayout):
             packed.layout.prepare()
-        # a 4-D mask is handed on as it is: transformers must not build its own
+        # transformers passes a 4-D mask through unchanged instead of building its own
         no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeddings.device)
         output = cast(Any, self.llm).base_model(
             inputs_embeds=embeddings[None],
@@ -175,7 +175,7 @@ class MatryoshkaVLM(nn.Module):
 
     @property
     def decoder_layers(self) -> list[nn.Module]:
-        """The LLM's: its longest list of modules, as every model of transformers has one."""
+        """The LLM's decoder layers: its longest ModuleList, which every causal LM of transformers has."""
         lists = [list(module) for module in self.llm.base_model.modules() if isinstance(module, nn.ModuleList)]
         return max(lists, key=len)
 
@@ -190,25 +190,25 @@ class MatryoshkaVLM(nn.Module):
                 layer.training = True
 
     def init_weights(self, gain: float) -> None:
-        """Draw the encoder's and the projector's convolutions and linear layers anew, with standard
+        """Reinitialize the encoder's and the projector's convolutions and linear layers, with standard
         deviation gain / sqrt(fan-in).
 
         Raises:
             ValueError: The encoder is pretrained.
         """
         if self.encoder.pretrained:
-            raise ValueError("init_gain starts every layer anew: it cannot go with a pretrained encoder")
+            raise ValueError("init_gain reinitializes every layer: it cannot be combined with a pretrained encoder")
         for module in [*self.encoder.modules(), *self.projector.modules()]:
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=gain / module.weight[0].numel() ** 0.5)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """function(self, *arguments), as one forward of the model: sharded parameters are whole in it."""
+        """function(self, *arguments), run as a forward of the model so that sharded parameters are gathered."""
         return function(self, *arguments)
 
 
 def mean_over(sets: FrameSets, tokens: Tensor) -> Tensor:
-    """Tokens [N, T, D] of images -> of their sets of frames [n, T, D]."""
+    """Mean over each set of frames: tokens [N, T, D] of images -> [n, T, D] of sets."""
     if len(sets.sizes) == len(tokens):
         return tokens
     exact = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
