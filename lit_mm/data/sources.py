@@ -24,9 +24,10 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 from glob import glob
 from io import BytesIO
-from itertools import groupby, islice
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Literal, NamedTuple
+from typing import IO, Any, BinaryIO, Literal
 from uuid import uuid4
 
 import numpy as np
@@ -37,8 +38,6 @@ FileFormat = Literal["json", "jsonl", "parquet", "dataset", "tar"]
 
 CHUNK = 1 << 20
 """Bytes that a scan reads at once."""
-OPEN_FILES = 16
-"""Shards that a process keeps open."""
 TWICE = "same key twice"
 """Why a record is refused that is JSON, but could mean either of two values."""
 HUB_TIMEOUT = 10.0
@@ -194,66 +193,13 @@ def _head(path: str) -> bytes:
     return head
 
 
-class _Stamp(NamedTuple):
-    """By what a changed file is known."""
-
-    path: str
-    size: int
-    mtime_ns: int
+Stamp = tuple[str, int, int]
+"""Path, bytes and time of a file: by these a changed one is known."""
 
 
-class _Files:
-    """Reads ranges of bytes from files that must not change in the meantime.
-
-    A process opens them for itself: what is pickled or forked shares no handle.
-    """
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        self.paths, self.stamps = list(paths), [_stamp(path) for path in paths]
-        self._handles: dict[int, BinaryIO] = {}
-        self._pid = os.getpid()
-
-    def read(self, number: int, start: int, end: int) -> bytes:
-        """Bytes start to end of one file."""
-        handle = self._handle(number)
-        handle.seek(start)
-        content = handle.read(end - start)
-        if len(content) != end - start:
-            raise self._changed(number)
-        return content
-
-    def check(self) -> None:
-        """Raise a ValueError if a file has changed since the beginning."""
-        for number, stamp in enumerate(self.stamps):
-            if _stamp(self.paths[number]) != stamp:
-                raise self._changed(number)
-
-    def _handle(self, number: int) -> BinaryIO:
-        if self._pid != os.getpid():
-            self._handles, self._pid = {}, os.getpid()
-        handle = self._handles.pop(number, None) or self._open(number)
-        self._handles[number] = handle  # the last one used stands last
-        if len(self._handles) > OPEN_FILES:
-            self._handles.pop(next(iter(self._handles))).close()
-        return handle
-
-    def _open(self, number: int) -> BinaryIO:
-        handle = Path(self.stamps[number].path).open("rb")  # noqa: SIM115 (stays open for the next read)
-        found = os.fstat(handle.fileno())
-        if (found.st_size, found.st_mtime_ns) != self.stamps[number][1:]:
-            raise self._changed(number)
-        return handle
-
-    def _changed(self, number: int) -> ValueError:
-        return ValueError(f"{self.paths[number]}: changed since it was opened: expected {self.stamps[number]}")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_handles": {}}
-
-
-def _stamp(path: str) -> _Stamp:
+def _stamp(path: str) -> Stamp:
     found = Path(path).stat()
-    return _Stamp(str(Path(path).resolve()), found.st_size, found.st_mtime_ns)
+    return str(Path(path).resolve()), found.st_size, found.st_mtime_ns
 
 
 def _digest(*parts: Any) -> str:
@@ -265,7 +211,7 @@ class _Scanned(Source):
 
     Args:
         name: The files, as the user wrote them.
-        paths: The files.
+        paths: The files, which must not change in the meantime.
         cache: Folder that keeps the table.
     """
 
@@ -274,8 +220,8 @@ class _Scanned(Source):
     def __init__(self, name: str, paths: list[str], cache: Path) -> None:
         for path in paths:
             _head(path)
-        self.name, self.cache, self.files = name, cache, _Files(paths)
-        self.fingerprint = _digest(type(self).__name__, self.files.stamps)
+        self.name, self.cache, self.paths, self.stamps = name, cache, paths, [_stamp(path) for path in paths]
+        self.fingerprint = _digest(type(self).__name__, self.stamps)
         self._length = len(self.table)
 
     def __len__(self) -> int:
@@ -287,10 +233,14 @@ class _Scanned(Source):
         file = self.cache / f"{self.fingerprint}.npy"
         table = load_table(file, self.columns)
         if table is None:
-            with new_file(file) as partial:
-                if not _write_table(partial, self._scan(), self.columns):
-                    raise ValueError(f"{self.name}: holds no records")
-                self.files.check()
+            table = np.fromiter(self._scan(), np.dtype((np.int64, self.columns)))
+            if not len(table):
+                raise ValueError(f"{self.name}: holds no records")
+            for number, path in enumerate(self.paths):
+                if _stamp(path) != self.stamps[number]:
+                    raise self._changed(number)
+            with new_file(file) as opened:
+                np.save(opened, table, allow_pickle=False)
             table = np.load(file, mmap_mode="r", allow_pickle=False)
         return table
 
@@ -298,39 +248,32 @@ class _Scanned(Source):
         return {name: value for name, value in self.__dict__.items() if name != "table"}
 
     @abstractmethod
-    def _scan(self) -> Iterator[np.ndarray]: ...
+    def _scan(self) -> Iterator[tuple[int, ...]]: ...
+
+    def _bytes(self, file: int, start: int, end: int) -> bytes:
+        """Bytes start to end of one of the files."""
+        with Path(self.stamps[file][0]).open("rb") as opened:
+            found = os.fstat(opened.fileno())
+            opened.seek(start)
+            content = opened.read(end - start)
+        if (found.st_size, found.st_mtime_ns) != self.stamps[file][1:] or len(content) != end - start:
+            raise self._changed(file)
+        return content
+
+    def _changed(self, file: int) -> ValueError:
+        _, size, time = self.stamps[file]
+        return ValueError(
+            f"{self.paths[file]}: changed since it was opened: expected {size} bytes, written at {time} ns"
+        )
 
 
 def load_table(file: Path, columns: int) -> np.ndarray | None:
-    """A table of an earlier scan; None if there is none, or none that can be used."""
+    """An int64 table [n, columns] of an earlier start, memory-mapped; None if there is none that can be used."""
     try:
         table = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (FileNotFoundError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError):
         return None
     return table if table.dtype == np.int64 and table.shape[1:] == (columns,) and len(table) else None
-
-
-def _write_table(file: IO[bytes], chunks: Iterator[np.ndarray], columns: int) -> int:
-    """An .npy of all chunks [·, columns], written as they come; the number of rows."""
-    rows = 0
-    _write_header(file, rows, columns)
-    for chunk in chunks:
-        file.write(chunk.tobytes())
-        rows += len(chunk)
-    file.seek(0)
-    _write_header(file, rows, columns)  # numpy leaves room for a first axis that grows
-    return rows
-
-
-def _write_header(file: IO[bytes], rows: int, columns: int) -> None:
-    kind = np.lib.format.dtype_to_descr(np.dtype(np.int64))
-    header = {"descr": kind, "fortran_order": False, "shape": (rows, columns)}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
-def _in_chunks(spans: Iterator[tuple[int, ...]]) -> Iterator[np.ndarray]:
-    while chunk := list(islice(spans, 1 << 12)):
-        yield np.array(chunk, np.int64)
 
 
 @contextmanager
@@ -351,12 +294,12 @@ class _JsonList(_Scanned):
 
     columns = 2
 
-    def _scan(self) -> Iterator[np.ndarray]:
-        return _in_chunks(_elements(self.files.paths[0]))
+    def _scan(self) -> Iterator[tuple[int, ...]]:
+        return _elements(self.paths[0])
 
     def _read(self, number: int) -> tuple[str, Any]:
         where = f"{self.name}, record {number}"
-        return _placed(where, _parsed(where, self.files.read(0, *self.table[number].tolist())))
+        return _placed(where, _parsed(where, self._bytes(0, *self.table[number].tolist())))
 
 
 class _JsonLines(_Scanned):
@@ -368,12 +311,18 @@ class _JsonLines(_Scanned):
         super().__init__(name, paths, cache)
         self._check_lines()
 
-    def _scan(self) -> Iterator[np.ndarray]:
-        return _lines(self.files.paths[0])
+    def _scan(self) -> Iterator[tuple[int, ...]]:
+        with Path(self.paths[0]).open("rb") as file:
+            start = len(codecs.BOM_UTF8) * (file.read(3) == codecs.BOM_UTF8)
+            file.seek(start)
+            for number, line in enumerate(file):
+                if line.strip():
+                    yield start, start + len(line.rstrip(b"\n")), number
+                start += len(line)
 
     def _read(self, number: int) -> tuple[str, Any]:
         start, end, line = self.table[number].tolist()
-        item = _parsed(f"{self.name}, line {line + 1}", self.files.read(0, start, end))
+        item = _parsed(f"{self.name}, line {line + 1}", self._bytes(0, start, end))
         return _placed(f"{self.name}, record {number}", item)
 
     def _check_lines(self) -> None:
@@ -393,14 +342,14 @@ class _Shards(_Scanned):
 
     columns = 3
 
-    def _scan(self) -> Iterator[np.ndarray]:
-        return _in_chunks((number, *span) for number, path in enumerate(self.files.paths) for span in _samples(path))
+    def _scan(self) -> Iterator[tuple[int, ...]]:
+        return ((number, *span) for number, path in enumerate(self.paths) for span in _samples(path))
 
     def _read(self, number: int) -> tuple[str, Any]:
         shard, start, end = self.table[number].tolist()
         first = bisect_left(self.table[:, 0], shard)
-        where = f"{self.files.paths[shard]}, record {number - first}"
-        return _placed(where, _sample(where, self.files.read(shard, start, end)))
+        where = f"{self.paths[shard]}, record {number - first}"
+        return _placed(where, _sample(where, self._bytes(shard, start, end)))
 
 
 def _placed(where: str, item: Any) -> tuple[str, Any]:
@@ -434,40 +383,16 @@ def _utf8(where: str, content: bytes) -> str:
         raise RecordError(where, "not UTF-8 text", detail) from None
 
 
-def _lines(path: str) -> Iterator[np.ndarray]:
-    """Tables [n, 3] of the lines that hold something: only line ends are sought."""
-    with Path(path).open("rb") as file:
-        rest, line = b"", 0
-        start = len(codecs.BOM_UTF8) * (file.read(3) == codecs.BOM_UTF8)
-        file.seek(start)
-        while chunk := file.read(max(CHUNK, len(rest))):  # doubled for a line that has no end yet
-            block = rest + chunk
-            ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
-            yield _filled_lines(block, ends) + np.array([start, start, line])
-            whole = int(ends[-1]) + 1 if len(ends) else 0
-            rest, start, line = block[whole:], start + whole, line + len(ends)
-        if rest:
-            yield _filled_lines(rest, np.array([len(rest)])) + np.array([start, start, line])
-
-
-def _filled_lines(block: bytes, ends: np.ndarray) -> np.ndarray:
-    starts = np.concatenate([[0], ends[:-1] + 1])[: len(ends)].astype(np.int64)
-    table = np.stack([starts, ends, np.arange(len(ends))], axis=1)
-    white = np.flatnonzero(np.frombuffer(block, np.uint8)[starts] <= ord(" "))
-    return np.delete(table, [line for line in white if not block[starts[line] : ends[line]].strip()], axis=0)
-
-
 def _elements(path: str) -> Iterator[tuple[int, int]]:
     """Byte ranges of the elements of a JSON list, each of them checked."""
     with Path(path).open("rb") as file:
         text = _JsonText(path, file)
         text.expect("[")
-        if text.peek() == "]":
+        if (closed := text.peek()) == "]":
             text.expect("]")
-        else:
+        while closed != "]":
             yield text.value()
-            while text.expect(",", "]") == ",":
-                yield text.value()
+            closed = text.expect(",", "]")
         text.expect("")
 
 
@@ -483,7 +408,7 @@ class _JsonText:
     def __init__(self, path: str, file: BinaryIO) -> None:
         self.path, self.file = path, file
         self.start = len(codecs.BOM_UTF8) * (file.read(3) == codecs.BOM_UTF8)
-        self.text, self.at, self.ended, self.elements = "", 0, False, 0
+        self.text, self.at, self.ended, self.elements, self.lines = "", 0, False, 0, 0
         self._utf8 = codecs.getincrementaldecoder("utf-8")()
         self._decoder = json.JSONDecoder(parse_int=str)  # only where an item ends is of interest
         file.seek(self.start)
@@ -501,9 +426,7 @@ class _JsonText:
         found = self.peek()
         if found not in characters:
             expected = " or ".join(repr(character) if character else "the end" for character in characters)
-            raise self._error(
-                f"expected {expected}, found {found!r}" if found else f"expected {expected}, it ends", self.at
-            )
+            raise self._error(f"expected {expected}, {f'found {found!r}' if found else 'it ends'}", self.at)
         self.at += len(found)
         return found
 
@@ -535,76 +458,55 @@ class _JsonText:
         except UnicodeDecodeError as error:
             byte = self.file.tell() - len(error.object) + error.start
             raise ValueError(f"{self.path}: not UTF-8 text: {error.reason}: byte {byte}") from None
+        self.lines += self.text.count("\n", 0, self.at)
         self.start, self.at = self.start + self.at, 0
         self.text, self.ended = rest + chunk.decode("latin-1"), not chunk
 
     def _error(self, message: str, at: int) -> ValueError:
-        byte = self.start + at
-        place = f"line {_line_at(self.path, byte)}, byte {byte}, after {self.elements} whole records"
+        line = 1 + self.lines + self.text.count("\n", 0, at)
+        place = f"line {line}, byte {self.start + at}, after {self.elements} whole records"
         return ValueError(f"{self.path}: not valid JSON: {message}: {place}")
 
 
 _WHITE = re.compile(r"[ \t\n\r]*")
-
-
-def _line_at(path: str, byte: int) -> int:
-    line = 1
-    with Path(path).open("rb") as file:
-        while chunk := file.read(min(CHUNK, byte - file.tell())):
-            line += chunk.count(b"\n")
-    return line
-
-
-class _Member(NamedTuple):
-    """A file in a shard, with the sample it belongs to and its bytes in the shard, headers included."""
-
-    sample: str
-    name: str
-    start: int
-    end: int
+_TAR_ERRORS = (tarfile.TarError, OSError, OverflowError)  # the last two: a size that leads nowhere
+_SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.[^/]+$")
 
 
 def _samples(path: str) -> Iterator[tuple[int, int]]:
     """Byte ranges of the samples of a shard: neighbors that share a name up to its first dot."""
     seen: set[str] = set()
-    for sample, group in groupby(_members(path), key=lambda member: member.sample):
-        members = list(group)
-        names = [member.name for member in members]
+    for sample, group in groupby(_members(path), key=itemgetter(0)):
+        _, names, starts, ends = zip(*group, strict=True)
         if sample in seen or len(set(names)) < len(names):
-            raise ValueError(
-                f"{path}: sample {sample}: expected its members once and side by side, found {names} again"
-            )
+            expected = "expected its members once and side by side"
+            raise ValueError(f"{path}: sample {sample}: {expected}, found {list(names)} again")
         seen.add(sample)
-        yield members[0].start, members[-1].end
+        yield starts[0], ends[-1]
 
 
-def _members(path: str) -> Iterator[_Member]:
-    """The members that belong to samples, from the headers alone."""
+def _members(path: str) -> Iterator[tuple[str, str, int, int]]:
+    """Sample, name, first byte and the one after the last of the members that belong to samples, by the headers."""
     with Path(path).open("rb") as file:
         try:
             archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
         except _TAR_ERRORS as error:
             raise ValueError(f"{path}: expected a tar archive, found none at byte 0: {error}") from None
-        while member := _next_member(path, archive):
+        while True:
+            before = archive.offset
+            try:
+                member = archive.next()
+            except _TAR_ERRORS as error:
+                raise ValueError(f"{path}: truncated or damaged before byte {before}: {error}") from None
+            if member is None:
+                break
+            archive.members = []  # type: ignore[attr-defined]  # else every header stays in memory
+            if member.issparse() or not (member.isdir() or member.isreg()):
+                expected = "expected a file, found a link, a device or a sparse file"
+                raise ValueError(f"{path}: member {member.name}: {expected}")
             if not member.isdir() and (sample := _SAMPLE.match(member.name)):
-                yield _Member(sample[1], member.name, member.offset, archive.offset)
+                yield sample[1], member.name, member.offset, archive.offset
         _check_end(path, file, archive.offset)
-
-
-_TAR_ERRORS = (tarfile.TarError, OSError, OverflowError)  # the last two: a size that leads nowhere
-_SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.[^/]+$")
-
-
-def _next_member(path: str, archive: tarfile.TarFile) -> tarfile.TarInfo | None:
-    before = archive.offset
-    try:
-        member = archive.next()
-    except _TAR_ERRORS as error:
-        raise ValueError(f"{path}: truncated or damaged before byte {before}: {error}") from None
-    archive.members = []  # type: ignore[attr-defined]  # else every header stays in memory
-    if member and (member.issparse() or not (member.isdir() or member.isreg())):
-        raise ValueError(f"{path}: member {member.name}: expected a file, found a link, a device or a sparse file")
-    return member
 
 
 def _check_end(path: str, file: BinaryIO, end: int) -> None:
@@ -626,15 +528,24 @@ def _sample(where: str, content: bytes) -> Any:
     .json, or one that holds no conversation. The media are in the order in which the .json names them, if
     it does, and in the shard's order otherwise.
     """
-    sample, members = _unpacked(content)
+    members, sample = {}, ""
+    with tarfile.open(fileobj=BytesIO(content), mode="r:") as archive:
+        for member in archive:
+            if member.isreg() and (match := _SAMPLE.match(member.name)):
+                sample = match[1]
+                members[member.name] = archive.extractfile(member).read()  # type: ignore[union-attr]
     media = {kind: [name for name in members if name.lower().endswith(SUFFIXES[kind])] for kind in MARKERS}
     item = _told(f"{where} ({sample})", members, media)
     if not isinstance(item, dict):
         return item
     for kind, names in media.items():
         if names:
-            listed = [*_listed(item.pop(kind, None)), *_listed(item.pop(f"{kind}s", None))]
-            item[f"{kind}s"] = [{"bytes": members[name], "path": name} for name in _as_listed(listed, names)]
+            fields = [item.pop(field, None) for field in (kind, f"{kind}s")]
+            listed = [file for value in fields for file in (value if isinstance(value, list) else [value])]
+            files = [Path(file).name for file in listed if isinstance(file, str)]
+            by_file = {Path(name).name: name for name in names}
+            ordered = [by_file[file] for file in files] if files and set(files) <= set(by_file) else names
+            item[f"{kind}s"] = [{"bytes": members[name], "path": name} for name in ordered]
     return item if id_of(item) is not None else item | {"id": sample}
 
 
@@ -646,36 +557,11 @@ def _told(where: str, members: dict[str, bytes], media: dict[Kind, list[str]]) -
     item = _parsed(f"{where}, {told[0]}", members[told[0]]) if told else {}
     if not caption or not isinstance(item, dict) or any(item.get(field) for field in SHOWN_BY.values()):
         return item
-    return item | _captioned(f"{where}, {caption[0]}", members[caption[0]], media)
-
-
-def _captioned(where: str, text: bytes, media: dict[Kind, list[str]]) -> dict[str, Any]:
-    markers = [f"{MARKERS[kind]}\n" for kind, names in media.items() for _ in names]
+    markers = "".join(f"{MARKERS[kind]}\n" for kind, names in media.items() for _ in names)
     kind = "image" if media["image"] or not media["video"] else "video"
-    question = {"from": "human", "value": f"{''.join(markers)}Describe the {kind}."}
-    return {"conversations": [question, {"from": "gpt", "value": _utf8(where, text)}]}
-
-
-def _unpacked(content: bytes) -> tuple[str, dict[str, bytes]]:
-    """Name of a sample and its members, name -> content."""
-    members, sample = {}, ""
-    with tarfile.open(fileobj=BytesIO(content), mode="r:") as archive:
-        for member in archive:
-            if member.isreg() and (match := _SAMPLE.match(member.name)):
-                sample = match[1]
-                members[member.name] = archive.extractfile(member).read()  # type: ignore[union-attr]
-    return sample, members
-
-
-def _as_listed(listed: list[Any], names: list[str]) -> list[str]:
-    """`names` in the order in which the text lists them; as they are if it lists others, or none."""
-    by_file = {Path(name).name: name for name in names}
-    files = [Path(file).name for file in listed if isinstance(file, str)]
-    return [by_file[file] for file in files] if files and set(files) <= set(by_file) else names
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+    answer = _utf8(f"{where}, {caption[0]}", members[caption[0]])
+    turns = {"human": f"{markers}Describe the {kind}.", "gpt": answer}
+    return item | {"conversations": [{"from": role, "value": text} for role, text in turns.items()]}
 
 
 class _Table(Source):
@@ -714,7 +600,7 @@ def _parquet(name: str, paths: list[str], cache: Path) -> Source:
     filled = [path for path, (_, rows) in zip(paths, shapes, strict=True) if rows]
     if not filled:
         raise ValueError(f"{name}: holds no records")
-    fingerprint = _digest("parquet", _Files(paths).stamps)
+    fingerprint = _digest("parquet", [_stamp(path) for path in paths])
     try:
         dataset = load_dataset("parquet", data_files=filled, split="train", cache_dir=str(cache))
     except DatasetGenerationError as error:
