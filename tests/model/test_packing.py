@@ -1,43 +1,41 @@
 """Packed rows against the slow, obvious way of test_vlm: one sample and one scale at a time."""
 
+from dataclasses import replace
+from functools import partial
 from itertools import combinations
 
 import pytest
 import torch
 from transformers import LlamaConfig, MambaConfig
 
-from lit_mm.model import attention, loss
-from lit_mm.model.attention import NAME
+from lit_mm.model import loss
+from lit_mm.model.attention import BranchLayout
 from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch, Images
 from lit_mm.model.llm import PACKED, load_config, packing_of
 from lit_mm.model.packing import pack
 from lit_mm.training.check import check_packing
 from tests.helpers.batches import SCALES, batch_of, packed, random_samples, samples, slow_loss
-from tests.helpers.models import CLASSES, EXTRA, gradients, packing_vlm64, tiny_llm, tiny_vlm, tiny_vlm64
-
-LLMS = ["LlamaConfig", "Qwen2Config", "Qwen3Config"]
+from tests.helpers.models import CLASSES, EXTRA, gradients, packing_vlm, packing_vlm64, tiny_llm, tiny_vlm, tiny_vlm64
 
 
-@pytest.mark.parametrize("packing", ["packed", "sequential"])
-@pytest.mark.parametrize("source", LLMS)
-@pytest.mark.parametrize("seed", range(3))
+def check(vlm, mixed, packing, rtol, **tolerance):
+    """Losses and, with tolerances for them, gradients."""
+    losses, expected = vlm(packed(batch_of(*mixed), packing)), torch.stack([slow_loss(vlm, mixed, s) for s in SCALES])
+    assert torch.allclose(losses.per_scale, expected, rtol=rtol)
+    assert torch.allclose(losses.loss, expected.mean(), rtol=rtol)
+    if tolerance:
+        for fast, slow in zip(gradients(losses.loss, vlm), gradients(expected.mean(), vlm), strict=True):
+            atol = tolerance["atol"] + tolerance.get("of_most", 0) * slow.abs().max().item()
+            assert torch.allclose(fast, slow, rtol=tolerance["rtol_of_gradients"], atol=atol)
+
+
+@pytest.mark.parametrize("packing", ["packed", "sequential", "padded"])
+@pytest.mark.parametrize(
+    ("source", "seed"), [*(("LlamaConfig", seed) for seed in range(3)), ("Qwen2Config", 3), ("Qwen3Config", 4)]
+)
 def test_losses_and_gradients_equal_the_slow_way(source, packing, seed):
-    vlm, mixed = packing_vlm64(source=source), random_samples(seed)
-    losses = vlm(packed(batch_of(*mixed), packing))
-    expected = torch.stack([slow_loss(vlm, mixed, scale) for scale in SCALES])
-    assert torch.allclose(losses.per_scale, expected, rtol=1e-10)
-    assert torch.allclose(losses.loss, expected.mean(), rtol=1e-10)
-    for fast, slow in zip(gradients(losses.loss, vlm), gradients(expected.mean(), vlm), strict=True):
-        assert torch.allclose(fast, slow, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("packing", ["packed", "sequential"])
-@pytest.mark.parametrize("source", LLMS)
-def test_float32_agrees_to_rounding(source, packing):
-    vlm, mixed = tiny_vlm(source=source), random_samples(7)
-    vlm.llm.set_attn_implementation(NAME)
-    losses = vlm(packed(batch_of(*mixed), packing))
-    assert torch.allclose(losses.per_scale, vlm.reference(packed(batch_of(*mixed))).per_scale, rtol=1e-5)
+    vlm = packing_vlm64(source=source)
+    check(vlm, random_samples(seed), packing, 1e-10, rtol_of_gradients=1e-10, atol=1e-12)
 
 
 def test_every_way_of_a_group_is_tried():
@@ -125,50 +123,33 @@ def test_flex_computes_the_same_losses():
     assert torch.allclose(fast.per_scale, slow.per_scale, rtol=1e-10)
 
 
-UNPACKED = {
-    "MistralConfig": {"sliding_window": 8},
-    "Phi3Config": {"sliding_window": 8, "pad_token_id": 0},
-    "Starcoder2Config": {"sliding_window": 8},
-    "Qwen2Config": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-    "Qwen3Config": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-    "Gemma2Config": {"head_dim": 8, "sliding_window": 8},
-    "Gemma3TextConfig": {"head_dim": 8, "sliding_window": 8},
-    "Cohere2Config": {"sliding_window": 8},
-}
+LLMS = [(CLASSES[kind], "packed", EXTRA.get(kind, {})) for kind in sorted(PACKED)] + [
+    (name, "padded", {"sliding_window": 8, **sizes})
+    for name, sizes in {
+        "MistralConfig": {},
+        "Phi3Config": {"pad_token_id": 0},
+        "Starcoder2Config": {},
+        "Qwen2Config": {"use_sliding_window": True, "max_window_layers": 1},
+        "Qwen3Config": {"use_sliding_window": True, "max_window_layers": 1},
+        "Gemma2Config": {"head_dim": 8},
+        "Gemma3TextConfig": {"head_dim": 8},
+        "Cohere2Config": {},
+    }.items()
+]
+"""All listed kinds, and those whose windows and soft caps a packed sequence would lose."""
 
 
-def by_its_own_packing(source, tokenizer, **sizes):
-    packing = packing_of(load_config(tiny_llm(source, **sizes), tokenizer), "auto")
-    vlm = tiny_vlm(source=source, **sizes)
-    if packing == "packed":
-        vlm.llm.set_attn_implementation(NAME)
-    return vlm, packing
+@pytest.mark.parametrize(("source", "packing", "sizes"), LLMS)
+def test_every_llm_is_exact_by_its_own_packing(source, packing, sizes, tokenizer):
+    assert packing_of(load_config(tiny_llm(source, **sizes), tokenizer), "auto") == packing
+    vlm = (packing_vlm if packing == "packed" else tiny_vlm)(source=source, **sizes)
+    gradients_too = {"rtol_of_gradients": 1e-2, "atol": 1e-6, "of_most": 1e-4} if packing == "packed" else {}
+    check(vlm, random_samples(0), packing, 2e-5, **gradients_too)
+    check_packing(vlm, packing)
 
 
 def test_every_kind_of_llm_is_listed():
     assert set(CLASSES) == PACKED
-
-
-@pytest.mark.parametrize("kind", sorted(PACKED))
-def test_every_listed_llm_is_exact(kind, tokenizer):
-    vlm, packing = by_its_own_packing(CLASSES[kind], tokenizer, **EXTRA.get(kind, {}))
-    assert packing == "packed"
-    mixed = random_samples(0)
-    losses, expected = vlm(packed(batch_of(*mixed), packing)), torch.stack([slow_loss(vlm, mixed, s) for s in SCALES])
-    assert torch.allclose(losses.per_scale, expected, rtol=2e-5)
-    for fast, slow in zip(gradients(losses.loss, vlm), gradients(expected.mean(), vlm), strict=True):
-        assert torch.allclose(fast, slow, rtol=1e-2, atol=1e-4 * slow.abs().max().item() + 1e-6)
-    check_packing(vlm, packing)
-
-
-@pytest.mark.parametrize("source", sorted(UNPACKED))
-def test_windows_and_soft_caps_are_kept(source, tokenizer):
-    vlm, packing = by_its_own_packing(source, tokenizer, **UNPACKED[source])
-    mixed = random_samples(0)
-    losses, expected = vlm(packed(batch_of(*mixed), packing)), torch.stack([slow_loss(vlm, mixed, s) for s in SCALES])
-    assert packing == "padded"
-    assert torch.allclose(losses.per_scale, expected, rtol=2e-5)
-    check_packing(vlm, packing)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
@@ -177,53 +158,40 @@ def test_positions_stretched_by_the_length_of_a_row_are_not_packed(kind):
     rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
     assert packing_of(LlamaConfig(rope_parameters=rope), "auto") == "padded"
     assert packing_of(LlamaConfig(), "auto") == "packed"
-
-
-def test_recurrent_models_run_scale_after_scale():
-    assert packing_of(MambaConfig(), "packed") == "padded"
-    assert packed(batch_of(*samples()), "padded").packed == []
+    assert packing_of(MambaConfig(), "packed") == "padded"  # recurrent
 
 
 def test_a_window_is_refused_where_it_would_be_lost():
-    vlm = tiny_vlm(source="MistralConfig", sliding_window=8)
-    vlm.llm.set_attn_implementation(NAME)
+    vlm = packing_vlm(source="MistralConfig", sliding_window=8)
     with pytest.raises(ValueError, match=r"do not support \['sliding_window'\] of MistralAttention"):
         vlm(packed(batch_of(*samples())))
 
 
-def test_the_start_up_check_finds_an_attention_that_leaks(monkeypatch):
-    vlm = packing_vlm64()
-    check_packing(vlm, "packed")
-    real = attention._attend_group
-    monkeypatch.setattr(
-        attention, "_attend_group", lambda group, q, k, v, *rest: real(group, q, k.roll(1, 0), v, *rest)
-    )
-    with pytest.raises(RuntimeError, match=r"set model\.packing to padded"):
+def leaky(attend, masked):
+    """Attention that sees the key before, or within groups with a mask what the mask hides."""
+
+    def leaks(layout, query, key, *rest):
+        if not masked:
+            return attend(layout, query, key.roll(1, 2), *rest)
+        groups = [group if group.mask is None else replace(group, mask=None) for group in layout.groups]
+        return attend(replace(layout, groups=groups), query, key, *rest)
+
+    return leaks
+
+
+@pytest.mark.parametrize(
+    ("vlm", "masked"),
+    [(packing_vlm64, False), (packing_vlm64, True), (partial(packing_vlm, num_hidden_layers=6), False)],
+    ids=["all groups", "those with a mask", "rounded to bfloat16"],
+)
+def test_the_start_up_check_finds_an_attention_that_leaks(monkeypatch, vlm, masked):
+    rounded, vlm = isinstance(vlm, partial), vlm()
+    with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
         check_packing(vlm, "packed")
-    check_packing(vlm, "padded")
-
-
-def test_the_start_up_check_tries_masked_groups_too(monkeypatch):
-    vlm, real = packing_vlm64(), attention._attend_group
-
-    def leaky(group, queries, keys, *rest):
-        return real(group, queries, keys if group.mask is None else keys.roll(1, 0), *rest)
-
-    monkeypatch.setattr(attention, "_attend_group", leaky)
-    with pytest.raises(RuntimeError, match=r"the packed loss"):
-        check_packing(vlm, "packed")
-
-
-def test_the_start_up_check_under_autocast_knows_rounding_from_a_leak(monkeypatch):
-    vlm, real = tiny_vlm(num_hidden_layers=6), attention._attend_group
-    vlm.llm.set_attn_implementation(NAME)
-    with torch.autocast("cpu", torch.bfloat16):
-        check_packing(vlm, "packed")
-        monkeypatch.setattr(
-            attention, "_attend_group", lambda group, q, k, v, *rest: real(group, q, k.roll(1, 0), v, *rest)
-        )
-        with pytest.raises(RuntimeError, match=r"set model\.packing to padded"):
+        monkeypatch.setattr(BranchLayout, "attend", leaky(BranchLayout.attend, masked))
+        with pytest.raises(RuntimeError, match=r"the packed loss .*set model\.packing to padded"):
             check_packing(vlm, "packed")
+    check_packing(vlm, "padded")
 
 
 def test_layer_checkpointing_keeps_every_gradient():
@@ -236,8 +204,7 @@ def test_layer_checkpointing_keeps_every_gradient():
 
 
 def test_bf16_stays_near_float32():
-    vlm, mixed = tiny_vlm(), random_samples(1)
-    vlm.llm.set_attn_implementation(NAME)
+    vlm, mixed = packing_vlm(), random_samples(1)
     exact = vlm(packed(batch_of(*mixed))).loss
     with torch.autocast("cpu", torch.bfloat16):
         rough = vlm(packed(batch_of(*mixed))).loss
@@ -248,7 +215,7 @@ def test_bf16_stays_near_float32():
 
 def test_compiled_layers_compute_the_same_however_many_layouts_come():
     """Attention is left out of the graphs: compiled with them, every other layout would be a new one."""
-    vlm, seeds = packing_vlm64(), range(12)
+    vlm, seeds = packing_vlm64(), range(9)  # one more than dynamo recompiles
     expected = [vlm(packed(batch_of(*random_samples(seed, 2 + seed)))).loss for seed in seeds]
     for layer in vlm.llm.model.layers:
         layer.compile(backend="aot_eager", dynamic=True)

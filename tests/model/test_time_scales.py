@@ -1,6 +1,7 @@
 """Nested sets of frames against a slow, obvious way: each frame encoded alone, sets averaged by hand."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -122,38 +123,36 @@ def test_the_blank_image_adds_exactly_nothing():
         assert (parameter.grad == 0).all()
 
 
-def test_the_blank_image_is_left_out_where_there_are_images():
-    vlm, calls = packing_vlm64(time_scales=[1]), []
-    vlm.encoder.register_forward_hook(lambda *_: calls.append("encoder"))
+def test_blank_images_are_one_grid_cell_and_as_many_as_are_missing():
+    vlm, grids = packing_vlm64(time_scales=[1]), []
+    vlm.encoder.register_forward_hook(lambda module, inputs, grid: grids.append(grid.shape[2:]))
     batch = video_batch_of([[[5, 6], torch.stack([picture(64, 64)]), [7, 8]]], [1])
-    vlm(batch, encodings=1)
-    assert calls == ["encoder"]
-    vlm(batch, encodings=3)
-    assert calls == ["encoder"] * 4
+    for encodings in (1, 3):
+        grids.clear()
+        vlm(batch, encodings=encodings)
+        assert grids == [(4, 4)] + [(1, 1)] * (encodings - 1)
 
 
-@pytest.mark.parametrize("options", [{"img_size": 32}, {"img_size": 32, "dynamic_img_size": True}])
-def test_the_blank_image_is_one_that_the_encoder_takes(options):
+def fixed_size(**options):
+    """An encoder of its own, for 32 pixels."""
     vlm = packing_vlm64(time_scales=[1])
-    vlm.encoder = TimmEncoder("vit_tiny_patch16_224", -1, overrides={"depth": 1, **options}).double()
+    vlm.encoder = TimmEncoder("vit_tiny_patch16_224", -1, overrides={"depth": 1, "img_size": 32, **options}).double()
     vlm.projector = MatryoshkaProjector(192, 32, [4, 1]).double()
-    assert vlm.encoder.smallest == ((16, 16) if "dynamic_img_size" in options else (32, 32))
-    assert vlm._dummy() == 0
+    assert vlm.encoder.smallest == ((16, 16) if options else (32, 32))
+    return vlm
 
 
-def test_the_blank_image_passes_no_infinity_on():
+def infinite():
     vlm = packing_vlm64(time_scales=[1])
-    with torch.no_grad():
-        vlm.encoder.trunk.stem[0].bias.fill_(float("inf"))
-    assert vlm._dummy() == 0
+    vlm.encoder.trunk.stem[0].bias.data.fill_(float("inf"))
+    return vlm
 
 
-def test_the_blank_image_is_tiny():
-    """One grid cell: a 576th of what a 24×24 grid costs."""
-    vlm, sizes = packing_vlm64(time_scales=[1]), []
-    vlm.encoder.register_forward_hook(lambda module, inputs, grid: sizes.append(grid.shape[2:]))
-    vlm._dummy()
-    assert sizes == [(1, 1)]
+@pytest.mark.parametrize("made", [fixed_size, partial(fixed_size, dynamic_img_size=True), infinite])
+def test_the_blank_image_is_one_that_the_encoder_takes_and_passes_no_infinity_on(made):
+    vlm = made()
+    batch = video_batch_of([[[5, 6, 7]], [[8, 9, 10, 11]]], [1])
+    assert torch.equal(vlm(batch, encodings=1).loss, vlm(batch).loss)
 
 
 def test_images_without_time_scales_have_no_sets():

@@ -1,4 +1,4 @@
-"""The model against a slow, obvious way: one sample at a time, the LLM's own loss and greedy loop."""
+"""The model without packing against a slow, obvious way: one sample at a time, the LLM's own loss and greedy loop."""
 
 import pytest
 import torch
@@ -9,19 +9,6 @@ from lit_mm.inference.generation import generate
 from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Images, Question
 from tests.helpers.batches import SCALES, batch_of, picture, samples, slow_loss, slow_sequence
 from tests.helpers.models import tiny_vlm, tiny_vlm64
-
-
-@pytest.mark.parametrize("source", ["LlamaConfig", "Qwen2Config", "Qwen3Config"])
-def test_losses_and_gradients_equal_the_slow_way(source):
-    vlm = tiny_vlm64(source=source)
-    losses = vlm(batch_of(*samples()))
-    expected = torch.stack([slow_loss(vlm, samples(), scale) for scale in SCALES])
-    assert torch.allclose(losses.per_scale, expected, rtol=1e-12)
-    means = losses.loss, expected.mean()
-    gradients = [torch.autograd.grad(x, list(vlm.parameters()), allow_unused=True) for x in means]
-    for fast, slow in zip(*gradients, strict=True):
-        assert (fast is None) == (slow is None)
-        assert fast is None or torch.allclose(fast, slow, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -116,24 +103,16 @@ def test_the_llms_own_settings_if_asked_for():
     assert any(len(answer.unique()) < len(answer) for answer in greedily)
 
 
-def test_every_end_token_of_a_list_ends_an_answer():
+@pytest.mark.parametrize("own", [False, True])
+def test_every_end_token_of_a_list_ends_an_answer(own):
+    """Of the data's, and of the LLM's own settings."""
     vlm = tiny_vlm64()
     images = group_by_size([picture(64, 64)[None], picture(32, 128)[None]])
     [free, *_] = generate(vlm, images, questions(), 4, max_new_tokens=6, end_ids=[347])
     for end in free.unique().tolist():
-        vlm.llm.generation_config.eos_token_id = [346, end]
-        [answer, *_] = generate(vlm, images, questions(), 4, max_new_tokens=6, end_ids=[347])
+        vlm.llm.generation_config.eos_token_id = [346, end] if own else 346
+        [answer, *_] = generate(vlm, images, questions(), 4, max_new_tokens=6, end_ids=[347] if own else [347, end])
         assert answer.tolist() == free.tolist()[: free.tolist().index(end)]
-
-
-def test_generation_stops_at_an_end_token():
-    vlm = tiny_vlm64()
-    images = group_by_size([picture(64, 64)[None], picture(32, 128)[None]])
-    free = generate(vlm, images, questions(), 4, max_new_tokens=6, end_ids=[347])[0].tolist()
-    assert (
-        generate(vlm, images, questions(), 4, max_new_tokens=6, end_ids=[free[2]])[0].tolist()
-        == free[: free.index(free[2])]
-    )
 
 
 def test_unknown_scale_is_refused():

@@ -182,7 +182,7 @@ def test_lightnings_own_fsdp1_is_refused():
         """Which Lightning takes on a CPU, unlike FSDPStrategy itself."""
 
     lit = LitMatryoshka(tiny_encoder, tiny_llm(), [16, 4, 1])
-    lit._trainer = lightning.Trainer(strategy=Own(), **ON_CPU)
+    lit.trainer = lightning.Trainer(strategy=Own(), **ON_CPU)
     with pytest.raises(ValueError, match="FSDP1 is gone, use fsdp"):
         lit.configure_model()
 
