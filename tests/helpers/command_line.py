@@ -5,8 +5,10 @@ import os
 import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.helpers.environment import ROOT, TOKENIZER
@@ -37,21 +39,35 @@ trainer: {{accelerator: cpu, max_steps: 3, val_check_interval: 3}}
 """
 
 
+OFFLINE = {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["lit_mm.cli", "tests.helpers.killing", "tests.helpers.command_line"])
 
 
-def lit_mm(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """`python -m lit_mm …`."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+def lit_mm(*arguments: str) -> str:
+    """What a command prints that must end well, in a process that has imported everything already."""
+    with tempfile.TemporaryDirectory() as folder:
+        status, printed = forked([*arguments], Path(folder) / "log.txt")
+    assert status == 0, f"{arguments}: {printed}"
+    return printed
+
+
+def lit_mm_anew(*arguments: str) -> str:
+    """The same by `python -m lit_mm`."""
     command = [sys.executable, "-m", "lit_mm", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    options = {"cwd": ROOT, "env": os.environ | OFFLINE, "text": True, "timeout": 300}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, **options)
+    assert done.returncode == 0, f"{arguments}: {done.stdout}"
+    return done.stdout
 
 
 def forked(arguments: list[str], log: Path, seconds: float = 300) -> tuple[int, str]:
-    """The same in a process that has imported everything already: its exit status and what it printed."""
+    """A command in such a process: its exit status and what it printed."""
     process = SERVER.Process(target=main_of, args=(arguments, str(log)))
-    process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in OFFLINE.items():  # for the server, which the first process starts
+            patch.setenv(name, value)
+        process.start()
     process.join(seconds)
     return process.exitcode, log.read_text()
 
@@ -61,6 +77,7 @@ def main_of(arguments: list[str], log: str) -> None:
     with Path(log).open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    os.chdir(ROOT)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # as on the command line, for the loader's processes
     sys.argv = ["lit_mm", *arguments]

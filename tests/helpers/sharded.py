@@ -161,6 +161,11 @@ class Teller(lightning.Callback):
         self.losses.append((float(lit.all_gather(outputs["loss"]).mean()), norm))
 
 
+def unchanged(optimizer: Any, steps: int) -> Any:
+    """A rate that stays."""
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
 def on_ranks(count: int, runs: list[Run]) -> None:
     """Every run in the same processes, which import but once."""
     with socket.socket() as free:

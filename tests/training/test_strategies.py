@@ -9,7 +9,6 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
-from torch.optim.lr_scheduler import ConstantLR
 
 from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.model.llm import LLM, load_llm
@@ -20,7 +19,7 @@ from lit_mm.training.parts import LLMPart, LoRA, Part, Parts
 from lit_mm.training.strategies import FSDP, policy_of, units
 from tests.helpers.environment import TOKENIZER
 from tests.helpers.models import tiny_encoder, tiny_llm, tiny_vlm
-from tests.helpers.sharded import Run, on_ranks, perform
+from tests.helpers.sharded import Run, on_ranks, perform, unchanged
 
 EVERYTHING = Parts(Part(0.01), Part(0.01), LLMPart(0.01))
 STAGE_1 = Parts(Part(0.01, from_stage=5), Part(0.01), LLMPart(frozen=True))
@@ -43,13 +42,9 @@ CASES = {
     "adapters on bf16": (ADAPTERS, {"llm": tiny_llm(dtype="bfloat16")}, {"precision": "bf16-mixed"}),
 }
 ON_CPU = {"accelerator": "cpu", "devices": 2, "logger": False}
-DDP = ["stage 1", "lora", "recomputed"]
+DDP = ["all", "stage 1", "lora", "recomputed", "accumulated"]
 EXACT = [("fsdp", case) for case in CASES if "bf16" not in case]
 EXACT += [("ddp", case) for case in DDP]
-
-
-def unchanged(optimizer, steps):
-    return ConstantLR(optimizer, factor=1.0)
 
 
 def run_of(folder: Path, strategy: str, case: str, trainer=None, **options) -> Run:
