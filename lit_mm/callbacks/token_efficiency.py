@@ -82,6 +82,10 @@ class TokenEfficiency(Callback):
         self.watched = Counter[str]()
         self.warm, self.due, self.begins = False, False, True
         self.peak = self.peak_of(trainer, lit)
+        if lit.costs:  # counted once, before the clock runs
+            lit.costs.image(tuple(lit.vlm.encoder.smallest))
+            for visual in (False, True):
+                lit.costs.text(0, 0, 0, visual)
         if lit.costs is None:
             rank_zero_info(f"no FLOPs and no MFU: costs of {type(lit.vlm.llm).__name__} are not known")
         elif self.peak is None:

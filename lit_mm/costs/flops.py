@@ -21,22 +21,19 @@ All figures are Python ints that need no device: `Costs.step` may be asked in ev
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from timm.layers import Attention, Conv2dSame
-from timm.models.vision_transformer import Block as ViTBlock
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_mm.costs.counts import counts_of
 from lit_mm.model.attention import Segment, causal_pairs
 from lit_mm.model.batch import Batch
-from lit_mm.model.encoder import ConvNeXtEncoder, Encoder, TimmEncoder
+from lit_mm.model.encoder import ConvNeXtEncoder, Encoder
 from lit_mm.model.llm import packing_of
 from lit_mm.model.vlm import MatryoshkaVLM
 
@@ -172,12 +169,13 @@ class Costs:
             ValueError: The LLM is none of those that this package packs: it may have windows,
                 experts or states, whose costs are not known here.
         """
-        self.encoder = on_meta(vlm.encoder)  # asked again for every new size of images
-        self.scales, self.checkpointed = vlm.projector.scales, frozenset(checkpointed)
-        self.projector = [_walked([layer], (1, 1))[0] for layer in vlm.projector.layers]
-        self.language = LanguageCosts(vlm.llm, "llm" in self.checkpointed)
+        self.language = LanguageCosts(vlm.llm, "llm" in checkpointed)
+        self.encoding = EncoderCosts(vlm.encoder, "encoder" in checkpointed)
+        self.encoder, self.scales = self.encoding.encoder, vlm.projector.scales
         self.parameters = {part: Parameters.of(getattr(vlm, part)) for part in ("encoder", "projector", "llm")}
-        self.known: dict[Size, ModelFlops] = {}
+        layers, trains = on_meta(vlm.projector.layers), self.parameters["encoder"].training > 0
+        cell = torch.empty(1, vlm.encoder.num_features, device="meta", requires_grad=trains)
+        self.projector = counted(lambda: layers(cell)).linear
 
     @classmethod
     def if_known(cls, vlm: MatryoshkaVLM, checkpointed: Collection[Literal["encoder", "llm"]] = ()) -> Costs | None:
@@ -193,15 +191,10 @@ class Costs:
         Raises:
             ValueError: The backbone takes images of another size only.
         """
-        if size not in self.known:
-            fixed, cell = tuple(self.encoder.smallest), (self.encoder.stride, self.encoder.stride)
-            if fixed not in (cell, size):
-                raise ValueError(f"the encoder takes images of {fixed[0]}×{fixed[1]} only, found {size[0]}×{size[1]}")
-            rows, columns = self.encoder.grid(*size)
-            projector = total_of(self.projector, self.parameters["encoder"].training > 0) * (rows * columns)
-            flops = encoder_flops(self.encoder, size, "encoder" in self.checkpointed)
-            self.known[size] = ModelFlops(flops, projector)
-        return self.known[size]
+        fixed, cell = tuple(self.encoder.smallest), (self.encoder.stride, self.encoder.stride)
+        if fixed not in (cell, size):
+            raise ValueError(f"the encoder takes images of {fixed[0]}×{fixed[1]} only, found {size[0]}×{size[1]}")
+        return ModelFlops(self.encoding.image(size), self.projector * prod(self.encoder.grid(*size)))
 
     def images(self, groups: Iterable[tuple[int, Size]]) -> ModelFlops:
         """Encoder and projector on groups of images: how many of which size."""
@@ -269,6 +262,39 @@ class Costs:
         return Answer(visual, prompt, prefill, decode, further, prompt * self.language.cached * width)
 
 
+class EncoderCosts:
+    """The encoder's FLOPs by the size of an image.
+
+    torch counts its operators on `meta`: of a ConvNeXt on one grid cell, as it computes every cell alike,
+    of any other backbone on each size once.
+    """
+
+    def __init__(self, encoder: Encoder, checkpointed: bool) -> None:
+        self.encoder, self.checkpointed = on_meta(encoder), checkpointed
+        if checkpointed:
+            self.encoder.set_grad_checkpointing(False)
+        self.known: dict[Size, Flops] = {}
+
+    def image(self, size: Size) -> Flops:
+        """One image, whose sides are padded up to the stride."""
+        rows, columns = self.encoder.grid(*size)
+        if isinstance(self.encoder, ConvNeXtEncoder):
+            return self._counted(1, 1) * (rows * columns)
+        return self._counted(rows, columns)
+
+    def _counted(self, rows: int, columns: int) -> Flops:
+        if (rows, columns) not in self.known:
+            stride = self.encoder.stride
+            pixels = torch.empty(1, 3, rows * stride, columns * stride, device="meta")
+            plain, again = sum(counted(lambda: self.encoder(pixels)), Flops()), Flops()
+            if self.checkpointed:
+                self.encoder.set_grad_checkpointing()
+                again = sum(counted(lambda: self.encoder(pixels)), Flops())
+                self.encoder.set_grad_checkpointing(False)
+            self.known[rows, columns] = with_recompute(plain, again)
+        return self.known[rows, columns]
+
+
 class LanguageCosts:
     """The LLM's FLOPs: so many per token, per pair of attention, per position with logits.
 
@@ -292,107 +318,83 @@ class LanguageCosts:
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         self.cached = 2 * config.num_hidden_layers * kv_heads * head_size
-        layers = [_decoder_layer(layer, checkpointed) for layer in llm.base_model.layers]
-        pairs = [Block(attention=4 * heads * head_size, trains=b.trains, checkpointed=checkpointed) for b in layers]
-        head, _ = _walked([llm.get_output_embeddings()], (1, 1))
-        embeddings_train, trains = _trains(llm.get_input_embeddings()), _trains(llm.base_model)
-        self.rates = {
-            gradient: (
-                total_of(layers, gradient or embeddings_train),
-                total_of(pairs, gradient or embeddings_train),
-                total_of([head], gradient or trains),
-            )
-            for gradient in (False, True)
-        }
+        self.llm, self.checkpointed = on_meta(llm), checkpointed
+        if checkpointed:
+            enable = getattr(self.llm, "activation_checkpointing_enable", self.llm.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})  # the first is transformers' newer name
+        self.rates: dict[bool, tuple[Flops, Flops, Flops]] = {}
 
     def flops(self, tokens: int, pairs: int, labels: int, gradient: bool) -> ModelFlops:
         """As `Costs.text`; `gradient`: whether the embeddings have one, because of visual tokens."""
+        if gradient not in self.rates:
+            self.rates[gradient] = self._rates(gradient)
         token, pair, label = self.rates[gradient]
         return ModelFlops(llm=token * tokens + pair * pairs, head=label * labels)
 
+    def _rates(self, gradient: bool) -> tuple[Flops, Flops, Flops]:
+        """FLOPs of a token, a pair and a position with logits."""
+        embeddings, head = self.llm.get_input_embeddings(), self.llm.get_output_embeddings()
+        gradient = gradient or embeddings.weight.requires_grad
+        inputs = torch.empty(1, 1, embeddings.embedding_dim, device="meta", requires_grad=gradient)
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="meta")  # of 4 dimensions: transformers builds no other
 
-@dataclass(frozen=True)
-class Block:
-    """What checkpointing computes again as a whole, or any other piece of a network.
+        def hidden(recompute: bool) -> Tensor:
+            for layer in self.llm.base_model.layers:
+                layer.training = recompute  # transformers recomputes in training mode only
+            return self.llm.base_model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
 
-    Args:
-        linear: Forward FLOPs of convolutions and linear maps.
-        trained: Of those, whose weights train.
-        enters: Of those, what only passes a gradient on if one is needed before the block: all
-            until the first parameter that trains.
-        last: Of those, the last map, if nothing behind it in the block needs what it computes:
-            checkpointing stops before it.
-        attention: Forward FLOPs of attention.
-        trains: Whether any of its parameters trains.
-        checkpointed: Whether it is computed again in the backward pass.
-    """
-
-    linear: int = 0
-    trained: int = 0
-    enters: int = 0
-    last: int = 0
-    attention: int = 0
-    trains: bool = False
-    checkpointed: bool = False
-
-    def flops(self, gradient: bool) -> Flops:
-        """Its FLOPs; `gradient`: whether something before it trains."""
-        forward = self.linear + self.attention
-        if not (gradient or self.trains):
-            return Flops(forward)
-        passed = self.linear + 2 * self.attention - (0 if gradient else self.enters)
-        return Flops(forward, self.trained + passed, (forward - self.last) * self.checkpointed)
-
-
-def total_of(blocks: Iterable[Block], gradient: bool = False) -> Flops:
-    """FLOPs of blocks one after another; `gradient`: whether something before them trains."""
-    total = Flops()
-    for block in blocks:
-        total += block.flops(gradient)
-        gradient = gradient or block.trains
-    return total
+        plain = counted(lambda: hidden(False))
+        again = counted(lambda: hidden(True)) if self.checkpointed else Counted()
+        trains = gradient or any(p.requires_grad for p in self.llm.base_model.parameters())
+        states = torch.empty(1, 1, embeddings.embedding_dim, device="meta", requires_grad=trains)
+        token, pair = (with_recompute(*each) for each in zip(plain, again, strict=True))
+        return token, pair, counted(lambda: head(states)).linear
 
 
 def on_meta(module: Any) -> Any:
-    """A copy without weights: the same structure, every parameter and buffer on `meta`."""
-    copies: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
-    copies |= {id(buffer): buffer.to("meta") for buffer in module.buffers()}
+    """A copy without weights: the same structure in float32, every parameter and buffer on `meta`."""
+
+    def empty(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("meta", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+    copies: dict[int, Any] = {id(p): nn.Parameter(empty(p), p.requires_grad) for p in module.parameters()}
+    copies |= {id(buffer): empty(buffer) for buffer in module.buffers()}
+    for each in module.modules():
+        if isinstance(each, nn.Linear) and not each.weight.is_floating_point():  # quantized, perhaps packed
+            plain = nn.Linear(each.in_features, each.out_features, each.bias is not None, device="meta")
+            copies[id(each)] = plain.requires_grad_(False)
     return copy.deepcopy(module, copies)
 
 
-def encoder_flops(encoder: Encoder, size: Size, checkpointed: bool = False) -> Flops:
-    """An encoder on one image, whose sides are padded up to the stride.
+class Counted(NamedTuple):
+    """FLOPs of linear maps and convolutions, and of attention."""
 
-    ConvNeXt and plain ViT are worked out from their layers. Any other backbone must be on `meta`:
-    torch counts its operators there.
-    """
-    height, width = (side + -side % encoder.stride for side in size)
-    if isinstance(encoder, ConvNeXtEncoder):
-        return total_of(_convnext(encoder.trunk, (height, width), checkpointed))
-    if isinstance(encoder, TimmEncoder) and _is_plain_vit(encoder.trunk):
-        depth = range(len(encoder.trunk.blocks))[encoder.layer] + 1
-        return total_of(_vit(encoder.trunk, depth, (height, width), checkpointed))
-    flops = counted(encoder, (height, width))
-    if checkpointed:
-        encoder.set_grad_checkpointing()
-        again = counted(encoder, (height, width))
-        encoder.set_grad_checkpointing(False)
-        flops = replace(flops, recompute=again.backward - flops.backward)
-    return flops
+    linear: Flops = Flops()
+    attention: Flops = Flops()
 
 
 @torch.inference_mode(False)  # whoever asks: what is found once is kept for training
 @torch.enable_grad()
-def counted(encoder: Encoder, size: Size) -> Flops:
-    """An encoder on `meta` on one image, as torch counts its operators."""
-    pixels = torch.empty(1, 3, *size, device="meta", dtype=next(encoder.parameters()).dtype)
+def counted(run: Callable[[], Tensor]) -> Counted:
+    """What is run on `meta`, and its backward pass, as torch counts operators."""
     with FlopCounterMode(display=False) as forward:
-        grid = encoder(pixels)
-    if not grid.requires_grad:
-        return Flops(forward.get_total_flops())
-    with FlopCounterMode(display=False, custom_mapping=GROUPED) as backward:
-        grid.sum().backward()
-    return Flops(forward.get_total_flops(), backward.get_total_flops())
+        result = run()
+    backward = FlopCounterMode(display=False, custom_mapping=GROUPED)
+    if result.requires_grad:
+        with backward:
+            result.sum().backward()
+    totals = [counter.get_flop_counts().get("Global", {}) for counter in (forward, backward)]
+    linear = [sum(flops for operator, flops in total.items() if operator in LINEAR) for total in totals]
+    return Counted(Flops(*linear), Flops(*(sum(t.values()) - own for t, own in zip(totals, linear, strict=True))))
+
+
+def with_recompute(plain: Flops, checkpointed: Flops) -> Flops:
+    """What is computed, and what checkpointing adds to it in the backward pass."""
+    return replace(plain, recompute=max(0, checkpointed.backward - plain.backward))
+
+
+ATEN = torch.ops.aten
+LINEAR = {ATEN.mm, ATEN.addmm, ATEN.convolution, ATEN.convolution_backward}
 
 
 def convolution_backward(
@@ -408,91 +410,4 @@ def convolution_backward(
     return 2 * output[0] * prod(cells) * prod(weight) * sum(wanted[:2])
 
 
-GROUPED = {torch.ops.aten.convolution_backward: convolution_backward}
-
-
-def _convnext(trunk: Any, size: Size, checkpointed: bool) -> Iterator[Block]:
-    """The stem, then each stage's downsampling and blocks."""
-    stem, size = _walked(_inside(trunk.stem), size)
-    yield stem
-    for stage in trunk.stages:
-        downsample, size = _walked(_inside(stage.downsample), size)
-        yield downsample
-        for layer in stage.blocks:
-            block, size = _walked(_inside(layer), size)
-            scaled = layer.gamma is not None or not isinstance(layer.drop_path, nn.Identity)
-            yield replace(block, last=0 if scaled else block.last, checkpointed=checkpointed)
-
-
-def _is_plain_vit(trunk: Any) -> bool:
-    return type(trunk) is VisionTransformer and all(
-        type(block) is ViTBlock and type(block.attn) is Attention for block in trunk.blocks
-    )
-
-
-def _vit(trunk: Any, depth: int, size: Size, checkpointed: bool) -> Iterator[Block]:
-    """The patch embedding, then the blocks that run; every token attends to all."""
-    stem, (rows, columns) = _walked(_inside(trunk.patch_embed), size)
-    tokens = rows * columns + trunk.num_prefix_tokens
-    added = [trunk.cls_token, trunk.reg_token, trunk.pos_embed, *trunk.norm_pre.parameters()]
-    yield replace(stem, trains=stem.trains or any(p is not None and p.requires_grad for p in added))
-    for layer in trunk.blocks[:depth]:
-        block, _ = _walked(_inside(layer), (tokens, 1))
-        scaled = any(not isinstance(behind, nn.Identity) for behind in (layer.ls2, layer.drop_path2))
-        attention = 4 * tokens**2 * layer.attn.attn_dim
-        yield replace(block, attention=attention, last=0 if scaled else block.last, checkpointed=checkpointed)
-
-
-READERS = ("q_proj", "k_proj", "v_proj", "qkv_proj")
-"""What reads a decoder layer's input, behind its norm if there is one."""
-
-
-def _decoder_layer(layer: nn.Module, checkpointed: bool) -> Block:
-    """A layer of the LLM on one token, without attention."""
-    block, _ = _walked(_inside(layer), (1, 1))
-    norms = [norm for name, norm in layer.named_children() if name == "input_layernorm"]
-    if any(_trains(norm) for norm in norms):
-        enters = 0
-    else:
-        readers = [module for name, module in layer.named_modules() if name.endswith(READERS)]
-        enters = sum(_walked(_inside(module), (1, 1))[0].enters for module in readers)
-    scaled = hasattr(layer, "post_feedforward_layernorm")
-    return replace(block, enters=enters, last=0 if scaled else block.last, checkpointed=checkpointed)
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(p.requires_grad for p in module.parameters())
-
-
-def _inside(module: nn.Module) -> list[nn.Module]:
-    """All modules in order, the module's own parameters (ConvNeXt's layer scale) last."""
-    return [*list(module.modules())[1:], module]
-
-
-def _walked(modules: Iterable[nn.Module], size: Size) -> tuple[Block, Size]:
-    """Convolutions, and linear maps of every cell, one after another on a map of this size; the size
-    behind them."""
-    linear = trained = enters = last = 0
-    trains = False
-    for module in modules:
-        if isinstance(module, nn.Conv2d):
-            size = _size_after(module, size)
-        own = [p.requires_grad for p in module.parameters(recurse=False)]
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            last = 2 * size[0] * size[1] * _weights_of(module)
-            linear, trained = linear + last, trained + last * module.weight.requires_grad
-            enters += last * (not trains)
-        trains = trains or any(own)
-    return Block(linear, trained, enters, last, trains=trains), size
-
-
-def _weights_of(layer: nn.Conv2d | nn.Linear) -> int:
-    """Those of a linear map by its widths: quantized weights are packed."""
-    return layer.in_features * layer.out_features if isinstance(layer, nn.Linear) else layer.weight.numel()
-
-
-def _size_after(layer: nn.Conv2d, size: Size) -> Size:
-    if isinstance(layer, Conv2dSame):
-        return cast(Size, tuple(-(-side // step) for side, step in zip(size, layer.stride, strict=True)))
-    each = zip(size, cast(Size, layer.padding), layer.dilation, layer.kernel_size, layer.stride, strict=True)
-    return cast(Size, tuple((side + 2 * pad - far * (k - 1) - 1) // step + 1 for side, pad, far, k, step in each))
+GROUPED = {ATEN.convolution_backward: convolution_backward}

@@ -29,7 +29,7 @@ def figures_of(experiment: Experiment, prompt: int, new_tokens: int, timer: Time
         new_tokens: Tokens of the answer.
         timer: Measures each scale; null: nothing is measured.
     """
-    costs, width = Costs(experiment.build()), getattr(torch, experiment.dtype).itemsize
+    costs, width = Costs(experiment.build().requires_grad_(False)), getattr(torch, experiment.dtype).itemsize
     parameters = {part: counts.total for part, counts in costs.parameters.items()}
     asking = _Asking(experiment, costs, prompt, new_tokens, width)
     training = _Training(experiment, prompt, new_tokens)

@@ -13,13 +13,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config
 from lit_mm.costs.flops import (
     GROUPED,
     Costs,
+    EncoderCosts,
     Flops,
     LanguageCosts,
     ModelFlops,
     Parameters,
     causal_pairs,
-    counted,
-    encoder_flops,
     nested_segments,
     on_meta,
 )
@@ -73,6 +72,15 @@ def vlm_of(encoder, config, scales):
 def freeze(module: nn.Module, but=lambda name: False) -> None:
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(but(name))
+
+
+def encoder_flops(encoder, size, checkpointed=False) -> Flops:
+    return EncoderCosts(encoder, checkpointed).image(size)
+
+
+def counted(encoder, size) -> Flops:
+    """An encoder on the whole image, as torch counts its operators."""
+    return Flops(*counter(lambda: encoder(torch.empty(1, 3, *size, device="meta")).sum()))
 
 
 def counter(run) -> tuple[int, int]:
@@ -170,7 +178,7 @@ def test_who_asks_first_changes_nothing():
         encoder = TimmEncoder("resnet18", layer=-1)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            asked = counted(encoder, (64, 64))
+            asked = encoder_flops(encoder, (64, 64))
         assert asked == counted(encoder, (64, 64))
     assert asked.backward > asked.forward
 
@@ -261,6 +269,23 @@ def test_adapters_cost_their_own_weights_gradients_only(checkpointed, gradient):
     found = counter(lambda: llm.get_output_embeddings()(hidden_of(llm, inputs)).sum())
     total = LanguageCosts(llm, checkpointed).flops(50, 50**2, 50, gradient).total
     assert (total.forward, total.backward + total.recompute) == found
+
+
+class Packed(nn.Linear):
+    """Two weights a byte, as bitsandbytes keeps 4 bits."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        packed = torch.zeros(linear.weight.numel() // 2, 1, dtype=torch.uint8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+
+def test_quantized_weights_cost_what_the_whole_ones_do():
+    llm = tiny_vlm().llm.requires_grad_(False)
+    plain = LanguageCosts(llm, False).flops(50, 50**2, 50, gradient=True)
+    for layer in llm.model.layers:
+        layer.mlp.up_proj = Packed(layer.mlp.up_proj)
+    assert LanguageCosts(llm, False).flops(50, 50**2, 50, gradient=True) == plain
 
 
 def test_the_llms_costs_follow_from_its_parameters():
