@@ -23,6 +23,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any, Literal, NamedTuple, cast
 
@@ -174,8 +175,7 @@ class Costs:
         self.encoder, self.scales = self.encoding.encoder, vlm.projector.scales
         self.parameters = {part: Parameters.of(getattr(vlm, part)) for part in ("encoder", "projector", "llm")}
         layers, trains = on_meta(vlm.projector.layers), self.parameters["encoder"].training > 0
-        cell = torch.empty(1, vlm.encoder.num_features, device="meta", requires_grad=trains)
-        self.projector = counted(lambda: layers(cell)).linear
+        self.projector = counted(layers, 1, vlm.encoder.num_features, gradient=trains).linear
 
     @classmethod
     def if_known(cls, vlm: MatryoshkaVLM, checkpointed: Collection[Literal["encoder", "llm"]] = ()) -> Costs | None:
@@ -284,12 +284,11 @@ class EncoderCosts:
 
     def _counted(self, rows: int, columns: int) -> Flops:
         if (rows, columns) not in self.known:
-            stride = self.encoder.stride
-            pixels = torch.empty(1, 3, rows * stride, columns * stride, device="meta")
-            plain, again = sum(counted(lambda: self.encoder(pixels)), Flops()), Flops()
+            shape = 1, 3, rows * self.encoder.stride, columns * self.encoder.stride
+            plain, again = sum(counted(self.encoder, *shape), Flops()), Flops()
             if self.checkpointed:
                 self.encoder.set_grad_checkpointing()
-                again = sum(counted(lambda: self.encoder(pixels)), Flops())
+                again = sum(counted(self.encoder, *shape), Flops())
                 self.encoder.set_grad_checkpointing(False)
             self.known[rows, columns] = with_recompute(plain, again)
         return self.known[rows, columns]
@@ -334,28 +333,29 @@ class LanguageCosts:
     def _rates(self, gradient: bool) -> tuple[Flops, Flops, Flops]:
         """FLOPs of a token, a pair and a position with logits."""
         embeddings, head = self.llm.get_input_embeddings(), self.llm.get_output_embeddings()
-        gradient = gradient or embeddings.weight.requires_grad
-        inputs = torch.empty(1, 1, embeddings.embedding_dim, device="meta", requires_grad=gradient)
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="meta")  # of 4 dimensions: transformers builds no other
+        width, gradient = embeddings.embedding_dim, gradient or embeddings.weight.requires_grad
 
-        def hidden(recompute: bool) -> Tensor:
+        def hidden(inputs: Tensor, recompute: bool = False) -> Tensor:
             for layer in self.llm.base_model.layers:
                 layer.training = recompute  # transformers recomputes in training mode only
+            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="meta")  # of 4 dimensions: taken as it is
             return self.llm.base_model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
 
-        plain = counted(lambda: hidden(False))
-        again = counted(lambda: hidden(True)) if self.checkpointed else Counted()
-        trains = gradient or any(p.requires_grad for p in self.llm.base_model.parameters())
-        states = torch.empty(1, 1, embeddings.embedding_dim, device="meta", requires_grad=trains)
+        plain, again = counted(hidden, 1, 1, width, gradient=gradient), Counted()
+        if self.checkpointed:
+            again = counted(partial(hidden, recompute=True), 1, 1, width, gradient=gradient)
         token, pair = (with_recompute(*each) for each in zip(plain, again, strict=True))
-        return token, pair, counted(lambda: head(states)).linear
+        trains = gradient or any(p.requires_grad for p in self.llm.base_model.parameters())
+        return token, pair, counted(head, 1, 1, width, gradient=trains).linear
 
 
+@torch.inference_mode(False)
 def on_meta(module: Any) -> Any:
     """A copy without weights: the same structure in float32, every parameter and buffer on `meta`."""
 
     def empty(tensor: Tensor) -> Tensor:
-        return tensor.detach().to("meta", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        return torch.empty_like(tensor, device="meta", dtype=dtype, requires_grad=False)
 
     copies: dict[int, Any] = {id(p): nn.Parameter(empty(p), p.requires_grad) for p in module.parameters()}
     copies |= {id(buffer): empty(buffer) for buffer in module.buffers()}
@@ -375,10 +375,12 @@ class Counted(NamedTuple):
 
 @torch.inference_mode(False)  # whoever asks: what is found once is kept for training
 @torch.enable_grad()
-def counted(run: Callable[[], Tensor]) -> Counted:
-    """What is run on `meta`, and its backward pass, as torch counts operators."""
+def counted(run: Callable[[Tensor], Tensor], *shape: int, gradient: bool = False) -> Counted:
+    """What is run on an input on `meta`, and its backward pass, as torch counts operators; `gradient`: whether the
+    input needs one."""
+    inputs = torch.empty(*shape, device="meta", requires_grad=gradient)
     with FlopCounterMode(display=False) as forward:
-        result = run()
+        result = run(inputs)
     backward = FlopCounterMode(display=False, custom_mapping=GROUPED)
     if result.requires_grad:
         with backward:
