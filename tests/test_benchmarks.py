@@ -1,5 +1,6 @@
 """The benchmarks run, write what they promise, and count operations as torch does."""
 
+import argparse
 import importlib
 import json
 import time
@@ -165,6 +166,42 @@ def test_encoder_writes_its_figures(tmp_path, monkeypatch):
     rows = json.loads(file.read_text())["rows"]
     assert [row["encoder"] for row in rows] == 2 * ["lit_mm", "timm", "timm channels_last", "Hugging Face"]
     assert all((row["five_stages"] > row["seconds"]) == row["encoder"].startswith("timm") for row in rows)
+
+
+def test_a_forward_pass_is_no_longer_than_both(monkeypatch):
+    rows = [{"encoder": "timm", "backward": backward, "seconds": 2.0 - backward} for backward in (False, True)]
+    encoder = benchmark("encoder", monkeypatch)
+    assert encoder.impossible(rows) == ["timm: forward takes 2.0000 s, with the backward pass 1.0000 s"]
+    rows[0]["seconds"] = 1.05
+    assert encoder.impossible(rows) == []
+
+
+def test_a_loader_is_no_faster_than_its_own_decoding(monkeypatch):
+    loading = benchmark("data_loading", monkeypatch)
+    figures = {"workers": 0, "loader_ratio": 1.25, "padding": -0.1, "padding_length_grouped": 0.3}
+    faster, share = loading.impossible(figures)
+    assert faster == "the loader takes 0.80 of what its own decoding takes alone"
+    assert share == "padding: expected a share, found -0.100"
+    assert loading.impossible(figures | {"loader_ratio": 1.05, "padding": 0.1}) == []
+
+
+def test_watching_takes_less_than_the_step(monkeypatch, tmp_path):
+    watching = benchmark("watching", monkeypatch)
+    options = argparse.Namespace(steps=1, repetitions=1, json=tmp_path / "out.json")
+    with pytest.raises(SystemExit, match=r"the hooks take 150.0 % of a step"):
+        watching.report({"with": [2.0], "without": [1.0]}, {"counting": [1.5]}, options)
+    assert not options.json.exists()
+
+
+def test_an_answer_takes_no_less_than_its_limit(monkeypatch):
+    latency = benchmark("latency", monkeypatch)
+
+    def part(seconds, read=2**30):
+        return latency.Part("decode", 16, 1e9, read, seconds, by_flops=0.01, by_bytes=0.1)
+
+    assert latency.impossible([part(0.07)], "cpu") == ["decode at 16 visual tokens: 70 ms, the limit is 100 ms"]
+    possible = [part(0.09), part(0.07, read=2**20)]  # caches hold a mebibyte
+    assert latency.impossible(possible, "cpu") == latency.impossible([part(0.07)], "cuda") == []
 
 
 def test_latency_writes_its_figures(tmp_path, monkeypatch, capsys):

@@ -68,8 +68,19 @@ def main() -> None:
         result |= measure_padding(arguments.padding_records)
         result |= measure_start(arguments.records, scratch) if arguments.records else {}
     show(result)
+    if wrong := impossible(result):
+        sys.exit("refused, these figures cannot be:\n" + "\n".join(wrong))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def impossible(result: dict[str, Any]) -> list[str]:
+    """The loader faster by a fifth than decoding alone, in one process; shares that are none."""
+    found = []
+    if not result["workers"] and result["loader_ratio"] > 1.2:
+        found.append(f"the loader takes {1 / result['loader_ratio']:.2f} of what its own decoding takes alone")
+    shares = [name for name in ("padding", "padding_length_grouped") if not 0 <= result[name] < 1]
+    return found + [f"{name}: expected a share, found {result[name]:.3f}" for name in shares]
 
 
 def parsed() -> argparse.Namespace:

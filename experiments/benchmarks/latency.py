@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -211,6 +212,18 @@ def roof_of(seconds: dict[str, float], device: str) -> Roof:
     return Roof(2 * MATRIX[device] ** 3 / seconds["product"], bandwidth)
 
 
+def impossible(parts: Sequence[Part], device: str) -> list[str]:
+    """Parts that took less than a CPU needs for their FLOPs, or for bytes that its caches do not hold, by more
+    than a fifth. On a GPU the matrix product that is timed need not be the fastest."""
+    found = []
+    for own in parts if device == "cpu" else ():
+        limit = own.limit if own.bytes > COPIED else own.by_flops
+        if own.seconds < 0.8 * limit:
+            tokens = "" if own.visual_tokens is None else f" at {own.visual_tokens} visual tokens"
+            found.append(f"{own.name}{tokens}: {1000 * own.seconds:.4g} ms, the limit is {1000 * limit:.4g} ms")
+    return found
+
+
 def line_through(prefills: Sequence[Part]) -> dict[str, float]:
     """Least squares: seconds = beside + FLOPs / rate, and how far off the worst is."""
     flops, seconds = np.array([p.flops for p in prefills]), np.array([p.seconds for p in prefills])
@@ -323,6 +336,8 @@ def main(words: Sequence[str] | None = None) -> None:
     show_parts(parts, line, roof, console)
     show_sooner(rows, arguments.new_tokens, console)
     show_floor(parts, rows, arguments, console)
+    if wrong := impossible(parts, arguments.device):
+        sys.exit("refused, these figures cannot be:\n" + "\n".join(wrong))
     if arguments.json:
         result = {"hardware": hardware(arguments.device), "versions": versions, "setting": setting}
         result |= {"roof": asdict(roof), "parts": [asdict(p) for p in parts], "prefill": line, "scales": rows}

@@ -144,6 +144,8 @@ def report(seconds: dict[str, list[float]], hooks: dict[str, list[float]], optio
         "hooks_percent": sum(spent.values()) / medians["without"] / 10,
     }
     Console(width=120).print_json(json.dumps(found))
+    if not 0 < found["hooks_percent"] < 100:
+        sys.exit(f"refused, this cannot be: the hooks take {found['hooks_percent']:.1f} % of a step without them")
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
 
