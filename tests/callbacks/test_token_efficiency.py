@@ -25,11 +25,10 @@ from lit_mm.costs.devices import PeakMemory
 from lit_mm.costs.flops import Costs
 from lit_mm.costs.timing import Stopwatch
 from lit_mm.data.dataset import InstructionSet
-from lit_mm.model.attention import NAME
 from lit_mm.training.parts import PARTS
 from tests.helpers.batches import SCALES, batch_of, packed, random_samples
 from tests.helpers.counting import slow_counts
-from tests.helpers.models import tiny_llm, tiny_vlm
+from tests.helpers.models import packing_vlm, tiny_llm, tiny_vlm
 from tests.helpers.records import write_instruction_set
 from tests.helpers.runs import logged, watched_fit
 from tests.helpers.sharded import Run, on_ranks, perform
@@ -162,8 +161,7 @@ def test_percentiles_of_counted_values():
 
 def test_a_training_step_reads_no_tensor():
     """On `meta` nothing can be read: what would make a GPU wait ends in an error there."""
-    vlm = tiny_vlm()
-    vlm.llm.set_attn_implementation(NAME)
+    vlm = packing_vlm()
     for packing in ("packed", "padded"):
         batch = packed(batch_of(*random_samples(0)), packing)
         batch.counts = counts_of(batch, SCALES)
@@ -272,8 +270,7 @@ def test_a_slow_set_is_seen_as_waiting(instruction_set, tmp_path, monkeypatch, w
 
 def test_parts_take_what_they_take(hands):
     """Each part puts the clock forward in its forward and its backward pass, and shows just that."""
-    vlm = tiny_vlm().train()
-    vlm.llm.set_attn_implementation(NAME)
+    vlm = packing_vlm().train()
     batch = packed(batch_of(*random_samples(2)))
     groups = len(batch.images.groups)
     assert groups > 1  # encoder and projector take turns
@@ -297,8 +294,7 @@ def test_parts_take_what_they_take(hands):
 
 
 def test_frozen_parts_take_their_forward_pass_alone(hands):
-    vlm = tiny_vlm().train()
-    vlm.llm.set_attn_implementation(NAME)
+    vlm = packing_vlm().train()
     vlm.encoder.requires_grad_(False)
     vlm.projector.requires_grad_(False)
     for layer, seconds in ((vlm.encoder.trunk.stem, 3), (vlm.projector.layers, 2), (vlm.llm.model.layers[0], 10)):
@@ -338,8 +334,7 @@ def slow_down(layer, hands, seconds):
 
 
 def test_text_alone_is_the_llms():
-    vlm = tiny_vlm().train()
-    vlm.llm.set_attn_implementation(NAME)
+    vlm = packing_vlm().train()
     samples = [sample for sample in random_samples(0, 30) if not sample[2]]
     times = PartTimes(torch.device("cpu"))
     times.start(vlm)

@@ -23,7 +23,7 @@ from lit_mm.costs.flops import (
     on_meta,
 )
 from lit_mm.costs.llm_shapes import published
-from lit_mm.model.attention import NAME, BranchLayout
+from lit_mm.model.attention import BranchLayout
 from lit_mm.model.batch import Batch, Images
 from lit_mm.model.encoder import ConvNeXtEncoder, ExtraStage, TimmEncoder
 from lit_mm.model.llm import PACKED
@@ -32,7 +32,7 @@ from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.parts import LoRA, add_adapters
 from tests.helpers.batches import SCALES, batch_of, packed, random_samples
-from tests.helpers.models import CLASSES, EXTRA, packing_vlm64, tiny_vlm
+from tests.helpers.models import CLASSES, EXTRA, packing_vlm, packing_vlm64, tiny_vlm
 from tests.helpers.videos import TIMES, random_videos, video_batch_of
 
 SQUARES = [(768, 768), (768, 1024), (1024, 1024), (1536, 1536)]
@@ -104,11 +104,6 @@ def test_convnext_costs_what_the_paper_says(size, whole, fifth):
     five, four = encoder_flops(convnext(), size).forward, encoder_flops(convnext(0), size).forward
     assert round(five / 1e9, 1) == whole
     assert round((five - four) / 1e9, 1) == fifth
-
-
-def test_convnext_has_the_papers_parameters():
-    five, four = Parameters.of(convnext()).total, Parameters.of(convnext(0)).total
-    assert (round(five / 1e6, 2), round((five - four) / 1e6, 2)) == (669.16, 472.93)
 
 
 @pytest.mark.parametrize("size", [(768, 768), (1024, 1024), (1536, 1536), (1536, 1100)])
@@ -343,8 +338,7 @@ TRAINS = {
 @pytest.mark.parametrize("trains", TRAINS)
 def test_a_step_costs_what_the_counter_says_of_the_real_step(trains, packing):
     """Encoder, projector, LLM over a packed sequence with its own attention, head and loss, both ways."""
-    vlm = tiny_vlm()
-    vlm.llm.set_attn_implementation(NAME)
+    vlm = packing_vlm()
     freeze(vlm, TRAINS[trains])
     batch = packed(batch_of(*random_samples(0)), packing)
     real = counter_of_step(vlm, batch)

@@ -14,8 +14,8 @@ from tests.helpers.models import tiny_encoder, tiny_llm
 
 def module(llm: LLM | None = None, **options) -> LitMatryoshka:
     """A rate of its own for every part."""
-    parts = Parts(Part(1e-3), Part(2e-3), LLMPart(3e-3))
-    return LitMatryoshka(tiny_encoder, llm or tiny_llm(), [16, 4, 1], parts=parts, max_new_tokens=3, **options)
+    options = {"parts": Parts(Part(1e-3), Part(2e-3), LLMPart(3e-3)), "max_new_tokens": 3, **options}
+    return LitMatryoshka(tiny_encoder, llm or tiny_llm(), [16, 4, 1], **options)
 
 
 def fit(root, folder, ckpt_path=None, data=None, lit=None, **options) -> tuple[LitMatryoshka, lightning.Trainer]:

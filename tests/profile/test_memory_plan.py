@@ -23,7 +23,7 @@ from lit_mm.profile.ledger import FLOAT32
 from lit_mm.profile.memory_plan import MemoryPlan, example_batch, plan
 from tests.helpers.environment import ROOT
 from tests.helpers.measured_step import CASES, RETURNING, Case, batch_of, build, optimizer_of, rank_of, real, units_of
-from tests.helpers.models import tiny_vlm
+from tests.helpers.models import packing_vlm, tiny_vlm
 
 GIB = 2**30
 linux = pytest.mark.skipif(
@@ -41,14 +41,8 @@ def planned(case: Case, **options) -> MemoryPlan:
 
 
 def tiny_plan(vlm=None, **options) -> MemoryPlan:
-    vlm = packing_vlm() if vlm is None else vlm
+    vlm = packing_vlm().train() if vlm is None else vlm
     return plan(vlm, example_batch(vlm, 2, (64, 64), answer=20), optimizer_of, **{"device": "cpu", **options})
-
-
-def packing_vlm() -> MatryoshkaVLM:
-    vlm = tiny_vlm().train()
-    vlm.llm.set_attn_implementation(NAME)
-    return vlm
 
 
 def measure(device: str) -> dict[str, int]:
@@ -104,7 +98,7 @@ def test_a_sharded_step_takes_what_was_planned(tmp_path, monkeypatch):
     ("packing", "checkpointing"), [("packed", True), ("sequential", False), ("padded", False), ("padded", True)]
 )
 def test_torchs_own_tracker_of_real_tensors_finds_as_much(packing, checkpointing):
-    vlm = packing_vlm()
+    vlm = packing_vlm().train()
     if checkpointing:
         vlm.encoder.set_grad_checkpointing()
         vlm.llm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -134,7 +128,7 @@ def counted(vlm, trained: bool) -> int:
 )
 def test_the_state_is_that_of_the_parameters(frozen, precision, width):
     """AdamW has two values a trained parameter, and one number of steps a tensor."""
-    vlm = packing_vlm()
+    vlm = packing_vlm().train()
     if frozen:
         getattr(vlm, frozen).requires_grad_(False)
     found, trained = tiny_plan(vlm, precision=precision), counted(vlm, trained=True)
@@ -146,7 +140,7 @@ def test_the_state_is_that_of_the_parameters(frozen, precision, width):
 
 @pytest.mark.parametrize("gpus", [1, 3, 8])
 def test_shares_are_the_first_of_torchs_chunks(gpus):
-    vlm = packing_vlm()
+    vlm = packing_vlm().train()
     found = tiny_plan(vlm, gpus=gpus, units=units_of(vlm), precision="bf16-mixed")
     shares = sum(parameter.chunk(gpus)[0].numel() for parameter in vlm.parameters())
     buffers = sum(buffer.nbytes for buffer in vlm.buffers())
@@ -163,7 +157,7 @@ def test_whole_copies_have_buckets_for_their_gradients():
 
 def test_accumulated_gradients_outlive_the_backward_pass(monkeypatch):
     """Where a layer computed anew takes most, they make the difference."""
-    vlm = packing_vlm()
+    vlm = packing_vlm().train()
     vlm.encoder.set_grad_checkpointing()
     once, added_up = (tiny_plan(vlm, accumulate=accumulate) for accumulate in (False, True))
     assert (once.moment, added_up.moment) == ("backward", "backward")
@@ -173,7 +167,7 @@ def test_accumulated_gradients_outlive_the_backward_pass(monkeypatch):
 def test_the_loss_takes_the_planned_devices_chunks(monkeypatch):
     """Logits, their logarithms and what becomes of them, of all 160 targets or of three at a time."""
     monkeypatch.setitem(loss.CHUNK, "cpu", 348 * 3)
-    vlm = packing_vlm()
+    vlm = packing_vlm().train()
     batch = example_batch(vlm, 2, (64, 64), answer=20)
     targets, bytes_of = 2 * 20 * 3, {}
     for chunk in (targets, 3):
@@ -193,7 +187,7 @@ def test_what_autocast_computes_in_float32_on_cuda():
 
 
 def test_the_model_stays_as_it_is():
-    vlm = packing_vlm()
+    vlm = packing_vlm().train()
     before = {name: (id(p), p.sum().item(), p.grad) for name, p in vlm.named_parameters()}
     tiny_plan(vlm, gpus=2, units=units_of(vlm))
     assert before == {name: (id(p), p.sum().item(), p.grad) for name, p in vlm.named_parameters()}
@@ -201,7 +195,7 @@ def test_the_model_stays_as_it_is():
 
 def test_kernels_of_cuda_alone_are_planned_without_what_only_branches_need():
     """Copies of queries, keys and values: branch gathers all of them, flex none."""
-    vlm, found = packing_vlm(), []
+    vlm, found = packing_vlm().train(), []
     for attention in ("flex", "branch"):
         batch = example_batch(vlm, 2, (64, 64), answer=20, attention=attention)
         found.append(plan(vlm, batch, optimizer_of, "bf16-true").activations)
@@ -218,7 +212,7 @@ def test_a_video_is_as_many_images_at_every_time_scale():
 
 
 def test_drawn_scales_alone_are_laid_out():
-    batch = example_batch(packing_vlm(), 1, (64, 64), prefix=5, answer=7, scale_weights=[0.0, 1.0, 0.0])
+    batch = example_batch(packing_vlm().train(), 1, (64, 64), prefix=5, answer=7, scale_weights=[0.0, 1.0, 0.0])
     assert len(batch.packed[0].input_ids) == 5 + 4 + 7
 
 

@@ -81,12 +81,18 @@ def test_tied_embeddings_survive(tmp_path, tokenizer):
     assert vlm.llm.lm_head.weight is vlm.llm.model.embed_tokens.weight
 
 
-def test_adapters_are_merged_on_export(tmp_path, tokenizer):
+def adapted_vlm():
+    """With adapters that are not zero."""
     vlm = tiny_vlm()
     apply_parts(vlm, Parts(llm=LLMPart(lora=LoRA(4, 8, 0.0))))
     for name, parameter in vlm.llm.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
+    return vlm
+
+
+def test_adapters_are_merged_on_export(tmp_path, tokenizer):
+    vlm = adapted_vlm()
     ids = torch.randint(0, 300, (1, 9))
     expected = vlm.llm.eval()(ids).logits
     export(vlm, tokenizer, tmp_path / "merged")
@@ -145,12 +151,8 @@ def test_an_untied_head_is_not_dropped_for_a_tied_one(exported):
 
 
 def adapted(tmp_path, **trained):
-    """A model whose adapters are not zero, and its checkpoint."""
-    vlm = tiny_vlm()
-    apply_parts(vlm, Parts(llm=LLMPart(lora=LoRA(4, 8, 0.0))))
-    for name, parameter in vlm.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
+    """A model with adapters, and its checkpoint."""
+    vlm = adapted_vlm()
     state = {f"vlm.{k}": v for k, v in vlm.state_dict().items()}
     torch.save({"state_dict": state, "trained": trained}, tmp_path / "lora.ckpt")
     dcp.save({"state_dict": state}, checkpoint_id=tmp_path / "sharded.ckpt", no_dist=True)
@@ -222,53 +224,54 @@ def test_a_pickle_is_not_run(tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
-def test_the_published_towers_names(tmp_path):
-    """ConvLLaVA publishes its towers as transformers' ConvNextModel with five stages."""
-    dims, depths = [8, 16, 24, 32, 40], [1, 1, 2, 1, 2]
+def tower(width: int) -> tuple[ConvNextModel, ConvNeXtEncoder]:
+    """transformers' model with five stages at random, and an encoder of these shapes."""
+    dims, depths = [8, 16, 24, 32, width], [1, 1, 2, 1, 2]
     torch.manual_seed(2)
     theirs = ConvNextModel(ConvNextConfig(hidden_sizes=dims, depths=depths, num_stages=5, layer_norm_eps=1e-6)).eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    theirs.save_pretrained(tmp_path)
-    encoder = ConvNeXtEncoder(
-        "convnext_atto", [ExtraStage(2, 40)], overrides={"depths": depths[:4], "dims": dims[:4], "conv_mlp": False}
-    ).eval()
-    vlm = tiny_vlm()
-    vlm.encoder, vlm.projector = encoder, MatryoshkaProjector(40, 32, [4, 1])
-    start_from(vlm, InitFrom(encoder=str(tmp_path)))
+    overrides = {"depths": depths[:4], "dims": dims[:4], "conv_mlp": False}
+    return theirs, ConvNeXtEncoder("convnext_atto", [ExtraStage(2, width)], overrides=overrides).eval()
+
+
+def assert_same_grid(encoder: ConvNeXtEncoder, theirs: ConvNextModel) -> None:
     pixels = torch.randn(1, 3, 128, 128)
     assert torch.allclose(encoder(pixels), theirs(pixels).last_hidden_state, atol=1e-4)
+
+
+def test_the_published_towers_names(tmp_path):
+    """ConvLLaVA publishes its towers as transformers' ConvNextModel with five stages."""
+    (theirs, encoder), vlm = tower(40), tiny_vlm()
+    theirs.save_pretrained(tmp_path)
+    vlm.encoder, vlm.projector = encoder, MatryoshkaProjector(40, 32, [4, 1])
+    start_from(vlm, InitFrom(encoder=str(tmp_path)))
+    assert_same_grid(encoder, theirs)
 
 
 @pytest.mark.parametrize("prefix", ["", "vision_tower.", "model."])
 def test_a_tower_saved_beside_convllavas_main_files(tmp_path, prefix):
     """As ConvLLaVA saves what it trained: vision_tower/pytorch_model.bin, and the LLM with the projector."""
-    dims, depths = [8, 16, 24, 32, 24], [1, 1, 2, 1, 2]
-    theirs = ConvNextModel(ConvNextConfig(hidden_sizes=dims, depths=depths, num_stages=5, layer_norm_eps=1e-6)).eval()
-    for parameter in theirs.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
     source, ours = tiny_vlm(), other_vlm()
+    theirs, ours.encoder = tower(24)
     (tmp_path / "vision_tower").mkdir()
     torch.save({prefix + k: v for k, v in theirs.state_dict().items()}, tmp_path / "vision_tower/pytorch_model.bin")
-    projector = {f"model.mm_projector.{k.removeprefix('layers.')}": v for k, v in source.projector.state_dict().items()}
-    torch.save(dict(source.llm.state_dict()) | projector, tmp_path / "pytorch_model.bin")
-    ours.encoder = ConvNeXtEncoder(
-        "convnext_atto", [ExtraStage(2, 24)], overrides={"depths": depths[:4], "dims": dims[:4], "conv_mlp": False}
-    ).eval()
+    torch.save(published_llava(source), tmp_path / "pytorch_model.bin")
     start_from(ours, InitFrom(str(tmp_path)))
     assert same(ours, source, "llm.") and same(ours, source, "projector.")
-    pixels = torch.randn(1, 3, 128, 128)
-    assert torch.allclose(ours.encoder(pixels), theirs(pixels).last_hidden_state, atol=1e-4)
+    assert_same_grid(ours.encoder, theirs)
+
+
+def published_llava(vlm) -> dict[str, torch.Tensor]:
+    """The LLM's names as they are, the projector inside."""
+    projector = {f"model.mm_projector.{k.removeprefix('layers.')}": v for k, v in vlm.projector.state_dict().items()}
+    return dict(vlm.llm.state_dict()) | projector
 
 
 def test_the_published_llavas_names(tmp_path):
-    """LLaVA's and ConvLLaVA's models: the LLM's names as they are, the projector inside, perhaps a tower."""
+    """LLaVA's and ConvLLaVA's models."""
     vlm = tiny_vlm()
-    llm = dict(vlm.llm.state_dict())
-    projector = {
-        f"model.mm_projector.{name.removeprefix('layers.')}": t for name, t in vlm.projector.state_dict().items()
-    }
-    save_file({k: v.contiguous() for k, v in {**llm, **projector}.items()}, tmp_path / "model.safetensors")
+    save_file({k: v.contiguous() for k, v in published_llava(vlm).items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_llama"}))
     found = other_vlm()
     start_from(found, InitFrom(projector=str(tmp_path), llm=str(tmp_path)))

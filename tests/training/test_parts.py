@@ -9,7 +9,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lit_mm.data.tokenizer import load_tokenizer
-from lit_mm.model.attention import NAME
 from lit_mm.model.encoder import TimmEncoder
 from lit_mm.model.llm import load_llm
 from lit_mm.training.optim import FusedAdamW
@@ -26,12 +25,11 @@ from lit_mm.training.parts import (
     with_parameters,
 )
 from tests.helpers.batches import batch_of, packed, samples
-from tests.helpers.models import tiny_llm, tiny_vlm
+from tests.helpers.models import packing_vlm, tiny_llm, tiny_vlm
 
 
 def vlm_for(parts: Parts, **sizes):
-    vlm = tiny_vlm(**sizes)
-    vlm.llm.set_attn_implementation(NAME)
+    vlm = packing_vlm(**sizes)
     apply_parts(vlm, parts)
     return vlm
 

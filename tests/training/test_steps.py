@@ -17,7 +17,7 @@ from lit_mm.training.parts import LLMPart, LoRA, Part, Parts
 from lit_mm.training.steps import refuse_hidden_scale
 from tests.helpers.environment import TOKENIZER, installed
 from tests.helpers.models import tiny_llm
-from tests.helpers.runs import fit, losses, module
+from tests.helpers.runs import fit, logged, losses, module
 
 
 def poison(trainer, lit, batch, batch_idx) -> None:
@@ -59,12 +59,10 @@ def test_the_logged_norm_is_that_before_clipping(instruction_set, tmp_path):
         squares = [p.grad.double().square().sum() for p in lit.parameters() if p.grad is not None]
         norms.append(float(torch.stack(squares).sum().sqrt()))
 
-    watch = LambdaCallback(on_before_optimizer_step=own_norm, on_before_zero_grad=own_norm)
     watch = LambdaCallback(on_before_optimizer_step=own_norm)
     lit, _ = fit(instruction_set, tmp_path, callbacks=[watch], limit_val_batches=0, gradient_clip_val=0.05)
-    lines = next(tmp_path.glob("**/metrics.csv")).read_text().splitlines()
-    column = lines[0].split(",").index("train/gradient_norm")
-    assert [float(line.split(",")[column]) for line in lines[1:]] == pytest.approx(norms, rel=1e-4)
+    found = [row["train/gradient_norm"] for row in logged(tmp_path, "train/gradient_norm")]
+    assert found == pytest.approx(norms, rel=1e-4)
     clipped = torch.stack([p.grad.square().sum() for p in lit.parameters() if p.grad is not None]).sum().sqrt()
     assert norms[-1] > 0.06 and float(clipped) == pytest.approx(0.05, rel=1e-3)
 
@@ -77,7 +75,9 @@ def test_a_rate_given_now_beats_the_checkpoints(instruction_set, tmp_path):
     trainer.save_checkpoint(tmp_path / "two.ckpt")
     _, same = fit(instruction_set, tmp_path / "b", tmp_path / "two.ckpt", limit_val_batches=0)
     parts = Parts(Part(5e-3), Part(2e-3), LLMPart(3e-3, weight_decay=0.7))
-    _, other = fit(instruction_set, tmp_path / "c", tmp_path / "two.ckpt", lit=changed(parts), limit_val_batches=0)
+    _, other = fit(
+        instruction_set, tmp_path / "c", tmp_path / "two.ckpt", lit=changed(parts=parts), limit_val_batches=0
+    )
     for name, lr in lrs(same).items():
         assert lrs(other)[name] == pytest.approx(lr * (5 if name.startswith("encoder") else 1))
     decays = {group["name"]: group["weight_decay"] for group in other.optimizers[0].param_groups}
@@ -105,7 +105,7 @@ def test_other_parts_are_not_resumed(instruction_set, tmp_path):
     _, trainer = fit(instruction_set, tmp_path / "a", limit_val_batches=0, max_steps=2)
     trainer.save_checkpoint(two := tmp_path / "two.ckpt")
     with pytest.raises(ValueError, match=r"trained \{'encoder_other': .* --model.init_from begins another"):
-        fit(instruction_set, tmp_path / "b", two, lit=changed(Parts(Part(frozen=True))), limit_val_batches=0)
+        fit(instruction_set, tmp_path / "b", two, lit=changed(parts=Parts(Part(frozen=True))), limit_val_batches=0)
 
 
 def test_a_fused_optimizer_is_refused_where_the_loss_is_scaled():
@@ -117,10 +117,7 @@ def test_a_fused_optimizer_is_refused_where_the_loss_is_scaled():
         refuse_hidden_scale(SimpleNamespace(optimizers=[fused], precision="16-mixed"))
 
 
-def changed(parts: Parts | None = None):
-    lit = module(optimizer=partial(FusedAdamW, betas=(0.5, 0.6)))
-    lit.parts = parts or lit.parts
-    return lit
+changed = partial(module, optimizer=partial(FusedAdamW, betas=(0.5, 0.6)))
 
 
 def test_moving_averages_take_part_and_resume(instruction_set, tmp_path):
@@ -159,14 +156,9 @@ def test_quantized_weights_need_adapters_and_a_pretrained_model():
     quantized = tiny_llm()
     quantized.quantize = "4bit"
     with pytest.raises(ValueError, match=r"its weights cannot train, set parts.llm.frozen or .lora"):
-        module_with(quantized, Parts())
+        module(quantized, parts=Parts())
     with pytest.raises(ValueError, match="goes with a pretrained model"):
-        module_with(quantized, Parts(llm=LLMPart(lora=LoRA(4)))).configure_model()
-
-
-def module_with(llm: LLM, parts: Parts):
-    lit = type(module())
-    return lit(module().build_encoder, llm, [16, 4, 1], parts=parts)
+        module(quantized, parts=Parts(llm=LLMPart(lora=LoRA(4)))).configure_model()
 
 
 def test_without_bitsandbytes_the_error_names_it(tmp_path, monkeypatch):
@@ -184,7 +176,7 @@ def test_adapters_train_on_a_quantized_base(tmp_path, quantize, error):
     whole = load_llm(tiny_llm(hidden_size=128, initializer_range=0.05), load_tokenizer(tiny_llm()))
     whole.save_pretrained(tmp_path)
     llm = LLM(str(tmp_path), tokenizer=TOKENIZER, chat_template="bare", quantize=quantize)
-    lit = module_with(llm, Parts(llm=LLMPart(lora=LoRA(4, 8, 0.0))))
+    lit = module(llm, parts=Parts(llm=LLMPart(lora=LoRA(4, 8, 0.0))))
     lit.configure_model()
     ids = torch.randint(0, 300, (1, 9))
     found, expected = lit.vlm.llm(ids).logits.float(), whole(ids).logits
