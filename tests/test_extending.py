@@ -7,8 +7,8 @@ import sys
 import pytest
 import yaml
 
-from tests.helpers.command_line import lit_mm_anew
-from tests.helpers.environment import ROOT, TOKENIZER
+from tests.helpers.command_line import CONFIG, lit_mm_anew
+from tests.helpers.environment import ROOT
 from tests.helpers.media import draw
 
 
@@ -30,33 +30,11 @@ def test_a_run_with_ones_own_encoder_and_format(tmp_path, monkeypatch):
     draw(tmp_path / "a.png", (64, 64), "red")
     items = [{"image": "a.png", "query": "what color is it?", "answers": ["red", "dark red"]}] * 4
     (tmp_path / "train.json").write_text(json.dumps(items))
-    config = {
-        "model": {
-            "scales": [16, 4, 1],
-            "encoder": {"class_path": "my_encoder.PatchEncoder", "init_args": {"width": 32}},
-            "llm": {
-                "name_or_path": "LlamaConfig",
-                "config_overrides": {
-                    "hidden_size": 32,
-                    "num_hidden_layers": 2,
-                    "num_attention_heads": 4,
-                    "intermediate_size": 48,
-                },
-                "tokenizer": TOKENIZER,
-                "chat_template": "bare",
-            },
-        },
-        "data": {
-            "class_path": "my_data.MyInstructions",
-            "init_args": {
-                "train": str(tmp_path / "train.json"),
-                "image_root": str(tmp_path),
-                "batch_size": 2,
-                "image": {"size": 64},
-            },
-        },
-        "trainer": {"accelerator": "cpu", "max_steps": 2, "default_root_dir": str(tmp_path / "runs")},
-    }
+    config = yaml.safe_load(CONFIG)
+    config["model"]["encoder"] = {"class_path": "my_encoder.PatchEncoder", "init_args": {"width": 32}}
+    data = {"train": str(tmp_path / "train.json"), "image_root": str(tmp_path), "batch_size": 2, "image": {"size": 64}}
+    config["data"] = {"class_path": "my_data.MyInstructions", "init_args": data}
+    config["trainer"] = {"accelerator": "cpu", "max_steps": 2, "default_root_dir": str(tmp_path / "runs")}
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     lit_mm_anew("fit", "--config", str(tmp_path / "my.yaml"))

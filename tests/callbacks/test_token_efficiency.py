@@ -288,9 +288,8 @@ def test_parts_take_what_they_take(hands):
         times.stop()
         expected = {"encoder": 6000 * groups, "projector": 4000 * groups, "llm": 20000, "other": 5000}
         assert times.take() == pytest.approx(expected)
+    vlm(batch)  # nobody watches any more
     assert times.take() is None
-    assert not vlm.encoder._forward_hooks
-    assert not vlm.encoder._forward_pre_hooks
 
 
 def test_frozen_parts_take_their_forward_pass_alone(hands):

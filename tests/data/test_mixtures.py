@@ -393,6 +393,7 @@ import time
 from lit_mm.data.datamodules import ImageDataModule
 from lit_mm.data.dataset import ModelInputs
 from lit_mm.data.tokenizer import load_tokenizer
+from tests.helpers.models import tiny_llm
 inputs = ModelInputs(load_tokenizer(tiny_llm()), 16, [16, 4, 1], (0, 0, 0))
 data = ImageDataModule(inputs, train="{sets}/text.jsonl", num_workers=1)
 data.setup("fit")

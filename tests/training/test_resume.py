@@ -15,49 +15,21 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.helpers.command_line import forked
-from tests.helpers.environment import ROOT, TOKENIZER
+from tests.helpers.command_line import CONFIG, forked
+from tests.helpers.environment import ROOT
 from tests.helpers.media import draw
 from tests.helpers.records import conversation
 
-CONFIG = {
-    "seed_everything": 3,
-    "model": {
-        "scales": [16, 4, 1],
-        "encoder": {
-            "class_path": "lit_mm.ConvNeXtEncoder",
-            "init_args": {
-                "backbone": "convnext_atto",
-                "overrides": {
-                    "patch_size": 1,
-                    "depths": [1, 1, 1, 1],
-                    "dims": [8, 8, 12, 16],
-                    "kernel_sizes": 3,
-                    "ls_init_value": 1.0,
-                    "drop_path_rate": 0.3,
-                },
-                "extra_stages": [{"depth": 1, "width": 24, "layer_scale": 1.0}],
-            },
-        },
-        "llm": {
-            "name_or_path": "LlamaConfig",
-            "config_overrides": {
-                "hidden_size": 32,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "intermediate_size": 48,
-                "initializer_range": 0.2,
-                "attention_dropout": 0.1,
-            },
-            "tokenizer": TOKENIZER,
-            "chat_template": "bare",
-        },
-        "scales_per_step": 2,
-        "max_new_tokens": 3,
-    },
-    "trainer": {"accelerator": "cpu", "log_every_n_steps": 1, "enable_progress_bar": False, "logger": False},
-    "checkpoint": {"every_n_train_steps": 2},
-}
+
+def configuration() -> dict:
+    """That of the command line's tests, with all that is random in training, and a checkpoint every other step."""
+    config = yaml.safe_load(CONFIG)
+    config["model"]["scales_per_step"] = 2
+    config["model"]["encoder"]["init_args"]["overrides"]["drop_path_rate"] = 0.3
+    config["model"]["llm"]["config_overrides"]["attention_dropout"] = 0.1
+    config["checkpoint"] = {"every_n_train_steps": 2}
+    config["trainer"] = {"accelerator": "cpu", "log_every_n_steps": 1, "enable_progress_bar": False, "logger": False}
+    return config
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +76,8 @@ class Runs:
         self.folder, self.ranks = folder, ranks
         settings = {"class_path": "lit_mm.ImageDataModule", "init_args": {**data, "num_workers": workers}}
         limits = {"max_epochs": 3, "devices": ranks, "strategy": "ddp" if ranks > 1 else "auto", **trainer}
-        self.config = CONFIG | {"data": settings, "trainer": CONFIG["trainer"] | limits}
+        config = configuration()
+        self.config = config | {"data": settings, "trainer": config["trainer"] | limits}
 
     def run(self, name: str, *options: str, **ending) -> tuple[int, str]:
         """Exit status and what was printed."""
