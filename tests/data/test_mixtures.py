@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -88,11 +89,17 @@ def make(sets, tokenizer):
     return build
 
 
+def loader_of(data, epoch=0):
+    """The training batches of an epoch of a run."""
+    run = {"current_epoch": epoch, "max_epochs": 1, "global_rank": 0, "world_size": 1, "overfit_batches": 0}
+    data.trainer = SimpleNamespace(**run)
+    return data.train_dataloader()
+
+
 def questions(data, epoch=0) -> list[str]:
     """What the records of an epoch ask."""
     data.setup("fit")
-    plans = data.train_plans(epoch)
-    loader = data._loader("train", plans, training=True)
+    loader = loader_of(data, epoch)
     decode = data.inputs.tokenizer.decode
     found = []
     for batch in loader:
@@ -373,9 +380,7 @@ def test_a_still_image_needs_the_room_of_different_scales(make, sets, per_step, 
             continue
         data.setup("fit")
         for epoch in range(30):
-            data.train_plans(epoch)
-            loader = data._loader("train", data.train_plans(epoch), training=True)
-            needed |= {len(batch.packed[0].input_ids) for batch in loader}
+            needed |= {len(batch.packed[0].input_ids) for batch in loader_of(data, epoch)}
         assert max(needed) == fits
 
 
