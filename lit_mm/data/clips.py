@@ -151,16 +151,12 @@ def write_clips(root: Path, train: int, val: int, test: int, seed: int = 0) -> N
     (root / f"clips_{seed}").mkdir(parents=True, exist_ok=True)
     counts = {"train": train, "val": val, "test": test}
     for split, count in counts.items():
-        _write_videos(root, split, count, seed)
+        for number in range(count):
+            file = root / video_name(split, number, seed)
+            if not file.is_file():
+                write_video(file, render(make_clip(split, number, seed)))
         _write_records(root / f"{split}.json", records(split, count, seed))
     _write_records(root / "captions.json", captions("train", train, seed))
-
-
-def _write_videos(root: Path, split: str, count: int, seed: int) -> None:
-    for number in range(count):
-        file = root / video_name(split, number, seed)
-        if not file.is_file():
-            write_video(file, render(make_clip(split, number, seed)))
 
 
 def _write_records(file: Path, items: list[dict[str, Any]]) -> None:
@@ -198,9 +194,11 @@ def make_clip(split: str, number: int, seed: int = 0) -> Clip:
     """The clip of that number."""
     rng = random.Random(f"{seed} {split} {number}")
     shape, colors = rng.choice(SHAPES), rng.sample([*COLOURS], 4)
-    places, direction = moves(rng)
+    start, direction = (rng.randrange(SIZE), rng.randrange(SIZE)), rng.choice([*STEPS])
+    places = path(start, direction, speed=rng.randint(4, 7))
     seen = rng.choice(patterns(rng.randint(1, 4)))
-    dot = Figure("black", "dot", shown([_inside(rng)] * FRAMES, seen))
+    middle = rng.randrange(DOT, SIZE - DOT), rng.randrange(DOT, SIZE - DOT)
+    dot = Figure("black", "dot", shown([middle] * FRAMES, seen))
     figures = [Figure(colors[i], shape, shown(places, [now == i for now in ORDER])) for i in range(4)]
     questions = [(f"which colour comes after {colors[i]}?", colors[(i + 1) % 4]) for i in rng.sample(range(4), 2)]
     questions.append((f"in which direction does the {shape} move?", direction))
@@ -211,12 +209,6 @@ def make_clip(split: str, number: int, seed: int = 0) -> Clip:
         ("how often did the dot appear up to each frame?", " ".join(map(str, accumulate(map(int, begins(seen)))))),
     ]
     return Clip((*figures, dot), tuple(rng.sample(questions, 4)), tuple(rng.sample(captions, 3)))
-
-
-def moves(rng: random.Random) -> tuple[list[Place], str]:
-    """Places in all frames, and the direction."""
-    start, direction = (rng.randrange(SIZE), rng.randrange(SIZE)), rng.choice([*STEPS])
-    return path(start, direction, speed=rng.randint(4, 7)), direction
 
 
 def path(start: Place, direction: str, speed: int) -> list[Place]:
@@ -244,10 +236,6 @@ def begins(seen: tuple[bool, ...]) -> list[bool]:
 def shown(places: Sequence[Place], seen: Sequence[bool]) -> tuple[Place | None, ...]:
     """The places where seen."""
     return tuple(place if now else None for place, now in zip(places, seen, strict=True))
-
-
-def _inside(rng: random.Random) -> Place:
-    return rng.randrange(DOT, SIZE - DOT), rng.randrange(DOT, SIZE - DOT)
 
 
 def cell(place: Place) -> str:

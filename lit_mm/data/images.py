@@ -135,10 +135,14 @@ class ImageFile:
     def _take_the_only_page(self) -> None:
         pages = list(range(getattr(self.image, "n_frames", 1)))
         if len(pages) > 1 and self.image.format == "TIFF":
-            pages = [page for page in pages if not is_thumbnail(self.image, page)]
+            pages = [page for page in pages if not self._is_thumbnail(page)]
         if len(pages) != 1:
             raise self._fault("several frames", f"{self.image.n_frames} frames or pages, expected one")  # type: ignore[attr-defined]
         self.image.seek(pages[0])
+
+    def _is_thumbnail(self, page: int) -> bool:
+        self.image.seek(page)
+        return bool(self.image.tag_v2.get(TIFF_SUBFILE, 0) & TIFF_REDUCED)  # type: ignore[attr-defined]
 
     def _check(self) -> None:
         mode, limit, (height, width) = self.image.mode, self.options.max_pixels, self._shape()
@@ -179,13 +183,9 @@ class ImageFile:
         with self._guard("truncated image"):
             if not self.options.exact_decoding:
                 self._draft()
-            upright = to_rgb(self._upright())
+            turn = TURNS.get(self.turn)  # what stands behind the pixels comes too late to tell a size
+            upright = to_rgb(self.image if turn is None else self.image.transpose(turn))
         return to_pixels(upright, target, color if self.options.mode == "pad" else None)[None]
-
-    def _upright(self) -> Image.Image:
-        """Turned as the header says; what stands behind the pixels comes too late to tell a size."""
-        turn = TURNS.get(self.turn)
-        return self.image if turn is None else self.image.transpose(turn)
 
     def _draft(self) -> None:
         """Let a JPEG be decoded at a fraction of its size that is still DRAFT times what is wanted."""
@@ -200,12 +200,6 @@ def opened(source: Path | bytes) -> Image.Image:
         is_jpeg = file.read(3) == b"\xff\xd8\xff"
     reader = JpegImageFile if is_jpeg else Image.open  # which takes a JPEG with more behind it for several frames
     return reader(BytesIO(source) if isinstance(source, bytes) else source)
-
-
-def is_thumbnail(image: Image.Image, page: int) -> bool:
-    """Whether a page of a TIFF calls itself a smaller version of another one."""
-    image.seek(page)
-    return bool(image.tag_v2.get(TIFF_SUBFILE, 0) & TIFF_REDUCED)  # type: ignore[attr-defined]
 
 
 def orientation(image: Image.Image) -> int:

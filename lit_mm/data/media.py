@@ -54,8 +54,13 @@ class MediaFolder:
         if medium.kind == "video" and self.video is None:
             detail = f"video {medium.name}: expected images, VideoDataModule takes both"
             raise RecordError(record.where, "unexpected video", detail)
-        key = self._key(record, number, medium)
-        source = inside(self.root, record.where, medium) if medium.data is None else medium.data
+        key: tuple
+        source: Path | bytes
+        if medium.data is None:
+            source = inside(self.root, record.where, medium)
+            key = self.root, medium.name, medium.kind, self.image, self.video, self.frame
+        else:
+            source, key = medium.data, (self.source, record.where, number)
         if self.video is None or medium.kind == "image":
             image = ImageFile(record.where, medium.name, source, self.image)
             return Visual(key, image.pixels(self.color) if decode else _no_pixels(1, image.size()))
@@ -71,11 +76,6 @@ class MediaFolder:
             pixels = _no_pixels(len(times), self.frame.target(clip.height, clip.width))
         labels = [f"{time:.1f}s: " if self.video.timestamps else "" for time in times]
         return Visual(key, pixels, video=True, labels=labels)
-
-    def _key(self, record: Record, number: int, medium: Media) -> tuple:
-        if medium.data is not None:
-            return self.source, record.where, number
-        return self.root, medium.name, medium.kind, self.image, self.video, self.frame
 
 
 def _no_pixels(frames: int, size: tuple[int, int]) -> Tensor:

@@ -152,7 +152,8 @@ class Video:
     def _open(self) -> Iterator[VideoStream]:
         with ExitStack() as stack:
             try:
-                file = stack.enter_context(self._file())
+                opened = self.source.open("rb") if isinstance(self.source, Path) else BytesIO(self.source)
+                file = stack.enter_context(opened)
                 self._check_size(file)
                 container = stack.enter_context(self._container(file))
             except RecordError:
@@ -164,10 +165,7 @@ class Video:
                 self._fail("not a video", f"expected one of {CONTAINERS}, found: {found}")
             yield self._stream(container)
 
-    def _file(self) -> BinaryIO:
-        return self.source.open("rb") if isinstance(self.source, Path) else BytesIO(self.source)
-
-    def _check_size(self, file: BinaryIO) -> None:
+    def _check_size(self, file: Any) -> None:
         expected, size = promised_size(file), file.seek(0, SEEK_END)
         file.seek(0)
         if size < expected:
@@ -298,7 +296,10 @@ class Timeline:
         """The numbers of the frames that the options choose, rising, at least one."""
         if options.choose == "keyframes":
             keys = sorted(set(self.keys) & set(self.starts)) or self.starts[:1]
-            return [bisect_left(self.starts, key) for key in _thinned(keys, options.max_frames)]
+            count = options.max_frames
+            if len(keys) > count:
+                keys = [keys[(2 * number + 1) * len(keys) // (2 * count)] for number in range(count)]
+            return [bisect_left(self.starts, key) for key in keys]
         if options.choose == "fps":
             numbers = self._at_middles(1 / (Fraction(str(options.fps)) * self.tick))
             if 0 < len(numbers) <= options.max_frames:
@@ -392,20 +393,9 @@ def _timeline_of(packets: list[_Entry], stream: VideoStream) -> Timeline:
     starts = [packet.start for packet in shown]
     typical = round((starts[-1] - starts[0]) / max(1, len(starts) - 1))
     end = starts[-1] + max(1, shown[-1].duration or typical)
-    return Timeline(
-        starts, end, sorted(packet.start for packet in packets if packet.key), _tick(stream), _exact(stream)
-    )
-
-
-def _exact(stream: VideoStream) -> bool:
-    name = stream.container.format.name
-    return any(marked in name for marked in MARKED) and not (name == "avi" and stream.codec_context.has_b_frames)
-
-
-def _thinned(items: Sequence[int], count: int) -> Sequence[int]:
-    if len(items) <= count:
-        return items
-    return [items[(2 * number + 1) * len(items) // (2 * count)] for number in range(count)]
+    keys, name = sorted(packet.start for packet in packets if packet.key), stream.container.format.name
+    exact = any(marked in name for marked in MARKED) and not (name == "avi" and stream.codec_context.has_b_frames)
+    return Timeline(starts, end, keys, _tick(stream), exact)
 
 
 class _Reader:
