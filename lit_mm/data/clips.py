@@ -50,7 +50,7 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True)
 class Figure:
-    """A coloured shape in a clip.
+    """A colored shape in a clip.
 
     Args:
         color: One of COLOURS, or black.
