@@ -50,7 +50,10 @@ def draw_accuracy(axes: Axes, result: Result) -> None:
     label = "fewest tokens within a point of the best"
     axes.plot(*ring, "o", markersize=15, markerfacecolor="none", markeredgecolor="#333333", label=label, zorder=4)
     axes.legend(frameon=False, loc="lower right", fontsize=10)
-    _draw_majority(axes, result, min(tokens))
+    majority = 100 * result["majority_answer"]
+    axes.axhline(majority, color="#888888", linestyle="--", linewidth=1.2)
+    named = f"majority answer {majority:.1f}"
+    axes.annotate(named, (min(tokens), majority), (0, 5), textcoords="offset points", color="#666666")
     axes.set_xscale("log", base=2)
     axes.set_xticks(tokens, [str(token) for token in tokens])
     axes.minorticks_off()
@@ -59,14 +62,6 @@ def draw_accuracy(axes: Axes, result: Result) -> None:
     axes.set_xlabel("visual tokens per image" if None in lines else "visual tokens per video, at most")
     axes.set_ylabel("accuracy (%)")
     axes.set_title(f"One model, any token budget ({result['questions']:,} questions)", loc="left", fontsize=12)
-
-
-def _draw_majority(axes: Axes, result: Result, left: int) -> None:
-    majority = 100 * result["majority_answer"]
-    axes.axhline(majority, color="#888888", linestyle="--", linewidth=1.2)
-    axes.annotate(
-        f"majority answer {majority:.1f}", (left, majority), (0, 5), textcoords="offset points", color="#666666"
-    )
 
 
 def draw_speed(axes: Axes, result: Result) -> None:

@@ -95,9 +95,15 @@ class Judgement:
             return None
         [((height, width), _)] = self.asked.images.most_common(1)
         images = ceil(self.asked.images.total() / self.asked.questions)
-        pixels, new_tokens = torch.zeros(images, 3, height, width, dtype=torch.uint8), self._new_tokens()
+        pixels = torch.zeros(images, 3, height, width, dtype=torch.uint8)
+        new_tokens = max(2, min(self.lit.max_new_tokens, MOST_NEW_TOKENS))
+        measured = []
         try:
-            measured = [self._measured(trainer, row, pixels, new_tokens) for row in rows]
+            for row in rows:
+                visual = round(row["mean_visual_tokens"])
+                timer = AnswerTimer(self.lit.vlm, round(row["prompt_tokens"]) - visual, new_tokens, self.repetitions)
+                with trainer.precision_plugin.val_step_context():
+                    measured.append(timer(pixels, visual))
         except torch.OutOfMemoryError:  # no reason to lose a run
             rank_zero_info("answers are not timed: the memory does not suffice")
             return None
@@ -105,12 +111,6 @@ class Judgement:
             row["measured"] = times
         described = {"images": images, "height": height, "width": width, "new_tokens": new_tokens, "batch_size": 1}
         return described | {"repetitions": self.repetitions, "warm_up": WARM_UP}
-
-    def _measured(self, trainer: Trainer, row: dict[str, Any], pixels: torch.Tensor, new_tokens: int) -> dict[str, Any]:
-        visual = round(row["mean_visual_tokens"])
-        timer = AnswerTimer(self.lit.vlm, round(row["prompt_tokens"]) - visual, new_tokens, self.repetitions)
-        with trainer.precision_plugin.val_step_context():
-            return timer(pixels, visual)
 
     def _not_timed(self) -> str:
         """Why not; empty if they are."""
@@ -121,9 +121,6 @@ class Judgement:
         if self.lit.costs is None:
             return f"{type(self.lit.vlm.llm).__name__} may not keep a plain KV cache"
         return "" if self.asked.images else "no question shows an image"
-
-    def _new_tokens(self) -> int:
-        return max(2, min(self.lit.max_new_tokens, MOST_NEW_TOKENS))
 
 
 def described(trainer: Trainer, lit: Any, peak: float | None) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class Meter:
             ValueError: Nobody counted it before it went to a device.
         """
         counts, kind = counted(batch), "visual" if batch.images.groups else "alone"
-        self.sizes.update(sizes_of(batch))
+        self.sizes.update({cast(Size, tuple(group.shape[-2:])): len(group) for group in batch.images.groups})
         for name in ("text", "visual", "labels", "padding", "shown_pixels"):
             self.sums[name] += getattr(counts, name)
         for name in ("text", "visual", "pairs", "labels"):
@@ -125,11 +125,6 @@ def counted(batch: Batch) -> Counts:
             "lit_mm.costs.counts.counts_of(batch, scales), before it goes to a device"
         )
     return batch.counts
-
-
-def sizes_of(batch: Batch) -> Counter[Size]:
-    """Height and width of the batch's images -> how many there are."""
-    return Counter({cast(Size, tuple(group.shape[-2:])): len(group) for group in batch.images.groups})
 
 
 def training_flops(flops: ModelFlops) -> Numbers:

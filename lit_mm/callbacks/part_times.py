@@ -52,10 +52,7 @@ class PartTimes:
             self.watch.mark()
 
     def _marks(self, part: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            self.mark(part)
-
-        return hook
+        return lambda *_: self.mark(part)
 
     def _enter_projector(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
         """The grid's gradient tells that the projector's backward pass is over and the encoder's begins."""

@@ -25,6 +25,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
+from operator import add
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -62,10 +63,10 @@ class Flops:
         return self.forward + self.backward
 
     def __add__(self, other: Flops) -> Flops:
-        return Flops(self.forward + other.forward, self.backward + other.backward, self.recompute + other.recompute)
+        return Flops(*map(add, vars(self).values(), vars(other).values()))
 
     def __mul__(self, count: int) -> Flops:
-        return Flops(self.forward * count, self.backward * count, self.recompute * count)
+        return Flops(*(flops * count for flops in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,10 @@ class ModelFlops:
         return self.encoder + self.projector + self.llm + self.head
 
     def __add__(self, other: ModelFlops) -> ModelFlops:
-        return ModelFlops(
-            self.encoder + other.encoder,
-            self.projector + other.projector,
-            self.llm + other.llm,
-            self.head + other.head,
-        )
+        return ModelFlops(*map(add, vars(self).values(), vars(other).values()))
 
     def __mul__(self, count: int) -> ModelFlops:
-        return ModelFlops(self.encoder * count, self.projector * count, self.llm * count, self.head * count)
+        return ModelFlops(*(flops * count for flops in vars(self).values()))
 
 
 @dataclass(frozen=True)

@@ -88,40 +88,26 @@ class AnswerTimer:
         }
 
     def _answer(self, pixels: Tensor, visual: int) -> Stopwatch:
-        """Marks before and behind encoding, the first token and all further ones."""
-        watch = Stopwatch(self.device)
-        watch.mark()
-        tokens = self._encode(pixels, visual)
-        watch.mark()
-        token, past = self._first(tokens)
-        watch.mark()
-        self._further(token, past)
-        watch.mark()
-        return watch
+        """Marks before and behind encoding, the first token and all further ones.
 
-    def _encode(self, pixels: Tensor, visual: int) -> Tensor:
-        """Pixels [n, 3, H, W] -> visual tokens [1, visual, D], as many as a scale has.
-
-        Frames are not averaged: which tokens they are makes no difference to the time."""
-        encoder, projector = self.vlm.encoder, self.vlm.projector
-        cells = projector.layers(encoder(encoder.normalize(pixels)).permute(0, 2, 3, 1))
-        tokens = cells.flatten(0, 2)[None, :visual]
+        Frames are not averaged: which `visual` tokens the LLM gets makes no difference to the time."""
+        watch, encoder, llm = Stopwatch(self.device), self.vlm.encoder, cast(Any, self.vlm.llm)
+        watch.mark()
+        cells = self.vlm.projector.layers(encoder(encoder.normalize(pixels)).permute(0, 2, 3, 1))  # [n, h, w, D]
+        tokens = cells.flatten(0, 2)[None, :visual]  # [1, visual, D]
         if tokens.shape[1] != visual:
             raise ValueError(f"expected {visual} visual tokens, {len(pixels)} images have {tokens.shape[1]} cells")
-        return tokens
-
-    def _first(self, tokens: Tensor) -> tuple[Tensor, Any]:
-        """Visual tokens -> the first new token and the KV cache."""
-        embed = cast(torch.nn.Module, self.vlm.llm.get_input_embeddings())
-        text = embed(torch.zeros(1, self.prompt, dtype=torch.long, device=self.device))
-        embeddings = torch.cat([tokens.to(text.dtype), text], dim=1)
-        output = cast(Any, self.vlm.llm)(inputs_embeds=embeddings, use_cache=True, logits_to_keep=1)
-        return output.logits.argmax(-1), output.past_key_values
-
-    def _further(self, token: Tensor, past: Any) -> None:
+        watch.mark()
+        text = llm.get_input_embeddings()(torch.zeros(1, self.prompt, dtype=torch.long, device=self.device))
+        prompt = torch.cat([tokens.to(text.dtype), text], dim=1)
+        output = llm(inputs_embeds=prompt, use_cache=True, logits_to_keep=1)
+        token, past = output.logits.argmax(-1), output.past_key_values
+        watch.mark()
         for _ in range(self.new_tokens - 1):
-            output = cast(Any, self.vlm.llm)(input_ids=token, past_key_values=past, use_cache=True, logits_to_keep=1)
+            output = llm(input_ids=token, past_key_values=past, use_cache=True, logits_to_keep=1)
             token = output.logits.argmax(-1)
+        watch.mark()
+        return watch
 
 
 def quartiles(times: list[float]) -> dict[str, float]:

@@ -32,11 +32,9 @@ class Asked:
         self.questions += questions
         self.images.update({(height, width): number for number, height, width in counts.asked})
         for total, own in zip(self.prompts, counts.prompts, strict=False):
-            total.text, total.visual, total.pairs = (
-                total.text + own.text,
-                total.visual + own.visual,
-                total.pairs + own.pairs,
-            )
+            total.text += own.text
+            total.visual += own.visual
+            total.pairs += own.pairs
 
     def numbers(self, costs: Costs | None) -> dict[str, float]:
         """Sums of one rank, the same names on every rank: tokens, and with costs forward FLOPs."""
@@ -65,19 +63,17 @@ def scale_costs(numbers: dict[str, float], scales: Sequence[Scale], cached: int 
         `prompt_tokens` of what was asked, and where the model's costs are known `encode_flops` and
         `prefill_flops` until the first token of the answer, and `kv_bytes` of the prompt.
     """
-    questions = max(1.0, numbers["questions"])
-    return [_scale(numbers, scale, questions, cached) for scale in scales]
-
-
-def _scale(numbers: dict[str, float], scale: Scale, questions: float, cached: int | None) -> dict[str, Any]:
-    visual = numbers[f"{scale} visual"] / questions
-    prompt = visual + numbers[f"{scale} text"] / questions
-    found = {"scale": str(scale), **_named(scale), "mean_visual_tokens": visual, "prompt_tokens": prompt}
-    if cached is not None:
-        found["encode_flops"] = numbers["encode"] / questions
-        found["prefill_flops"] = numbers[f"{scale} prefill"] / questions
-        found["kv_bytes"] = prompt * cached
-    return found
+    questions, rows = max(1.0, numbers["questions"]), []
+    for scale in scales:
+        visual = numbers[f"{scale} visual"] / questions
+        prompt = visual + numbers[f"{scale} text"] / questions
+        row = {"scale": str(scale), **_named(scale), "mean_visual_tokens": visual, "prompt_tokens": prompt}
+        if cached is not None:
+            row["encode_flops"] = numbers["encode"] / questions
+            row["prefill_flops"] = numbers[f"{scale} prefill"] / questions
+            row["kv_bytes"] = prompt * cached
+        rows.append(row)
+    return rows
 
 
 def _named(scale: Scale) -> dict[str, int]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -51,7 +52,8 @@ def main(arguments: Sequence[str]) -> None:
     experiments = [_experiment(own, options.dtype) for own in _separated(rest)]
     how = options.gpus, options.samples, options.precision, options.strategy
     plans = [plan_of(own, *how) for own in experiments] if options.gpus else []
-    found = [_figures(experiment, options) for experiment in experiments]
+    asked = options.prompt, options.new_tokens
+    found = [figures_of(own, *asked, _timer(own, *asked) if options.measure else None) for own in experiments]
     for figures, plan in zip(found, plans, strict=False):
         figures["training_memory"] = {**asdict(plan), "total": plan.total, "samples": options.samples}
     _write(found, options)
@@ -61,11 +63,6 @@ def main(arguments: Sequence[str]) -> None:
             print_whole(f"{own.name}: {note}")
     if plans:
         print_whole(memory_table([(own.name, plan) for own, plan in zip(experiments, plans, strict=True)], *how))
-
-
-def _figures(experiment: Experiment, options: argparse.Namespace) -> dict[str, Any]:
-    timer = _timer(experiment, options.prompt, options.new_tokens) if options.measure else None
-    return figures_of(experiment, options.prompt, options.new_tokens, timer)
 
 
 def _timer(experiment: Experiment, prompt: int, new_tokens: int) -> Timer:
@@ -137,15 +134,10 @@ def _strategy(name: str) -> str:
     return "fsdp" if name == "fsdp2" else name
 
 
-def _separated(arguments: Sequence[str]) -> Iterator[list[str]]:
+def _separated(arguments: Sequence[str]) -> list[Sequence[str]]:
     """The arguments between every two --and."""
-    own: list[str] = []
-    for word in [*arguments, "--and"]:
-        if word == "--and":
-            yield own
-            own = []
-        else:
-            own.append(word)
+    borders = [place for place, word in enumerate(arguments) if word == "--and"]
+    return [arguments[start + 1 : end] for start, end in pairwise([-1, *borders, len(arguments)])]
 
 
 def _experiment(arguments: Sequence[str], dtype: DType) -> Experiment:

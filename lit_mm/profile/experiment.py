@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM
 
 from lit_mm.costs.flops import Size
 from lit_mm.costs.llm_shapes import config_of
@@ -50,7 +50,8 @@ class Experiment:
         check_scales(self.model.scales)
         with torch.device("meta"):
             self.encoder: Encoder = self.model.encoder()
-        self.llm = self._llm_config()
+        llm = self.model.llm
+        self.llm = load_config(llm, load_tokenizer(llm)) if llm.config_overrides else config_of(llm.name_or_path)
         self.sizes = self.sizes or [self._own_size()]
 
     def build(self, device: str = "meta") -> MatryoshkaVLM:
@@ -83,10 +84,6 @@ class Experiment:
             scales = pooled_again(rows, columns)
             note = f"{error}; shown are {', '.join(map(str, scales))}"
         return all_scales(scales, self.model.time_scales or ()), note
-
-    def _llm_config(self) -> PretrainedConfig:
-        llm = self.model.llm
-        return load_config(llm, load_tokenizer(llm)) if llm.config_overrides else config_of(llm.name_or_path)
 
     def _own_size(self) -> Size:
         """The only size that the encoder takes, or the square whose cells are the finest scale."""

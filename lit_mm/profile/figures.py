@@ -7,6 +7,7 @@ greedily and with a KV cache, attention counted as needed (see `lit_mm.costs.flo
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,8 +32,29 @@ def figures_of(experiment: Experiment, prompt: int, new_tokens: int, timer: Time
     """
     costs, width = Costs(experiment.build().requires_grad_(False)), getattr(torch, experiment.dtype).itemsize
     parameters = {part: counts.total for part, counts in costs.parameters.items()}
-    asking = _Asking(experiment, costs, prompt, new_tokens, width)
-    training = _Training(experiment, prompt, new_tokens)
+    trained = experiment.build()
+    apply_parts(trained, experiment.model.parts)
+    training = Costs(trained, experiment.model.activation_checkpointing)
+
+    def at(size: Size) -> dict[str, Any]:
+        scales, note = experiment.scales(size)
+        ask = partial(costs.answer, size, text=prompt, new_tokens=new_tokens, width=width)
+        without, rows = ask(0, images=0), []
+        for scale in scales:
+            visual = tokens_of(scale)
+            rows.append({"scale": str(scale), **_described(ask(visual, images=experiment.frames), without)})
+            rows[-1] |= {"measured": timer(size, visual)} if timer else {}
+        return {
+            "height": size[0],
+            "width": size[1],
+            "grid": list(experiment.encoder.grid(*size)),
+            "images": experiment.frames,
+            "note": note,
+            "text_only": _described(without, without),
+            "scales": rows,
+            "training": _training(training, experiment.frames, size, scales, prompt + new_tokens, new_tokens),
+        }
+
     return {
         "name": experiment.name,
         "encoder": type(experiment.encoder).__name__,
@@ -42,39 +64,13 @@ def figures_of(experiment: Experiment, prompt: int, new_tokens: int, timer: Time
         "weight_bytes": sum(parameters.values()) * width,
         "prompt_tokens": prompt,
         "new_tokens": new_tokens,
-        "sizes": [asking.at(size, timer) | {"training": training.at(size)} for size in experiment.sizes],
+        "sizes": [at(size) for size in experiment.sizes],
     }
 
 
-class _Asking:
-    """Answers of one experiment."""
-
-    def __init__(self, experiment: Experiment, costs: Costs, prompt: int, new_tokens: int, width: int) -> None:
-        self.experiment, self.costs = experiment, costs
-        self.prompt, self.new_tokens, self.width = prompt, new_tokens, width
-
-    def at(self, size: Size, timer: Timer | None) -> dict[str, Any]:
-        """Figures for images of one size: the prompt without image, and every scale."""
-        scales, note = self.experiment.scales(size)
-        without = self._answer(size, 0, images=0)
-        rows, columns = self.experiment.encoder.grid(*size)
-        return {
-            "height": size[0],
-            "width": size[1],
-            "grid": [rows, columns],
-            "images": self.experiment.frames,
-            "note": note,
-            "text_only": _described(without, without),
-            "scales": [self._scale(size, scale, without, timer) for scale in scales],
-        }
-
-    def _scale(self, size: Size, scale: Scale, without: Answer, timer: Timer | None) -> dict[str, Any]:
-        visual = _tokens(scale)
-        figures = {"scale": str(scale), **_described(self._answer(size, visual, self.experiment.frames), without)}
-        return figures | ({"measured": timer(size, visual)} if timer else {})
-
-    def _answer(self, size: Size, visual: int, images: int) -> Answer:
-        return self.costs.answer(size, visual, self.prompt, self.new_tokens, images, self.width)
+def tokens_of(scale: Scale) -> int:
+    """Visual tokens of an answer at a scale, all sets of frames together."""
+    return scale.frames * scale.tokens if isinstance(scale, VideoScale) else scale
 
 
 def _described(answer: Answer, without: Answer) -> dict[str, Any]:
@@ -92,31 +88,15 @@ def _described(answer: Answer, without: Answer) -> dict[str, Any]:
     }
 
 
-class _Training:
-    """Training on one sample, the image first, prompt and answer behind it. What the config freezes
-    costs what a frozen part does."""
-
-    def __init__(self, experiment: Experiment, prompt: int, new_tokens: int) -> None:
-        self.experiment, self.text, self.targets = experiment, prompt + new_tokens, new_tokens
-        vlm = experiment.build()
-        apply_parts(vlm, experiment.model.parts)
-        self.costs = Costs(vlm, experiment.model.activation_checkpointing)
-
-    def at(self, size: Size) -> dict[str, Any]:
-        """FLOPs with all scales in a packed row, and with the finest alone."""
-        scales = [_tokens(scale) for scale in self.experiment.scales(size)[0]]
-        segments = nested_segments(0, self.text, scales)
-        images = self.costs.images([(self.experiment.frames, size)])
-        row = images + self.costs.row(segments, len(scales) * self.targets)
-        finest = images + self.costs.row(segments[:1], self.targets)
-        return {
-            "row_tokens": sum(length for *_, length in segments),
-            **{f"{part}_flops": getattr(row, part).training for part in ("encoder", "projector", "llm", "head")},
-            "total_flops": row.total.training,
-            "recompute_flops": row.total.recompute,
-            "finest_alone_flops": finest.total.training,
-        }
-
-
-def _tokens(scale: Scale) -> int:
-    return scale.frames * scale.tokens if isinstance(scale, VideoScale) else scale
+def _training(costs: Costs, frames: int, size: Size, scales: list[Scale], text: int, labels: int) -> dict[str, Any]:
+    """Training FLOPs of one sample, the image first: all scales in a packed sequence, and the finest alone."""
+    segments = nested_segments(0, text, [tokens_of(scale) for scale in scales])
+    images = costs.images([(frames, size)])
+    row = images + costs.row(segments, len(scales) * labels)
+    return {
+        "row_tokens": sum(length for *_, length in segments),
+        **{f"{part}_flops": getattr(row, part).training for part in ("encoder", "projector", "llm", "head")},
+        "total_flops": row.total.training,
+        "recompute_flops": row.total.recompute,
+        "finest_alone_flops": (images + costs.row(segments[:1], labels)).total.training,
+    }

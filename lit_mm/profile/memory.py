@@ -28,8 +28,14 @@ def plan_of(experiment: Experiment, gpus: int, samples: int, precision: str, str
         precision: Lightning's name.
         strategy: How several GPUs share the work: fsdp or ddp.
     """
-    vlm, model = for_training(experiment), experiment.model
+    vlm, model = experiment.build(), experiment.model  # in the types, parts and checkpointing of training
     packing = packing_of(experiment.llm, model.packing)
+    vlm.encoder.float(), vlm.projector.float()
+    vlm.llm.to(getattr(torch, model.llm.dtype))
+    if packing != "padded":
+        vlm.llm.set_attn_implementation(NAME)
+    apply_parts(vlm, model.parts)
+    vlm.set_grad_checkpointing(model.activation_checkpointing)
     size, layout = experiment.sizes[0], {"packing": packing, "attention": model.attention}
     batch = example_batch(vlm, samples, size, frames=experiment.frames, **layout)
 
@@ -38,18 +44,6 @@ def plan_of(experiment: Experiment, gpus: int, samples: int, precision: str, str
 
     shared = units(vlm) if gpus > 1 and strategy != "ddp" else None
     return plan(vlm, batch, optimizer, precision, gpus, shared)
-
-
-def for_training(experiment: Experiment) -> MatryoshkaVLM:
-    """The model on `meta` with the types, parts and checkpointing that it would be trained with."""
-    vlm = experiment.build()
-    vlm.encoder.float(), vlm.projector.float()
-    vlm.llm.to(getattr(torch, experiment.model.llm.dtype))
-    if packing_of(experiment.llm, experiment.model.packing) != "padded":
-        vlm.llm.set_attn_implementation(NAME)
-    apply_parts(vlm, experiment.model.parts)
-    vlm.set_grad_checkpointing(experiment.model.activation_checkpointing)
-    return vlm
 
 
 def memory_table(

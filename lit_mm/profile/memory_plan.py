@@ -110,7 +110,6 @@ def example_batch(
     answer: int = 200,
     frames: int = 1,
     packing: Packing = "packed",
-    scale_weights: Sequence[float] | None = None,
     attention: Attention = "branch",
 ) -> Batch:
     """Samples of one image or video each, their pixels on the `meta` device.
@@ -123,7 +122,6 @@ def example_batch(
         answer: Tokens behind it, all of them supervised; LLaVA's mixture has about 200 in the mean.
         frames: Images a sample.
         packing: How they are laid out.
-        scale_weights: Of the step's scales; None: all alike.
         attention: How a packed sequence attends.
     """
     last, made = len(vlm.time_scales) - 1, []
@@ -135,7 +133,7 @@ def example_batch(
         made.append(Sample([visual], ids, labels, time_scale if vlm.time_scales else None))
     batch = collate(made, vlm.time_scales)
     scales = len(vlm.all_scales)
-    batch.scale_weights = list(scale_weights or [1 / scales] * scales)
+    batch.scale_weights = [1 / scales] * scales
     batch.packed = pack(batch, vlm.projector.scales, packing, attention)
     return batch
 

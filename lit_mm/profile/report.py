@@ -105,14 +105,17 @@ def draw(experiments: Sequence[Figures]) -> Figure:
     factor, unit = unit_of(highest)
     titles = iter(without_common_start([own["name"] for own in experiments]))
     for number, (own, at) in enumerate(panels):
-        _draw_flops(axes[0][number], at, factor)
+        _draw_flops(axes[0][number], at, factor, named=number == 0)
         title = next(titles).replace(" + ", "\n+ ") if at is own["sizes"][0] else ""
         axes[0][number].set_title(title, fontweight="bold", loc="left", pad=22)
         axes[0][number].annotate(
             f"{image(at)} pixels", (0, 1), (0, 8), "axes fraction", "offset points", color="#555555"
         )
         if measured:
-            _draw_times(axes[1][number], at)
+            label = None if number else "LLM on the whole prompt"  # the legend names each color once
+            draw_times(axes[1][number], [row["measured"] for row in at["scales"]], (None, label))
+            _finish(axes[1][number], at)
+            axes[1][number].margins(y=0.18)
         axes[-1][number].set_xlabel("visual tokens" if at["images"] == 1 else "sets of frames x visual tokens")
     axes[0][0].set_ylim(0, 1.12 * highest / factor)
     axes[0][0].set_ylabel(f"{unit}FLOPs per answer")
@@ -130,11 +133,11 @@ def without_common_start(names: Sequence[str]) -> list[str]:
     return [" + ".join(own[same:]) for own in pieces]
 
 
-def _draw_flops(axes: Axes, at: Figures, factor: float) -> None:
+def _draw_flops(axes: Axes, at: Figures, factor: float, named: bool) -> None:
     for place, row in enumerate(at["scales"]):
         bottom = 0.0
         for part, flops in _stacked(row, at["text_only"]).items():
-            label = part if _labelled(axes, place) else None
+            label = part if named and place == 0 else None
             axes.bar(place, flops / factor, 0.74, bottom, color=COLOURS[part], label=label, zorder=2)
             bottom += flops / factor
         share = f"{100 * row['visual_share']:.0f} %"
@@ -142,24 +145,11 @@ def _draw_flops(axes: Axes, at: Figures, factor: float) -> None:
     _finish(axes, at)
 
 
-def _labelled(axes: Axes, place: int) -> bool:
-    """Whether a bar is the first of its row of panels: the legend names each color once."""
-    spec = axes.get_subplotspec()
-    return place == 0 and spec is not None and spec.colspan.start == 0
-
-
 def _stacked(row: Figures, none: Figures) -> dict[str, int]:
     """What a bar is made of; what visual tokens add to the prompt and to each new token is the LLM's."""
     text = row["prefill_flops"] + row["decode_flops"] - none["prefill_flops"] - none["decode_flops"]
     flops = [none["prefill_flops"], none["decode_flops"], row["encoder_flops"], row["projector_flops"], text]
     return dict(zip(COLOURS, flops, strict=True))
-
-
-def _draw_times(axes: Axes, at: Figures) -> None:
-    label = "LLM on the whole prompt" if _labelled(axes, 0) else None
-    draw_times(axes, [row["measured"] for row in at["scales"]], (None, label))
-    _finish(axes, at)
-    axes.margins(y=0.18)
 
 
 def _finish(axes: Axes, at: Figures) -> None:

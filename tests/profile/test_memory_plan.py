@@ -211,11 +211,6 @@ def test_a_video_is_as_many_images_at_every_time_scale():
     assert plan(vlm, batch, optimizer_of, device="cpu").activations > 16 * 3 * 64 * 64 * 4
 
 
-def test_drawn_scales_alone_are_laid_out():
-    batch = example_batch(packing_vlm().train(), 1, (64, 64), prefix=5, answer=7, scale_weights=[0.0, 1.0, 0.0])
-    assert len(batch.packed[0].input_ids) == 5 + 4 + 7
-
-
 def test_an_unknown_precision_is_refused():
     with pytest.raises(ValueError, match=r"precision 16-mixed: expected one of 32-true, bf16-mixed, bf16-true"):
         tiny_plan(precision="16-mixed")
