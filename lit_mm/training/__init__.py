@@ -1,1 +1,1 @@
-"""What drives: the LightningModule, parts, sharding, checkpoints and resume."""
+"""The LightningModule, trainable parts, sharding, checkpoints and exact resume."""

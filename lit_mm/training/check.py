@@ -1,4 +1,4 @@
-"""Before a run: does this LLM compute the same in packed sequences as sample by sample?"""
+"""Checked when a run starts: packed sequences give the same loss as padded samples with this LLM."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lit_mm.model.vlm import MatryoshkaVLM
 
 @torch.no_grad()
 def check_packing(vlm: MatryoshkaVLM, packing: Packing, attention: Attention = "branch") -> None:
-    """Compare packed with padded losses of a tiny batch of random tokens.
+    """Compare the packed and the padded loss of a tiny random batch.
 
     Raises:
-        RuntimeError: They differ by more than rounding explains.
+        RuntimeError: They differ by more than rounding errors.
     """
     if packing == "padded":
         return
@@ -43,16 +43,16 @@ def check_packing(vlm: MatryoshkaVLM, packing: Packing, attention: Attention = "
     allowed = 1e-4 if exact else 1e-2
     if not abs(packed - padded) <= allowed * padded:
         raise RuntimeError(
-            f"{vlm.llm.config.model_type} with packing {packing}: the packed loss is {packed:.6f} where one "
-            f"scale after another gives {padded:.6f}; set model.packing to padded"
+            f"{vlm.llm.config.model_type} with packing {packing}: the packed loss is {packed:.6f}, but padded samples "
+            f"give {padded:.6f}; set model.packing to padded"
         )
 
 
 def tiny_batch(
     vocabulary: int, width: int, scales: Sequence[int], packing: Packing, attention: Attention
 ) -> tuple[Batch, Tensor]:
-    """Random samples at the two coarsest scales, with their nested tokens: an image first, one behind
-    a short and one behind a long prefix, text alone."""
+    """A random batch at the two coarsest scales, and its nested tokens: an image without a prefix, after a
+    short one and after a long one, and a sample of text only."""
     generator = torch.Generator().manual_seed(0)
     words, image = torch.randint(vocabulary, (scales[-min(2, len(scales))] + 20,), generator=generator), [IMAGE]
     few = words[:6].tolist()
@@ -66,7 +66,7 @@ def tiny_batch(
 
 
 def stand_in(batch: Batch, scales: Sequence[int], packing: Packing, device: torch.device) -> Batch:
-    """Two words in place of a batch without samples, so that this rank computes as often as the others."""
+    """A batch of two words that replaces an empty one, so that this rank runs as many forwards as the others."""
     ids, labels = [torch.zeros(2, dtype=torch.long)], [torch.tensor([IGNORE_INDEX, 0])]
     images = Images([], torch.zeros(0, dtype=torch.long))
     two_words = Batch(images, ids, labels, images.order, batch.scale_weights)

@@ -1,14 +1,13 @@
-"""Hand-off: weights from an earlier run, a file or the published models into parts of a new one, and out again.
+"""Loading weights into a new model from an earlier run, a file or a published model, and exporting them.
 
-This is no resume. `--ckpt_path` restores a run with its optimizer and its place in the data;
-`init_from` gives a new run weights to begin with. Both read without unpickling code.
+This is not a resume: `--ckpt_path` restores a run with its optimizer and its position in the data, whereas
+`init_from` only gives a new run its first weights. Pickled code is never executed.
 """
 
 from __future__ import annotations
 
-import pickle
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
@@ -30,9 +29,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_mm.model.llm import LLM
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.parts import PARTS, PartName, merge_adapters, start_adapters
+from lit_mm.training.saving import load_tensors
+
+Readers = dict[str, Callable[[], Tensor]]
+"""Functions that read one tensor each, by the tensor's name."""
 
 SHARDED = ".metadata"
-"""The file that marks a folder as a checkpoint of several ranks (torch.distributed.checkpoint)."""
+"""The file that makes a folder a sharded checkpoint (torch.distributed.checkpoint)."""
 
 
 @dataclass
@@ -41,15 +44,16 @@ class InitFrom:
 
     Each source is a run's folder (`runs/stage_1`, or one `version_0` of it), a checkpoint, a folder
     that `export` wrote, a safetensors file, or a Hugging Face folder (safetensors or
-    pytorch_model*.bin), published LLaVA and ConvLLaVA models included.
+    pytorch_model*.bin), including published LLaVA and ConvLLaVA models.
 
     Args:
-        run: For all parts.
-        encoder: For the encoder, instead of the run's.
-        projector: For the projector, instead of the run's.
-        llm: For the LLM, instead of the run's.
-        allow_missing: Patterns (`encoder.trunk.stages.4.*`) of names that may keep their values.
-        allow_unexpected: Patterns of names that may be left over.
+        run: Source of all parts.
+        encoder: Source of the encoder, if not `run`.
+        projector: Source of the projector, if not `run`.
+        llm: Source of the LLM, if not `run`.
+        allow_missing: Patterns (`encoder.trunk.stages.4.*`) of weights that the source may lack; they
+            keep their initial values.
+        allow_unexpected: Patterns of weights in the source that the model may lack.
     """
 
     run: str | None = None
@@ -61,49 +65,51 @@ class InitFrom:
 
     @property
     def sources(self) -> dict[PartName, str]:
-        """Where each part comes from, if it comes from anywhere."""
+        """The source of each part that has one."""
         named = {part: getattr(self, part) or self.run for part in PARTS}
         return {part: source for part, source in named.items() if source}
 
 
 @dataclass
 class Weights:
-    """Tensors by name, read when asked for.
+    """Tensors that are read on demand.
 
     Args:
-        where: The file or folder, for errors.
+        where: The file or folder, for error messages.
         tensors: Readers by name.
     """
 
     where: Path
-    tensors: dict[str, Callable[[], Tensor]]
+    tensors: Readers
 
     def of(self, part: PartName) -> Weights:
-        """Only a part's, by their names within it: all of them if the file knows no parts."""
+        """One part's weights, without the part's prefix; all of them if no name has a part's prefix."""
         if not any(name.startswith(tuple(f"{each}." for each in PARTS)) for name in self.tensors):
             return self
-        own = {
-            name.removeprefix(f"{part}."): read for name, read in self.tensors.items() if name.startswith(f"{part}.")
-        }
+        prefix = f"{part}."
+        own = {name.removeprefix(prefix): read for name, read in self.tensors.items() if name.startswith(prefix)}
         return Weights(self.where, own)
 
 
 def open_weights(source: str, merge: bool = True) -> Weights:
-    """Find and open a source of weights; names are this package's, `encoder.…`, `projector.…`, `llm.…`.
+    """Open a source of weights; names are translated to this package's: `encoder.…`, `projector.…`, `llm.…`.
 
     Args:
-        source: A run, a checkpoint, safetensors or a folder of them.
-        merge: Whether the adapters of a run are added to the weights that they adapt.
+        source: A run, a checkpoint, a safetensors file, or a folder of them. In a folder of runs the
+            newest last.ckpt is taken.
+        merge: Merge a run's adapters into the weights that they adapt.
 
     Raises:
-        FileNotFoundError: There is nothing, or nothing with weights.
+        FileNotFoundError: The source does not exist, or contains no weights.
     """
-    named = Path(source).expanduser()
-    path = newest_of(named)
-    if path != named:
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"init_from: no file or folder {path}")
+    if runs := [*path.glob("checkpoints/last.ckpt"), *path.glob("version_*/checkpoints/last.ckpt")]:
+        path = max(runs, key=lambda file: file.stat().st_mtime)
         rank_zero_info(f"init_from: {source} is {path}")
     if path.is_file() and path.suffix == ".safetensors":
-        return Weights(path, renamed(_safetensors([path])))
+        return Weights(path, _renamed(_safetensors([path])))
     if path.is_file():
         return Weights(path, _of_checkpoint(path, merge))
     if (path / SHARDED).is_file():
@@ -111,18 +117,18 @@ def open_weights(source: str, merge: bool = True) -> Weights:
     if (path / "llm").is_dir():
         return Weights(path, _of_export(path))
     if tensors := _of_folder(path):
-        # ConvLLaVA saves a tower that trained beside the main files, with the names of ConvNextModel
+        # ConvLLaVA saves an encoder that was trained in a folder of its own, with the names of ConvNextModel
         tower = {f"encoder.{name}": read for name, read in _of_folder(path / "vision_tower").items()}
         return Weights(path, tower | tensors)
     raise FileNotFoundError(f"init_from: {source}: expected a run, a checkpoint, safetensors or a folder of them")
 
 
 def llm_weights(llm: LLM, source: str | None) -> Weights | None:
-    """Where an LLM's weights can be read one by one: what it starts from, or its own safetensors; None
-    for random models, GGUF and other files, which only transformers reads, as a whole.
+    """The LLM's weights if they can be read one by one: from its `init_from`, or its own safetensors. None for
+    random models, GGUF and other files, which only transformers reads.
 
     Raises:
-        FileNotFoundError: No such source.
+        FileNotFoundError: The source does not exist.
     """
     if source is not None:
         return open_weights(source).of("llm")
@@ -135,50 +141,67 @@ def llm_weights(llm: LLM, source: str | None) -> Weights | None:
     return open_weights(str(folder)).of("llm") if found else None
 
 
-def newest_of(path: Path) -> Path:
-    """The newest checkpoint of a run's folder or of a folder of runs; any other path as it is.
-
-    Raises:
-        FileNotFoundError: No such path.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"init_from: no file or folder {path}")
-    found = [*path.glob("checkpoints/last.ckpt"), *path.glob("version_*/checkpoints/last.ckpt")]
-    return max(found, key=lambda file: file.stat().st_mtime) if found else path
-
-
-def _of_folder(path: Path) -> dict[str, Callable[[], Tensor]]:
-    """Of a Hugging Face folder, safetensors or pytorch_model*.bin; nothing where there are none."""
+def _of_folder(path: Path) -> Readers:
+    """Weights of a Hugging Face folder (safetensors or pytorch_model*.bin); empty if it has none."""
     if files := sorted(path.glob("*.safetensors")):
-        return renamed(_safetensors(files))
+        return _renamed(_safetensors(files))
     files = sorted(path.glob("pytorch_model*.bin"))
-    return renamed({name: read for file in files for name, read in _of_checkpoint(file).items()})
+    return _renamed({name: read for file in files for name, read in _of_checkpoint(file).items()})
 
 
-def _safetensors(files: Iterable[Path]) -> dict[str, Callable[[], Tensor]]:
-    readers: dict[str, Callable[[], Tensor]] = {}
+def _safetensors(files: Iterable[Path]) -> Readers:
+    readers: Readers = {}
     for file in files:
         opened = safe_open(file, "pt")
         readers |= {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118
     return readers
 
 
-def _of_checkpoint(path: Path, merge: bool = True) -> dict[str, Callable[[], Tensor]]:
-    try:
-        loaded = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} holds more than tensors (pickled code), which is not loaded") from None
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is no checkpoint: {str(error).splitlines()[0]}") from None
+def _of_checkpoint(path: Path, merge: bool = True) -> Readers:
+    loaded = load_tensors(path)
     state = loaded.get("state_dict", loaded)
-    tensors: dict[str, Callable[[], Tensor]] = {
-        name.removeprefix("vlm."): partial(state.__getitem__, name) for name in state
-    }
-    return merged(tensors, loaded.get("trained", {})) if merge else tensors
+    tensors: Readers = {name.removeprefix("vlm."): partial(state.__getitem__, name) for name in state}
+    return _merged(tensors, loaded.get("trained", {})) if merge else tensors
 
 
-def merged(tensors: dict[str, Callable[[], Tensor]], trained: dict[str, float]) -> dict[str, Callable[[], Tensor]]:
-    """Adapters added to the weights that they adapt, if the checkpoint says how much they count."""
+def _of_shards(path: Path, merge: bool) -> Readers:
+    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    prefix = re.compile(r"^(state_dict|model)\.vlm\.")  # FSDP1 wrote `model`
+    tensors = {name: cast(TensorStorageMetadata, entry) for name, entry in entries.items() if prefix.match(name)}
+    names, ready = list(tensors), dict[str, Tensor]()
+
+    def read(name: str) -> Tensor:
+        if name not in ready:  # every dcp.load opens all files, so 32 tensors are read at a time
+            ready.clear()
+            first = names.index(name)
+            for each in names[first : first + 32]:
+                ready[each] = torch.empty(tensors[each].size, dtype=tensors[each].properties.dtype)
+            dcp.load(ready, checkpoint_id=path, no_dist=True)
+        return ready.pop(name)
+
+    readers: Readers = {prefix.sub("", name): partial(read, name) for name in names}
+    return _merged(readers, torch.load(path / "meta.pt", weights_only=True).get("trained", {})) if merge else readers
+
+
+def is_of_fsdp1(path: Path) -> bool:
+    """Whether a sharded checkpoint was written by FSDP1, which an earlier version had."""
+    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return any(name.startswith("model.vlm.") for name in entries)
+
+
+def _of_export(path: Path) -> Readers:
+    files = [path / f"{part}.safetensors" for part in ("encoder", "projector")]
+    own = {f"{file.stem}.{name}": read for file in files for name, read in _safetensors([file]).items()}
+    llm = _of_folder(path / "llm")
+    return own | {f"llm.{name.removeprefix('llm.')}": read for name, read in llm.items()}
+
+
+ADAPTED = ("base_layer.weight", "lora_A.default.weight", "lora_B.default.weight")
+"""peft's names for the weight of an adapted layer and the two matrices of its adapter."""
+
+
+def _merged(tensors: Readers, trained: dict[str, float]) -> Readers:
+    """Weights with their adapters merged, if `trained`, which a run's checkpoint contains, says that it has some."""
     if "lora alpha" not in trained:
         return tensors
     scaling = trained["lora alpha"] / trained["lora rank"]
@@ -190,42 +213,6 @@ def merged(tensors: dict[str, Callable[[], Tensor]], trained: dict[str, float]) 
     layers = [name.removesuffix(f".{ADAPTED[1]}") for name in tensors if name.endswith(ADAPTED[1])]
     plain = {name.replace(".base_layer.", "."): read for name, read in tensors.items() if ".lora_" not in name}
     return plain | {f"{layer}.weight": partial(adapted, layer) for layer in layers}
-
-
-ADAPTED = ("base_layer.weight", "lora_A.default.weight", "lora_B.default.weight")
-"""What peft calls a layer's own weight and the two matrices of its adapter."""
-
-
-def is_of_fsdp1(path: Path) -> bool:
-    """Whether a sharded checkpoint was written by FSDP1, which an earlier version had."""
-    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    return any(name.startswith("model.vlm.") for name in entries)
-
-
-def _of_shards(path: Path, merge: bool) -> dict[str, Callable[[], Tensor]]:
-    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    prefix = re.compile(r"^(state_dict|model)\.vlm\.")
-    tensors = {name: cast(TensorStorageMetadata, entry) for name, entry in entries.items() if prefix.match(name)}
-    ready: dict[str, Tensor] = {}
-
-    def read(name: str) -> Tensor:
-        if name not in ready:  # with what follows: every call opens all files anew
-            ready.clear()
-            for following in list(tensors)[list(tensors).index(name) :][:32]:
-                entry = tensors[following]
-                ready[following] = torch.empty(entry.size, dtype=entry.properties.dtype)
-            dcp.load(ready, checkpoint_id=path, no_dist=True)
-        return ready.pop(name)
-
-    readers: dict[str, Callable[[], Tensor]] = {prefix.sub("", name): partial(read, name) for name in tensors}
-    return merged(readers, torch.load(path / "meta.pt", weights_only=True).get("trained", {})) if merge else readers
-
-
-def _of_export(path: Path) -> dict[str, Callable[[], Tensor]]:
-    llm = renamed(_safetensors(sorted((path / "llm").glob("*.safetensors"))))
-    files = [path / f"{part}.safetensors" for part in ("encoder", "projector")]
-    own = {f"{file.stem}.{name}": read for file in files for name, read in _safetensors([file]).items()}
-    return own | {f"llm.{name.removeprefix('llm.')}": read for name, read in llm.items()}
 
 
 CONVNEXT = [
@@ -242,16 +229,16 @@ CONVNEXT = [
     ("pwconv2", "mlp.fc2"),
     ("^", "trunk."),
 ]
-"""From the names of transformers' ConvNextModel, in which ConvLLaVA's towers are published, to timm's."""
+"""Regular expressions from the names of transformers' ConvNextModel, as in ConvLLaVA's files, to timm's names."""
 
 
-def renamed(tensors: dict[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
-    """Published names -> this package's: LLaVA's and ConvLLaVA's whole models, and the latter's towers."""
-    is_tower = any("patch_embeddings" in name and "dwconv" not in name for name in tensors) and any(
+def _renamed(tensors: Readers) -> Readers:
+    """The names of published LLaVA and ConvLLaVA models and of ConvLLaVA's encoders -> this package's names."""
+    is_encoder = any("patch_embeddings" in name and "dwconv" not in name for name in tensors) and any(
         "dwconv" in name for name in tensors
     )
     is_llava = any(name.startswith("model.mm_projector.") for name in tensors)
-    if not is_tower and not is_llava:
+    if not is_encoder and not is_llava:
         return tensors
     names = {name: _our_name(name, is_llava) for name in tensors}
     return {ours: tensors[name] for name, ours in names.items() if ours}
@@ -263,94 +250,80 @@ def _our_name(name: str, is_llava: bool) -> str | None:
     if is_llava and "vision_tower" not in name:
         return f"llm.{name}"
     if re.search(r"(^|\.)layernorm\.(weight|bias)$", name) and ".layers." not in name and "embeddings" not in name:
-        return None  # the classifier's norm, which the grid does not pass
+        return None  # the classifier's norm, which the grid does not pass through
     for pattern, ours in CONVNEXT:
         name = re.sub(pattern, ours, name)
     return f"encoder.{name}" if is_llava else name
 
 
 def start_from(vlm: MatryoshkaVLM, init: InitFrom) -> None:
-    """Copy the named weights into the model; what is on the `meta` device is left for `materialize`.
+    """Copy the named weights into the model, except into tensors on the `meta` device: see `materialize`.
 
     Raises:
-        ValueError: Names are missing or left over and no pattern allows it, or a shape differs.
+        ValueError: Weights are missing or unexpected and no pattern allows it, or a shape differs.
     """
     for part, source in init.sources.items():
         expected = expected_names(getattr(vlm, part))
-        adapted = any(".lora_" in name for name in expected)  # a run's own model, about to be exported
+        adapted = any(".lora_" in name for name in expected)  # a LoRA run that is being exported
         weights = open_weights(source, merge=not adapted).of(part)
-        check_names(part, weights, expected, init)
-        copy_weights(expected, weights)
+        _check_names(part, weights, expected, init)
+        _copy(expected, weights)
 
 
 def expected_names(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, a tied one once."""
+    """Parameters and buffers by name; a tied parameter is listed once."""
     kept = module.state_dict(keep_vars=True)
     parameters = dict(module.named_parameters())
     return {name: tensor for name, tensor in kept.items() if name in parameters or not isinstance(tensor, nn.Parameter)}
 
 
-def check_names(part: PartName, weights: Weights, expected: dict[str, Tensor], init: InitFrom) -> None:
-    """Whether a part and its source have the same names.
-
-    Raises:
-        ValueError: They do not, and no pattern allows it.
-    """
-    given = {name for name in weights.tensors if not _is_copy(name, expected, weights)}
-    differ = {"missing": set(expected) - given, "unexpected": given - set(expected)}
-    allowed = {"missing": init.allow_missing, "unexpected": init.allow_unexpected}
-    wrong = {
-        kind: sorted(name for name in names if not any(fnmatch(f"{part}.{name}", each) for each in allowed[kind]))
-        for kind, names in differ.items()
-    }
-    if any(wrong.values()):
-        said = "; ".join(f"{len(names)} {kind}: {_listed(part, names)}" for kind, names in wrong.items() if names)
+def _check_names(part: PartName, weights: Weights, expected: dict[str, Tensor], init: InitFrom) -> None:
+    given = {name for name in weights.tensors if not _is_redundant(name, expected, weights)}
+    wrong = []
+    for kind, names, allowed in (
+        ("missing", set(expected) - given, init.allow_missing),
+        ("unexpected", given - set(expected), init.allow_unexpected),
+    ):
+        full = [f"{part}.{name}" for name in sorted(names)]
+        if left := [name for name in full if not any(fnmatch(name, pattern) for pattern in allowed)]:
+            more = f", and {len(left) - 20} more" if len(left) > 20 else ""
+            wrong.append(f"{len(left)} {kind}: {', '.join(left[:20])}{more}")
+    if wrong:
         hint = " (adapters: `export` merges them)" if any("lora_" in name for name in given) else ""
-        raise ValueError(f"init_from: {weights.where} does not fit the {part}{hint}: {said}")
+        raise ValueError(f"init_from: {weights.where} does not fit the {part}{hint}: {'; '.join(wrong)}")
 
 
-def _is_copy(name: str, expected: dict[str, Tensor], weights: Weights) -> bool:
-    """Rotary tables, which are computed, or a head that is tied to the embeddings and stored with them."""
+def _is_redundant(name: str, expected: dict[str, Tensor], weights: Weights) -> bool:
+    """Whether an unexpected weight holds nothing new: rotary tables, or an output head equal to the embeddings."""
     if name in expected or name != "lm_head.weight":
         return name not in expected and name.endswith("rotary_emb.inv_freq")
     tables = [read for own, read in weights.tensors.items() if own.endswith("embed_tokens.weight")]
     return len(tables) == 1 and torch.equal(tables[0](), weights.tensors[name]())
 
 
-def _listed(part: str, names: Sequence[str], most: int = 20) -> str:
-    more = [f"and {len(names) - most} more"] if len(names) > most else []
-    return ", ".join([*(f"{part}.{name}" for name in names[:most]), *more])
-
-
 @torch.no_grad()
-def copy_weights(targets: dict[str, Tensor], weights: Weights) -> None:
-    """Copy every tensor that the source has.
-
-    Raises:
-        ValueError: A shape differs.
-    """
+def _copy(targets: dict[str, Tensor], weights: Weights) -> None:
+    """Copy every weight that the source has; raises ValueError where shapes or types differ."""
     for name, target in targets.items():
-        if name in weights.tensors and not target.is_meta:
-            given = weights.tensors[name]()
-            if given.shape != target.shape:
-                raise ValueError(
-                    f"init_from: {weights.where}: {name} is {list(given.shape)}, expected {list(target.shape)}"
-                )
-            if target.is_floating_point() and not given.is_floating_point():
-                raise ValueError(
-                    f"init_from: {weights.where}: {name} is {given.dtype}, expected floating point numbers"
-                )
-            target.copy_(given)
+        if name not in weights.tensors or target.is_meta:
+            continue
+        given = weights.tensors[name]()
+        what = f"init_from: {weights.where}: {name}"
+        if given.shape != target.shape:
+            raise ValueError(f"{what} is {list(given.shape)}, expected {list(target.shape)}")
+        if target.is_floating_point() and not given.is_floating_point():
+            raise ValueError(f"{what} is {given.dtype}, expected floating point numbers")
+        target.copy_(given)
 
 
 @torch.no_grad()
 def materialize(llm: PreTrainedModel, module: nn.Module, weights: Weights) -> None:
-    """Give a module of an LLM that was built on the `meta` device its weights, on the CPU.
+    """Load the weights of one module of an LLM that was built on the `meta` device, on the CPU.
 
     Args:
-        llm: The whole.
-        module: A decoder layer, say, or the LLM itself for what is left.
-        weights: The LLM's.
+        llm: The LLM.
+        module: One of its modules, such as a decoder layer; the LLM itself loads all that is still on `meta`.
+        weights: The LLM's weights.
 
     Raises:
         ValueError: A weight is missing, or its shape differs.
@@ -358,14 +331,14 @@ def materialize(llm: PreTrainedModel, module: nn.Module, weights: Weights) -> No
     inside, head = set(module.modules()), llm.get_output_embeddings()
     table = cast(nn.Embedding, llm.get_input_embeddings())
     tied = head is not None and head.weight is table.weight
-    bare = [child for child in module.modules() if isinstance(child, LoraLayer) and _on_meta(child)]
+    adapters = [child for child in module.modules() if isinstance(child, LoraLayer) and _on_meta(child)]
     for name, child in llm.named_modules():
         if child in inside and _on_meta(child, recurse=False) and not (tied and child is head):
             child.to_empty(device="cpu", recurse=False)
             if child._buffers:
-                llm._init_weights(child)  # rotary tables, as transformers' own loading does
+                llm._init_weights(child)  # rotary tables, as in transformers' own loading
             _fill(child, f"{name}.".replace(".base_layer.", "."), weights)
-    for layer in bare:
+    for layer in adapters:
         start_adapters(layer)
     if tied and head in inside:
         head.weight = table.weight
@@ -376,18 +349,19 @@ def _on_meta(module: nn.Module, recurse: bool = True) -> bool:
 
 
 def _fill(module: nn.Module, prefix: str, weights: Weights) -> None:
+    """Load a module's own parameters and, where the source has them, its buffers."""
     named = {f"{prefix}{name}": parameter for name, parameter in module.named_parameters(recurse=False)}
     if missing := [name for name in named if name not in weights.tensors and "lora_" not in name]:
         raise ValueError(f"llm: {weights.where} lacks {', '.join(missing)}")
-    kept = {f"{prefix}{name}": buffer for name, buffer in module.named_buffers(recurse=False)}
-    copy_weights({**named, **{name: kept[name] for name in kept if name in weights.tensors}}, weights)
+    buffers = {f"{prefix}{name}": buffer for name, buffer in module.named_buffers(recurse=False)}
+    _copy({**named, **buffers}, weights)
 
 
 def check_new(folder: Path) -> None:
-    """Whether nothing would be overwritten.
+    """Check that an export overwrites nothing.
 
     Raises:
-        FileExistsError: The folder is not empty, or something else has its name.
+        FileExistsError: The folder is not empty, or is not a folder.
     """
     if folder.is_symlink() and not folder.exists():
         raise FileExistsError(f"export: {folder} is a link to {folder.readlink()}, which does not exist")
@@ -399,29 +373,24 @@ def check_new(folder: Path) -> None:
 
 def export(vlm: MatryoshkaVLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the model as plain files: encoder.safetensors, projector.safetensors, and in llm/ a Hugging
-    Face model with its tokenizer, adapters merged. `init_from` takes the folder, and `model.llm.name_or_path`
-    or transformers the folder llm/. The folder appears when it is complete.
+    Face model with its tokenizer, adapters merged. The folder appears once it is complete. `init_from`
+    accepts the folder; `model.llm.name_or_path` and transformers accept its llm/.
 
     Raises:
-        FileExistsError: The folder is not empty, or something else has its name.
+        FileExistsError: The folder is not empty, or is not a folder.
     """
     check_new(folder)
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as made:
-        part = Path(made) / "export"
-        write_export(vlm, tokenizer, part)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        made = Path(temporary) / "export"
+        made.mkdir()
+        merge_adapters(vlm.llm)
+        for part in ("encoder", "projector"):
+            state = {name: tensor.contiguous() for name, tensor in getattr(vlm, part).state_dict().items()}
+            save_file(state, made / f"{part}.safetensors", {"format": "pt"})
+        vlm.llm.save_pretrained(made / "llm")
+        tokenizer.save_pretrained(made / "llm")
         if folder.exists():
             folder.rmdir()
-        part.rename(folder)
-
-
-def write_export(vlm: MatryoshkaVLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the files of `export` into a new folder."""
-    folder.mkdir()
-    merge_adapters(vlm.llm)
-    for part in ("encoder", "projector"):
-        state = {name: tensor.contiguous() for name, tensor in getattr(vlm, part).state_dict().items()}
-        save_file(state, folder / f"{part}.safetensors", {"format": "pt"})
-    vlm.llm.save_pretrained(folder / "llm")
-    tokenizer.save_pretrained(folder / "llm")
+        made.rename(folder)

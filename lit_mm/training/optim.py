@@ -1,4 +1,4 @@
-"""AdamW as the recipes use it; and Muon beside it, for training from nothing."""
+"""AdamW as the recipes use it, and Muon for training from scratch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 
 class FusedAdamW(AdamW):
-    """AdamW in one kernel where torch has one, without weight decay unless asked for (as both papers)."""
+    """AdamW, fused on CPUs and CUDA; no weight decay by default, as in both papers."""
 
     def __init__(
         self,
@@ -17,13 +17,13 @@ class FusedAdamW(AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        """Set up.
+        """Create the optimizer.
 
         Args:
             params: Parameter groups with their learning rates.
-            weight_decay: Of the groups that name none of their own.
-            betas: Of the means of gradients and of their squares.
-            eps: Added to the root.
+            weight_decay: Weight decay of groups without their own.
+            betas: Decay rates of the mean gradient and the mean squared gradient.
+            eps: Added to the denominator for numerical stability.
         """
         devices = {parameter.device.type for group in params for parameter in group["params"]}
         super().__init__(params, betas=betas, eps=eps, weight_decay=weight_decay, fused=devices <= {"cpu", "cuda"})
@@ -32,10 +32,9 @@ class FusedAdamW(AdamW):
 class MuonAdamW(Optimizer):
     """Muon (torch.optim.Muon) on the parameter groups marked `hidden`, AdamW on all others.
 
-    Muon steps along the nearest orthogonal matrix to the momentum, so that no direction of a matrix
-    is left behind. Its steps are scaled to the size of AdamW's (`match_rms_adamw`), so the parts'
-    learning rates mean the same for both. Costs ten to twenty small matrix products a matrix and
-    step; wants whole matrices, not sharded ones.
+    Muon's update of a matrix is the nearest orthogonal matrix to its momentum. It is scaled to the size
+    of AdamW's updates (`match_rms_adamw`), so that learning rates mean the same for both. It costs ten
+    to twenty matrix products per matrix and step, and does not work on sharded matrices.
     """
 
     def __init__(
@@ -46,13 +45,13 @@ class MuonAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         ns_steps: int = 5,
     ) -> None:
-        """Set up both.
+        """Create both optimizers.
 
         Args:
-            params: Parameter groups with their learning rates; `hidden` marks those of matrices.
-            weight_decay: Of the groups that name none of their own.
-            momentum: Muon's.
-            betas: AdamW's.
+            params: Parameter groups with their learning rates; `hidden` marks those with matrices.
+            weight_decay: Weight decay of groups without their own.
+            momentum: Momentum of Muon.
+            betas: Decay rates of AdamW.
             ns_steps: Newton-Schulz iterations of Muon's orthogonalization.
         """
         hidden = [group for group in params if group.get("hidden")]
@@ -67,7 +66,7 @@ class MuonAdamW(Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """One state, and groups that are both this optimizer's and their part's."""
+        """Let both optimizers use this one's parameter groups and state."""
         first = 0
         for part in self.parts:
             last = first + len(part.param_groups)
@@ -75,13 +74,13 @@ class MuonAdamW(Optimizer):
             first = last
 
     def step(self, closure: Any = None) -> Any:
-        """Both parts' steps."""
+        """Step both optimizers."""
         loss = closure() if closure is not None else None
         for part in self.parts:
             part.step()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore both."""
+        """Restore both optimizers."""
         super().load_state_dict(state_dict)
         self._share()

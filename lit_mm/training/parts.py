@@ -1,4 +1,4 @@
-"""Which part of the model trains, from where on and how fast; parameter groups and a table of it."""
+"""Which parts of the model train, from which stage on and at which learning rate."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ PARTS: tuple[PartName, ...] = get_args(PartName)
 class LoRA:
     """Low-rank adapters on the LLM's linear layers (through peft); its own weights stay frozen.
 
-    The defaults are those of M3's and LLaVA's LoRA recipes, which go with a learning rate of 2e-4.
+    The defaults are those of M3's and LLaVA's LoRA recipes, which use a learning rate of 2e-4.
 
     Args:
-        r: Rank of the two matrices of an adapter.
-        lora_alpha: The adapters' output counts lora_alpha / r.
-        dropout: Before the adapters.
-        target_modules: Ends of the names of the layers that get one, or all-linear: all but the output head.
+        r: Rank of the adapters.
+        lora_alpha: The output of an adapter is scaled by lora_alpha / r.
+        dropout: Dropout of the input of an adapter.
+        target_modules: The layers that get an adapter, by the ends of their names, or all-linear: every
+            linear layer except the output head.
     """
 
     r: int = 128
@@ -48,14 +49,14 @@ class Part:
 
     Args:
         lr: Peak learning rate.
-        frozen: Whether nothing of the part trains. It then costs no gradient and no optimizer state,
-            runs in evaluation mode (no dropout), and in front of all that trains keeps no activations.
-        from_stage: Train from this stage on, counted from 1: a ConvNeXt's stages, a ViT's blocks, an
-            LLM's layers. What comes before stays frozen, as with ConvLLaVA's `from_stage: 3`.
-        weight_decay: Of matrices and convolutions; null: the optimizer's. Norms, biases and layer
-            scales get none.
-        layer_decay: Every stage before the last learns this much slower than the next: stage i of n
-            with lr * layer_decay ** (n - i), what stands before the first as stage 0.
+        frozen: Train nothing of the part. It then needs no gradients and no optimizer state, runs in
+            evaluation mode (no dropout), and keeps no activations if nothing before it trains.
+        from_stage: Train from this stage on, counted from 1: stages of a ConvNeXt, blocks of a ViT,
+            layers of an LLM. Earlier stages stay frozen, as with ConvLLaVA's `from_stage: 3`.
+        weight_decay: Weight decay of matrices and convolutions; null: the optimizer's. Norms, biases and
+            layer scales have none.
+        layer_decay: Factor between the learning rates of a stage and the next one: stage i of n has
+            lr * layer_decay ** (n - i), and what comes before the first stage counts as stage 0.
     """
 
     lr: float = 2e-5
@@ -69,7 +70,7 @@ class Part:
             raise ValueError(f"parts: frozen and from_stage {self.from_stage} contradict each other, set one to null")
         if self.lr < 0 or not 0 < self.layer_decay <= 1:
             found = f"lr {self.lr}, layer_decay {self.layer_decay}"
-            raise ValueError(f"parts: lr must not be negative and layer_decay in 0..1, found {found}")
+            raise ValueError(f"parts: expected lr of at least 0 and layer_decay in 0..1, found {found}")
 
 
 @dataclass
@@ -85,7 +86,7 @@ class LLMPart(Part):
 
 @dataclass
 class Parts:
-    """How the three parts train; the defaults are M3's (2e-5 everywhere).
+    """How the three parts train. The defaults are M3's: everything, at 2e-5.
 
     Args:
         encoder: The image encoder.
@@ -100,43 +101,47 @@ class Parts:
     def __post_init__(self) -> None:
         lora, llm = self.llm.lora, self.llm
         if lora and (llm.frozen or llm.from_stage):
-            raise ValueError("parts.llm: lora trains adapters alone, it goes with neither frozen nor from_stage")
+            raise ValueError("parts.llm: lora trains only the adapters, it goes with neither frozen nor from_stage")
         if all(getattr(self, name).frozen for name in PARTS):
             raise ValueError("parts: encoder, projector and llm are all frozen, nothing would train")
 
 
 def apply_parts(vlm: MatryoshkaVLM, parts: Parts) -> None:
-    """Freeze what does not train, add the LLM's adapters, and set every part's mode.
+    """Add the LLM's adapters, freeze what does not train, and put frozen modules into evaluation mode.
 
     Raises:
-        ValueError: A part has no such stage, or no layer has a name that LoRA targets.
+        ValueError: A part has no such stage, or LoRA targets a layer that does not exist.
     """
     if parts.llm.lora:
         add_adapters(vlm.llm, parts.llm.lora)
     for name in PARTS:
-        module, part = getattr(vlm, name), getattr(parts, name)
-        if part.frozen:
+        module, first = getattr(vlm, name), getattr(parts, name).from_stage
+        if getattr(parts, name).frozen:
             module.requires_grad_(False)
-        elif part.from_stage is not None:
-            freeze_before(module, stages_of(vlm, name), part.from_stage, name)
-        train_mode(module)
-
-
-def train_mode(module: nn.Module) -> None:
-    """Training mode where something trains; evaluation mode (no dropout, statistics as they are) elsewhere."""
-    module.train()
-    for each in module.modules():
-        if (own := list(each.parameters())) and not any(parameter.requires_grad for parameter in own):
-            each.eval()
+        elif first is not None:
+            stages = stages_of(vlm, name)
+            if not 1 <= first <= len(stages):
+                raise ValueError(f"parts.{name}.from_stage {first}: the {name} has stages 1 to {len(stages)}")
+            for parameter, stage in _stage_numbers(module, stages):
+                parameter.requires_grad_(stage >= first)
+        module.train()
+        for each in module.modules():
+            if (own := list(each.parameters())) and not any(parameter.requires_grad for parameter in own):
+                each.eval()  # no dropout, batch statistics stay as they are
 
 
 def add_adapters(llm: PreTrainedModel, lora: LoRA) -> None:
-    """Inject trainable adapters in place and freeze all else; the adapters start as zero and are
-    float32 whatever the weights are (but for trainer.precision bf16-true, which converts everything).
+    """Inject trainable adapters in place and freeze everything else. The adapters' output is zero at first. They
+    are float32 whatever the type of the weights, except under trainer.precision bf16-true, which converts all.
 
     Raises:
-        ValueError: No layer has a name that is targeted.
+        ValueError: A target matches no layer.
     """
+    linear = [name for name, module in llm.named_modules() if isinstance(module, nn.Linear)]
+    targets = [] if lora.target_modules == "all-linear" else lora.target_modules
+    if unknown := [each for each in targets if not any(f".{name}".endswith(f".{each}") for name in linear)]:
+        ends = sorted({name.rpartition(".")[2] for name in linear})
+        raise ValueError(f"parts.llm.lora.target_modules: {unknown} match no layer, expected some of {ends}")
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
@@ -144,9 +149,8 @@ def add_adapters(llm: PreTrainedModel, lora: LoRA) -> None:
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
     )
-    check_targets(llm, lora)
     llm.requires_grad_(False)
-    with torch.random.fork_rng([]):  # drawn below, or on `meta` when they get memory: the same either way
+    with torch.random.fork_rng([]):  # so that adapters on `meta`, which are drawn later, get the same numbers
         inject_adapter_in_model(config, cast(Any, llm))
     if llm.device.type != "meta":
         start_adapters(llm)
@@ -155,29 +159,15 @@ def add_adapters(llm: PreTrainedModel, lora: LoRA) -> None:
             parameter.data = parameter.data.float()
 
 
-def check_targets(llm: PreTrainedModel, lora: LoRA) -> None:
-    """Whether every target is the end of some layer's name.
-
-    Raises:
-        ValueError: One is not.
-    """
-    linear = [name for name, module in llm.named_modules() if isinstance(module, nn.Linear)]
-    targets = [] if lora.target_modules == "all-linear" else list(lora.target_modules)
-    nothing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in linear)]
-    if nothing:
-        ends = sorted({name.rpartition(".")[2] for name in linear})
-        raise ValueError(f"parts.llm.lora.target_modules: {nothing} match no layer, expected some of {ends}")
-
-
 def start_adapters(module: nn.Module) -> None:
-    """Draw the adapters within: together they are zero."""
+    """Initialize all adapters inside a module; their output is zero."""
     for layer in module.modules():
         if isinstance(layer, LoraLayer):
             cast(Any, layer).reset_lora_parameters("default", True)
 
 
 def merge_adapters(llm: nn.Module) -> None:
-    """Add the adapters to the weights they adapt, in place: an LLM without adapters remains."""
+    """Merge the adapters into the weights in place, which leaves an LLM without adapters."""
     for name, module in list(llm.named_modules()):
         if isinstance(module, LoraLayer):
             cast(Any, module).merge()
@@ -186,7 +176,7 @@ def merge_adapters(llm: nn.Module) -> None:
 
 
 def stages_of(vlm: MatryoshkaVLM, name: PartName) -> list[nn.Module]:
-    """A part's repeated modules, nearest to its input first: stages, blocks or decoder layers."""
+    """A part's stages, blocks or decoder layers, in the order of computation."""
     if name == "encoder":
         return vlm.encoder.stages
     if name == "projector":
@@ -194,20 +184,8 @@ def stages_of(vlm: MatryoshkaVLM, name: PartName) -> list[nn.Module]:
     return vlm.decoder_layers
 
 
-def freeze_before(module: nn.Module, stages: Sequence[nn.Module], first: int, name: str) -> None:
-    """Freeze all parameters that come before a stage, counted from 1, in the order of computation.
-
-    Raises:
-        ValueError: There is no such stage.
-    """
-    if not 1 <= first <= len(stages):
-        raise ValueError(f"parts.{name}.from_stage {first}: the {name} has stages 1 to {len(stages)}")
-    for parameter, stage in _stage_numbers(module, stages):
-        parameter.requires_grad_(stage >= first)
-
-
 def _stage_numbers(module: nn.Module, stages: Sequence[nn.Module]) -> Iterator[tuple[nn.Parameter, int]]:
-    """Every parameter with the number of its stage: 0 before the first, behind the last that one's.
+    """Every parameter with the number of its stage: 0 before the first stage; after the last, the last one's.
 
     timm and transformers register modules in the order in which they compute.
     """
@@ -219,18 +197,21 @@ def _stage_numbers(module: nn.Module, stages: Sequence[nn.Module]) -> Iterator[t
 
 
 def parameter_groups(vlm: MatryoshkaVLM, parts: Parts) -> list[dict[str, Any]]:
-    """Parameter groups with their learning rates, of what trains; `params` are names in the whole model.
+    """Optimizer groups of all parameters that train; `params` holds their names in the whole model.
 
-    A part has up to three: `encoder` with the matrices of its hidden layers (marked `hidden`),
+    A part has up to three groups: `encoder` with the matrices of its hidden layers (marked `hidden`),
     `encoder_other` with convolutions, embeddings and output heads, and `encoder_no_decay` with norms,
-    biases and layer scales, which get no weight decay. With layer_decay it has those of every stage:
-    `encoder_stage_3_other`, …. Names, because sharding may change the shapes by which they are told apart.
+    biases and layer scales. With layer_decay every stage has its own: `encoder_stage_3_other`, ….
+    Names are used because sharding may change the shapes by which the three kinds are told apart.
     """
     return [group for name in PARTS for group in _groups_of(vlm, name, getattr(parts, name))]
 
 
 def _groups_of(vlm: MatryoshkaVLM, name: PartName, part: Part) -> Iterator[dict[str, Any]]:
-    module, outer = getattr(vlm, name), _embeddings(getattr(vlm, name))
+    module = getattr(vlm, name)
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    tables = [each for each in module.modules() if isinstance(each, nn.Embedding)]
+    outer = {id(each.weight) for each in [*tables, head] if each is not None}  # a row for every token id
     stages = stages_of(vlm, name) if part.layer_decay != 1.0 else []
     numbers = [stage for _, stage in _stage_numbers(module, stages)]
     named = zip(module.named_parameters(prefix=name), numbers, strict=True)
@@ -249,36 +230,23 @@ def _groups_of(vlm: MatryoshkaVLM, name: PartName, part: Part) -> Iterator[dict[
 
 
 def with_parameters(groups: Sequence[dict[str, Any]], vlm: nn.Module) -> list[dict[str, Any]]:
-    """Groups of names -> of the parameters of a model, sharded or not."""
+    """The groups with the model's parameters in place of their names."""
     named = dict(vlm.named_parameters())
     return [{**group, "params": [named[name] for name in group["params"]]} for group in groups]
 
 
-def _embeddings(module: nn.Module) -> set[int]:
-    """Matrices with a row for every token id."""
-    tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
-    head = getattr(module, "get_output_embeddings", lambda: None)()
-    return {id(part.weight) for part in [*tables, head] if part is not None}
-
-
 def parts_table(vlm: MatryoshkaVLM, parts: Parts) -> Table:
-    """For each part: parameters, what of them trains, learning rate, type; in millions."""
+    """For each part: its parameters and those that train, in millions, learning rate, dtype, and how it trains."""
     table = Table(title="What trains", title_justify="left")
-    for name, justify in (("part", "left"), ("parameters", "right"), ("trained", "right"), ("lr", "right")):
-        table.add_column(name, justify=cast(Any, justify))
-    table.add_column("dtype")
-    table.add_column("how")
+    for column in ("part", "parameters", "trained", "lr", "dtype", "how"):
+        table.add_column(column, justify="right" if column in ("parameters", "trained", "lr") else "left")
     for name in PARTS:
-        table.add_row(name, *_described(getattr(vlm, name), getattr(parts, name)))
-    counts = [count_parameters(vlm, trained) for trained in (False, True)]
-    table.add_row("all", *(millions(count) for count in counts), style="bold")
+        module, part = getattr(vlm, name), getattr(parts, name)
+        counts = [millions(count_parameters(module, trained)) for trained in (False, True)]
+        dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()})
+        table.add_row(name, *counts, "" if part.frozen else f"{part.lr:g}", ", ".join(dtypes), _how(part))
+    table.add_row("all", *(millions(count_parameters(vlm, trained)) for trained in (False, True)), style="bold")
     return table
-
-
-def _described(module: nn.Module, part: Part) -> tuple[str, ...]:
-    counts = [millions(count_parameters(module, trained)) for trained in (False, True)]
-    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()})
-    return *counts, "" if part.frozen else f"{part.lr:g}", ", ".join(dtypes), _how(part)
 
 
 def _how(part: Part) -> str:
@@ -291,14 +259,11 @@ def _how(part: Part) -> str:
 
 
 def count_parameters(module: nn.Module, trained: bool) -> int:
-    """How many parameters there are, or how many of them train; of a sharded model's those of all ranks."""
-    return sum(_numbers(parameter) for parameter in module.parameters() if parameter.requires_grad or not trained)
-
-
-def _numbers(parameter: nn.Parameter) -> int:
-    """Of a quantized parameter those that it stands for: bitsandbytes packs two into a byte."""
-    packed = getattr(parameter, "quant_state", None)
-    return int(packed.shape.numel()) if packed is not None else parameter.numel()
+    """Number of parameters, or of those that train, over all ranks if sharded. A quantized weight counts as
+    the numbers it stands for: bitsandbytes packs two into a byte."""
+    counted = [parameter for parameter in module.parameters() if parameter.requires_grad or not trained]
+    shapes = [getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape) for parameter in counted]
+    return sum(shape.numel() for shape in shapes)
 
 
 def millions(count: int) -> str:

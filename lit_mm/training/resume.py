@@ -1,8 +1,8 @@
-"""Exact resume: what a checkpoint must say so that a run goes on as if it had never stopped.
+"""Exact resume: a run continues as if it had never stopped.
 
-A batch is decided by (seed, epoch, rank, step), a step's random numbers likewise, so the place of a run
-is two numbers. Lightning's own counters, whenever a checkpoint is written (inside a batch, in the
-middle of accumulated batches, during validation), are set to the place that the weights have reached.
+The batch and the random numbers of a step follow from seed, epoch, rank and step, so that epoch and step
+say where a run is. A checkpoint may be written inside a batch, between accumulated batches or during
+validation; Lightning's counters in it are set to the place that the weights have reached.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 @dataclass
 class Place:
-    """How far the weights have come.
+    """The place in a run that the weights have reached.
 
     Args:
-        epoch: Number of the epoch, from 0.
-        batches: Batches of it that the weights have seen.
-        steps: Optimizer steps of the whole run.
+        epoch: Index of the epoch.
+        batches: Batches of this epoch that the weights were trained on.
+        steps: Optimizer steps since the start of the run.
     """
 
     epoch: int = 0
@@ -32,16 +32,16 @@ class Place:
 
 
 def write_place(checkpoint: dict[str, Any], place: Place, epoch_batches: int) -> None:
-    """Set a checkpoint's loop counters to a place, between two batches or two epochs.
+    """Set a checkpoint's loop counters to a place between two batches or two epochs.
 
     Args:
-        checkpoint: As Lightning is about to save it.
-        place: Where the weights are.
-        epoch_batches: Batches of the place's epoch.
+        checkpoint: The checkpoint that Lightning is about to save.
+        place: The place that the weights have reached.
+        epoch_batches: Number of batches in the place's epoch.
     """
     loops = checkpoint["loops"]["fit_loop"]
     progress = loops["epoch_loop.batch_progress"]
-    earlier = progress["total"]["ready"] - progress["current"]["ready"]  # batches of the epochs before
+    earlier = progress["total"]["ready"] - progress["current"]["ready"]  # batches of earlier epochs
     epoch, batches = place.epoch, place.batches
     if batches >= epoch_batches:
         epoch, batches = epoch + 1, 0
@@ -59,47 +59,47 @@ def write_place(checkpoint: dict[str, Any], place: Place, epoch_batches: int) ->
 
 
 def check_order(before: dict[str, Any], now: dict[str, Any], place: Place) -> None:
-    """Whether what decides the batches is as it was when a run began.
+    """Check that nothing that decides the batches has changed since the checkpoint was written.
 
     Args:
-        before: What the checkpoint says; empty for a run that begins.
-        now: What the configuration says.
-        place: Where the run goes on.
+        before: The checkpoint's settings.
+        now: The present settings.
+        place: The place where the run continues.
 
     Raises:
-        ValueError: Something differs, and an epoch is not at its beginning.
+        ValueError: A setting differs, in the middle of an epoch. At the start of an epoch it is only a warning.
     """
     differ = [name for name in before if before[name] != now.get(name)]
     if differ:
         said = ", ".join(f"{name} was {before[name]} and is {now.get(name)}" for name in differ)
         if place.batches:
-            raise ValueError(f"--ckpt_path: stopped after batch {place.batches} of an epoch of other batches: {said}")
+            raise ValueError(f"--ckpt_path: stopped after batch {place.batches} of an epoch with other batches: {said}")
         rank_zero_warn(f"resuming with other batches than before: {said}")
 
 
 def check_model(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Whether a checkpoint's weights are used by the model that they were trained as.
+    """Check that a checkpoint's weights are used in the model that they were trained in.
 
-    Coarser scales of `exact` pooling are means of the same windows whatever the other scales are: they
-    are allowed, and told. `adaptive` cuts its boxes along the whole chain of scales.
+    With `exact` pooling other scales are only a warning, because a scale's tokens do not depend on the
+    other scales. With `adaptive` pooling they do.
 
     Args:
-        before: What the checkpoint says; empty for one of an older version.
-        now: What the configuration says.
+        before: The checkpoint's settings; empty in checkpoints of an older version.
+        now: The present settings.
 
     Raises:
-        ValueError: They differ.
+        ValueError: A setting differs.
     """
     differ = [name for name in before if before[name] != now[name]]
-    told = [name for name in ("scales", "time_scales") if name in differ and now["pooling"] == "exact"]
-    refused = [name for name in differ if name not in told]
-    said = "; ".join(f"{name} was {before[name]!r:.300} and is {now[name]!r:.300}" for name in refused or told)
+    allowed = [name for name in ("scales", "time_scales") if name in differ and now["pooling"] == "exact"]
+    refused = [name for name in differ if name not in allowed]
+    said = "; ".join(f"{name} was {before[name]!r:.300} and is {now[name]!r:.300}" for name in refused or allowed)
     if refused:
         raise ValueError(
             f"--ckpt_path: the checkpoint is of another model: {said}. To answer at some of its scales give --scales"
         )
-    if told:
-        rank_zero_warn(f"not as the checkpoint was trained: {said}. To answer at some of its scales give --scales")
+    if allowed:
+        rank_zero_warn(f"the checkpoint was trained differently: {said}. To answer at some of its scales give --scales")
 
 
 def _set(progress: dict[str, Any], values: dict[str, int]) -> None:
@@ -108,7 +108,7 @@ def _set(progress: dict[str, Any], values: dict[str, int]) -> None:
 
 
 def seed_step(epoch: int, batch: int, rank: int) -> None:
-    """Random numbers of one training step (dropout, stochastic depth), the same whenever it is run."""
+    """Seed the random numbers of a training step (dropout, stochastic depth), to be the same in every run of it."""
     run = os.environ.get("PL_GLOBAL_SEED", "0")
     digest = hashlib.blake2b(f"{run} {epoch} {batch} {rank}".encode(), digest_size=7).digest()
     torch.manual_seed(int.from_bytes(digest, "big"))

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written beside their place, on the disk, then renamed."""
+"""Checkpoint files: written beside their destination and renamed once complete, so that none is ever half written."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import Tensor
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Writes a checkpoint of one file so that a kill leaves the one before, or the new one; at a remote address
-    (s3://…) as Lightning does."""
+    """Writes single-file checkpoints so that a killed run leaves either the previous file or the new one.
+    Remote addresses (s3://…) are written as Lightning writes them."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write beside the target, wait for the disk, then rename."""
+        """Write to a temporary file, flush it to disk, then rename it."""
         if is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -32,21 +32,38 @@ class WholeFiles(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, final)  # noqa: PTH105 (the same as Path.replace; this is what is meant)
+            part.replace(final)
         finally:
             part.unlink(missing_ok=True)
 
 
 def is_remote(path: Any) -> bool:
-    """Whether a path is an address of fsspec's, which `Path` would take for a local folder."""
+    """Whether a path is an fsspec address (s3://…), which `Path` would take for a local folder."""
     return "://" in str(path)
 
 
+def put_in_place(part: Path, final: Path) -> None:
+    """Rename a file or folder; what has the final name already is removed only after that."""
+    before = final.with_name(f"{final.name}.before")
+    remove(before)
+    if final.exists():
+        final.rename(before)
+    part.rename(final)
+    remove(before)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
 def check_room(folder: Path, parameters: Sequence[Tensor]) -> None:
-    """Whether a folder can hold a checkpoint, with AdamW's two moments of what trains.
+    """Check that a folder can hold a checkpoint: the weights and AdamW's two moments of those that train.
 
     Raises:
-        OSError: It cannot be written, or its disk is too full.
+        OSError: The folder cannot be written, or its disk is too full.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,36 +81,39 @@ def check_room(folder: Path, parameters: Sequence[Tensor]) -> None:
         )
 
 
-def check_readable(path: Path) -> None:
-    """Whether a checkpoint of one file is whole, and a run's.
+def load_tensors(path: Path, option: str = "") -> dict[str, Any]:
+    """Read a single-file checkpoint without running pickled code.
+
+    Args:
+        path: The file.
+        option: Start of error messages, such as `--ckpt_path: `.
 
     Raises:
-        ValueError: It is not; of one cut short, the message names the others of its folder, newest first.
+        ValueError: The file holds pickled code, or is not a checkpoint.
+    """
+    try:
+        return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except pickle.UnpicklingError:
+        raise ValueError(f"{option}{path} holds more than tensors (pickled code), which is not loaded") from None
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{option}{path} is not a checkpoint: {str(error).splitlines()[0]}") from None
+
+
+def check_readable(path: Path) -> None:
+    """Check that `--ckpt_path` is a complete checkpoint of a run; sharded ones are not checked.
+
+    Raises:
+        ValueError: It is not. If the file is truncated, the message lists the folder's other checkpoints, newest first.
     """
     if path.is_dir():
         return
-    if zipfile.is_zipfile(path):
-        check_content(path)
-        return
-    others = [
-        file for file in path.parent.glob("*.ckpt") if file != path and (file.is_dir() or zipfile.is_zipfile(file))
-    ]
-    newest = sorted(others, key=lambda file: file.stat().st_mtime, reverse=True)
-    offered = f"; whole ones beside it, newest first: {', '.join(map(str, newest))}" if newest else ""
-    raise ValueError(f"--ckpt_path: {path} ({path.stat().st_size} bytes) is no whole checkpoint{offered}")
-
-
-def check_content(path: Path) -> None:
-    """Whether a file that is whole is a checkpoint, without running what is pickled in it.
-
-    Raises:
-        ValueError: It holds something else.
-    """
-    try:
-        saved = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-    except pickle.UnpicklingError:
-        raise ValueError(f"--ckpt_path: {path} holds more than tensors (pickled code), which is not loaded") from None
-    except RuntimeError as error:
-        raise ValueError(f"--ckpt_path: {path} is no checkpoint: {str(error).splitlines()[0]}") from None
+    if not zipfile.is_zipfile(path):
+        others = [
+            file for file in path.parent.glob("*.ckpt") if file != path and (file.is_dir() or zipfile.is_zipfile(file))
+        ]
+        newest = sorted(others, key=lambda file: file.stat().st_mtime, reverse=True)
+        offered = f"; complete ones in its folder, newest first: {', '.join(map(str, newest))}" if newest else ""
+        raise ValueError(f"--ckpt_path: {path} ({path.stat().st_size} bytes) is truncated or not a checkpoint{offered}")
+    saved = load_tensors(path, "--ckpt_path: ")
     if not isinstance(saved, dict) or "state_dict" not in saved:
-        raise ValueError(f"--ckpt_path: {path} is no checkpoint of a run; --model.init_from takes weights alone")
+        raise ValueError(f"--ckpt_path: {path} is not a checkpoint of a run; --model.init_from takes weights alone")

@@ -1,4 +1,4 @@
-"""Learning rate over the steps of a run."""
+"""The learning rate schedule."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class WarmupCosine(LambdaLR):
-    """Linear warm-up from zero, then a cosine to zero: the schedule of ConvLLaVA and M3.
+    """Linear warm-up from zero, then cosine decay to zero: the schedule of ConvLLaVA and M3.
 
-    Without a floor every step has the rate of Hugging Face's `get_cosine_schedule_with_warmup`, with the number
-    of warm-up steps that its Trainer makes of a ratio: rounded up, and the first step at rate 0.
+    With floor 0 it equals Hugging Face's `get_cosine_schedule_with_warmup` at every step. As in its Trainer,
+    the number of warm-up steps is rounded up, and the first step has rate 0.
     """
 
     def __init__(self, optimizer: Optimizer, steps: int, warmup: float = 0.03, floor: float = 0.0) -> None:
-        """Set up the schedule.
+        """Create the schedule.
 
         Args:
-            optimizer: Whose learning rates to scale.
+            optimizer: The optimizer whose learning rates are scheduled.
             steps: Optimizer steps of the whole run.
-            warmup: Share of the steps in which the rate rises; 3 % in both papers.
-            floor: Share of the peak rate at the end.
+            warmup: Fraction of the steps in which the rate rises; 3% in both papers.
+            floor: Final rate as a fraction of the peak rate.
         """
         rising = math.ceil(steps * warmup)
 

@@ -1,5 +1,4 @@
-"""Around one optimizer step: clipping, gradients that are no numbers, and learning rates that were
-changed for a resumed run."""
+"""Around an optimizer step: clipping, checks before a run, and options of the optimizer that changed on resume."""
 
 from __future__ import annotations
 
@@ -19,9 +18,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def clip(optimizer: Optimizer, most: float | None, algorithm: str | None) -> Tensor:
-    """Limit the gradients, by their common norm or each value; return their norm, over all shares, before.
+    """Clip the gradients by norm or by value, and return their norm over all ranks before clipping.
 
-    Lightning refuses the norm for fused optimizers in mixed precision.
+    Lightning's own clipping refuses the norm for fused optimizers in mixed precision.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
@@ -33,12 +32,12 @@ def clip(optimizer: Optimizer, most: float | None, algorithm: str | None) -> Ten
 
 
 def refuse_not_finite(norm: Tensor, trainer: Trainer, recent: Sequence[tuple[list[str], Tensor]]) -> None:
-    """Stop before a step that would spoil the weights; every rank writes down the records of its batches.
+    """Stop before a step that would ruin the weights. Every rank writes the records of its batches to a file.
 
     Raises:
-        FloatingPointError: The gradients' norm is not finite.
+        FloatingPointError: The gradient norm is not finite.
     """
-    if torch.isfinite(norm) or trainer.precision == "16-mixed":  # whose loss scaling skips such steps
+    if torch.isfinite(norm) or trainer.precision == "16-mixed":  # loss scaling skips such steps itself
         return
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,17 +47,17 @@ def refuse_not_finite(norm: Tensor, trainer: Trainer, recent: Sequence[tuple[lis
     place = {"epoch": trainer.current_epoch, "step": trainer.global_step, "gradient_norm": str(float(norm))}
     file.write_text(json.dumps(place | {"batches": batches}, indent=2) + "\n")
     raise FloatingPointError(
-        f"step {trainer.global_step}: the gradients' norm is {float(norm)}, losses "
-        f"{', '.join(losses)}; the records are in {file}. The weights are those before "
-        "this step. A lower learning rate, trainer.gradient_clip_val or bf16-mixed instead of bf16-true may help"
+        f"step {trainer.global_step}: the gradient norm is {float(norm)}, losses {', '.join(losses)}; the records "
+        f"are listed in {file}. The weights are those before this step. A lower learning rate, "
+        "trainer.gradient_clip_val or bf16-mixed instead of bf16-true may help"
     )
 
 
 def refuse_hidden_scale(trainer: Trainer) -> None:
-    """Whether gradients can be clipped as they are.
+    """Refuse optimizers that remove the loss scale inside their step: gradients could not be clipped before it.
 
     Raises:
-        ValueError: They are multiplied by a scale that the optimizer takes out only as it steps.
+        ValueError: The optimizer is fused and the precision 16-mixed.
     """
     [optimizer] = trainer.optimizers
     if trainer.precision == "16-mixed" and getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -66,11 +65,11 @@ def refuse_hidden_scale(trainer: Trainer) -> None:
 
 
 def refuse_unknown_metrics(trainer: Trainer, known: Sequence[str]) -> None:
-    """Whether all that callbacks monitor or put into file names is going to be logged; callbacks that are neither
-    Lightning's nor this package's may log more.
+    """Refuse callbacks that monitor, or put into a file name, a metric that is never logged. Nothing is checked if
+    some callback is neither Lightning's nor this package's, because it may log metrics of its own.
 
     Raises:
-        ValueError: One of them waits for a metric that nothing logs.
+        ValueError: A metric is not among the known ones.
     """
     callbacks: list[Any] = cast(Any, trainer).callbacks
     if any(type(callback).__module__.split(".")[0] not in ("lightning", "lit_mm") for callback in callbacks):
@@ -85,7 +84,7 @@ def refuse_unknown_metrics(trainer: Trainer, known: Sequence[str]) -> None:
 
 
 def set_options(trainer: Trainer, options: Sequence[dict[str, Any]]) -> None:
-    """Learning rates and the optimizer's other options as they are configured now, whatever a checkpoint says."""
+    """Set learning rates and the optimizer's other options to the configured ones instead of the checkpoint's."""
     [optimizer], [config] = trainer.optimizers, trainer.lr_scheduler_configs
     scheduler: Any = config.scheduler
     for number, (group, configured) in enumerate(zip(optimizer.param_groups, options, strict=True)):

@@ -205,7 +205,7 @@ def test_resuming_in_the_middle_of_an_accumulation(instruction_set, tmp_path):
 )
 def test_another_division_in_the_middle_of_an_epoch_is_refused(instruction_set, tmp_path, changed, said):
     file = stopped_in_the_middle(instruction_set, tmp_path)
-    with pytest.raises(ValueError, match=f"stopped after batch 2 of an epoch of other batches: {said}"):
+    with pytest.raises(ValueError, match=f"stopped after batch 2 of an epoch with other batches: {said}"):
         fit(instruction_set, tmp_path, ckpt_path=file, data=changed, limit_val_batches=0)
 
 
