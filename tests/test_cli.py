@@ -135,7 +135,7 @@ def test_printed_config_round_trips_and_overlays_win(run, experiment, tmp_path):
         (["--model.llm.tokenizer", "./tests"], "expected a folder with a tokenizer, found ["),
         (["--model.parts.llm.lora", "{r: 0}"], "parts.llm.lora.r: expected a positive number, found 0"),
         (["--model.encoder.overrides", "{dims: [8, 8]}"], "encoder.backbone convnext_atto with"),
-        (["--model.init_from", "README.md"], "README.md is no checkpoint"),
+        (["--model.init_from", "README.md"], "README.md is not a checkpoint"),
         (["--trainer.strategy", "fsdpx"], "LIT_MM_TRACEBACK=1"),
         (["--trainer.strategy", "fsdp1"], "error: trainer.strategy: FSDP1 is gone, use fsdp"),
         (["--trainer.strategy.class_path", "lit_mm.FSDP1"], "  trainer.strategy: FSDP1 is gone, use fsdp"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
@@ -15,15 +15,17 @@ from lit_mm.model.scales import Scale
 
 
 class AnswerWriter(BasePredictionWriter):
-    """Writes `answers@16.jsonl`, …: one {"question_id", "prompt", "text"} a line, a file a scale.
+    """Writes the answers of one prediction to a new folder `answers_0`, `answers_1`, … in the run's folder.
 
-    The files of one prediction go to a new folder `answers_0`, `answers_1`, … of the run's, so that none
-    replaces another's. Those of rank 1 and higher are `answers@16.rank1.jsonl`, ….
+    `answers.jsonl` has a line for each question and scale: question_id, prompt, scale, text, logprob (of the whole
+    answer), tokens, visual_tokens and finish (`stop`, `length` or `error`). `answers@16.jsonl`, … have the format
+    of LLaVA's scripts, {"question_id", "prompt", "text"}, one file a scale. Other ranks' files are
+    `answers.rank1.jsonl`, ….
     """
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
-        self.files: dict[Scale, TextIO] = {}
+        self.files: dict[Scale | None, TextIO] = {}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the files in a folder of their own, the same on every rank."""
@@ -31,8 +33,9 @@ class AnswerWriter(BasePredictionWriter):
         self.folder = Path(trainer.strategy.broadcast(str(new_folder(run)) if trainer.is_global_zero else ""))
         self.folder.mkdir(parents=True, exist_ok=True)  # on another machine
         rank = f".rank{trainer.global_rank}" if trainer.global_rank else ""
-        for scale in pl_module.asked_scales:  # type: ignore[union-attr]
-            self.files[scale] = (self.folder / f"answers@{scale}{rank}.jsonl").open("w", encoding="utf-8")
+        names = {scale: f"answers@{scale}{rank}.jsonl" for scale in cast(Any, pl_module).asked_scales}
+        for scale, name in {None: f"answers{rank}.jsonl", **names}.items():
+            self.files[scale] = (self.folder / name).open("w", encoding="utf-8")
 
     def write_on_batch_end(
         self,
@@ -46,10 +49,12 @@ class AnswerWriter(BasePredictionWriter):
     ) -> None:
         """Write one batch's answers."""
         for row in prediction:
-            for scale, text in row["answers"].items():
-                self.files[scale].write(
-                    as_line({"question_id": row["question_id"], "prompt": row["prompt"], "text": text})
-                )
+            asked = {"question_id": row["question_id"], "prompt": row["prompt"]}
+            for scale, answer in row["answers"].items():
+                self.files[scale].write(as_line({**asked, "text": answer.text}))
+                told = {"scale": str(scale), "text": answer.text, "logprob": sum(answer.logprobs)}
+                told |= {"tokens": len(answer.ids), "visual_tokens": answer.visual_tokens, "finish": answer.finish}
+                self.files[None].write(as_line({**asked, **told}))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the files and say where they are."""

@@ -1,129 +1,325 @@
-"""Questions -> answers at one scale, greedily or with the settings that the LLM comes with."""
+"""Questions -> answers, at one scale or at all of them in one batch.
+
+    encode every image once -> pack the prompts of all questions and scales (prompts.py) -> run the LLM once
+    -> copy each prompt's keys and values into a batch of sequences -> decode token by token; an answer that
+    has ended leaves the batch
+
+LLMs that cannot be packed, and beam search, go through transformers' own `generate` instead.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_mm.inference.decoding import end_ids, processors
+from lit_mm.inference.prompts import embed, logits_of, pack_prompts, prompt_codes, run
+from lit_mm.model.attention import NAME
 from lit_mm.model.batch import Images, Question
-from lit_mm.model.reference import at_scale, embed
 from lit_mm.model.scales import Scale
 from lit_mm.model.vlm import MatryoshkaVLM
 
-Decoding = Literal["greedy", "own"]
+
+@dataclass
+class Generated:
+    """One generated answer.
+
+    Args:
+        ids: New token ids, without the end token.
+        logprobs: Log-probability of each id under the model's own distribution, before any setting changes it;
+            the end token's, if there is one, comes last.
+        finish: `stop` at an end token or a stop string, `length` at max_new_tokens, `dropped` when its asker
+            gave up, `error` where the model's logits were not finite.
+        visual_tokens: Visual tokens in its prompt.
+        text: The answer as text, cut before a stop string; empty without a tokenizer.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish: Literal["stop", "length", "dropped", "error"] = "length"
+    visual_tokens: int = 0
+    text: str = ""
 
 
-@torch.no_grad()  # tensors of inference mode do not go with sharded parameters
+Emit = Callable[[int, Generated, bool], bool | None]
+"""Called with a prompt's number, its answer so far and whether that is all; returning False drops the prompt."""
+
+
+@torch.no_grad()  # tensors of inference mode do not work with sharded parameters
 def generate(
     vlm: MatryoshkaVLM,
     images: Images,
     questions: Sequence[Question],
-    scale: Scale,
-    max_new_tokens: int = 64,
-    end_ids: Sequence[int] = (),
+    scales: Sequence[Scale],
+    config: GenerationConfig,
+    ends: Sequence[int] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
     nested: Tensor | None = None,
-    decoding: Decoding = "greedy",
-) -> list[Tensor]:
-    """Answer questions with so many visual tokens an image.
+    seed: int = 0,
+    emit: Emit | None = None,
+) -> list[list[Generated]]:
+    """Answer every question at every one of the scales.
 
     Args:
         vlm: The model, in evaluation mode.
         images: What the questions are about.
         questions: Prompts with the places of their images.
-        scale: One of the model's scales.
-        max_new_tokens: The longest answer, in tokens.
-        end_ids: Token ids that end an answer; the model's own end token does so always.
-        nested: What `encode` made of the images, to ask at several scales and encode once.
-        decoding: greedy, or own for the settings of the LLM's generation_config, of which only the
-            end tokens are taken otherwise.
+        scales: Some of the model's scales.
+        config: As `decoding.settings` makes it.
+        ends: Token ids that end an answer; the LLM's own end tokens always do.
+        tokenizer: For texts and stop strings; without it, answers are ids.
+        nested: Output of `vlm.encode` for the images, to skip the encoder.
+        seed: Of sampling. An answer depends on it, its question and its scale, not on the rest of the batch.
+        emit: Called after every token of every answer, as number = question × len(scales) + scale.
 
     Returns:
-        One [t] tensor of new token ids a question, its end token and padding removed.
+        Answers by question, then scale.
 
     Raises:
-        ValueError: The model does not have this scale, or no end token is known.
+        ValueError: The model does not have one of the scales, or no end token is known.
     """
     if not questions and not vlm.sharded:
         return []
-    if scale not in vlm.all_scales:
-        raise ValueError(f"scale {scale} is not one of the model's {', '.join(map(str, vlm.all_scales))}")
+    if unknown := [str(scale) for scale in scales if scale not in vlm.all_scales]:
+        raise ValueError(f"scale {unknown[0]} is not one of the model's {', '.join(map(str, vlm.all_scales))}")
     nested = vlm.encode(images) if nested is None else nested
-    asked = questions or [Question("", "", torch.zeros(1, dtype=torch.long, device=nested.device), [])]
-    ends = all_end_ids(vlm.llm, end_ids)
-    chosen = {"max_new_tokens": max_new_tokens, "eos_token_id": ends, "pad_token_id": ends[0]}
-    with settings(vlm.llm, decoding, **chosen) as config:
-        answers = vlm.run(_generate, images, asked, vlm.all_scales.index(scale), nested, config)
-    return [_until(answer, ends) for answer in answers[: len(questions)]]
+    all_ends = end_ids(vlm.llm, ends)
+    asked = list(questions) or [Question("", "", torch.tensor([all_ends[0]], device=nested.device), [])]
+    codes = [torch.from_numpy(prompt_codes(vlm, images, question, scale)) for question in asked for scale in scales]
+    seeds = [_seed_of(seed, question, scale) for question in asked for scale in scales]
+    decoder = Decoder(vlm, nested, codes, seeds, config, all_ends, tokenizer, emit)
+    answers = vlm.run(lambda _: decoder.run())
+    return [answers[n * len(scales) : (n + 1) * len(scales)] for n in range(len(questions))]
 
 
-def _generate(
-    vlm: MatryoshkaVLM,
-    images: Images,
-    questions: Sequence[Question],
-    scale: int,
-    nested: Tensor,
-    config: GenerationConfig,
-) -> Tensor:
-    """New token ids [Q, t] of the questions, whose prompts are padded on the left."""
-    input_ids = [question.input_ids for question in questions]
-    shown = torch.tensor([i for q in questions for i in q.image_index], dtype=torch.long, device=nested.device)
-    stays = [question.time_scale for question in questions if question.time_scale is not None]
-    index, tokens = at_scale(images, nested, vlm.projector.scales, scale, input_ids, shown, stays)
-    prompts = [ids[own] for ids, own in zip(input_ids, index, strict=True)]
-    left: Any = {"batch_first": True, "padding_side": "left"}
-    embeddings = embed(vlm.llm, pad_sequence(prompts, **left), tokens)
-    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], **left)
-    return cast(Any, vlm.llm).generate(
-        inputs_embeds=embeddings, attention_mask=mask, generation_config=config, synced_gpus=vlm.sharded
-    )
+def _seed_of(seed: int, question: Question, scale: Scale) -> int:
+    told = f"{seed} {scale} {question.input_ids.tolist()}"
+    return int.from_bytes(hashlib.blake2b(told.encode(), digest_size=7).digest(), "big")
 
 
-def _until(ids: Tensor, ends: list[int]) -> Tensor:
-    """The ids before the first end token."""
-    found = torch.isin(ids, torch.tensor(ends, device=ids.device)).nonzero()
-    return ids[: int(found[0])] if len(found) else ids
+class Decoder:
+    """Decodes a batch of prompts.
 
-
-def all_end_ids(llm: PreTrainedModel, further: Sequence[int] = ()) -> list[int]:
-    """Token ids that end an answer: the LLM's own, and further ones.
-
-    Raises:
-        ValueError: There are none.
+    Args:
+        vlm: The model.
+        nested: [M, sum of scales, D] output of `MatryoshkaVLM.encode`.
+        codes: [T] for each prompt, as `prompts.prompt_codes` makes them.
+        seeds: Of each prompt, for sampling.
+        config: Settings.
+        ends: Token ids that end an answer.
+        tokenizer: For texts and stop strings.
+        emit: See `Emit`.
     """
-    own = cast(GenerationConfig, llm.generation_config).eos_token_id
-    own = own if isinstance(own, list) else [own] if own is not None else []
-    if not (ends := sorted({*further, *own})):
-        raise ValueError("neither the caller nor the LLM's generation config names a token that ends an answer")
-    return ends
+
+    def __init__(
+        self,
+        vlm: MatryoshkaVLM,
+        nested: Tensor,
+        codes: Sequence[Tensor],
+        seeds: Sequence[int],
+        config: GenerationConfig,
+        ends: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        emit: Emit | None = None,
+    ) -> None:
+        self.vlm, self.nested, self.config, self.ends, self.tokenizer = vlm, nested, config, list(ends), tokenizer
+        self.emit, self.stops, self.device = emit, list(config.stop_strings or []), nested.device
+        if self.stops and tokenizer is None:
+            raise ValueError("stop_strings: without a tokenizer nothing can be compared with them")
+        # equal prompts, such as a text at every scale, are decoded once
+        firsts: dict[bytes, int] = {}
+        self.first = [firsts.setdefault(own.numpy().tobytes(), number) for number, own in enumerate(codes)]
+        self.codes, self.numbers = codes, sorted(set(self.first))
+        self.answers = [Generated(visual_tokens=int((own < 0).sum())) for own in codes]
+        self.generators = {n: torch.Generator(self.device).manual_seed(seeds[n]) for n in self.numbers}
+        self.processors = processors(config, self.ends, self.device)
+
+    def run(self) -> list[Generated]:
+        """The answers, in the prompts' order."""
+        if (self.config.num_beams or 1) > 1 or self.vlm.llm.config._attn_implementation != NAME:
+            self._by_transformers()
+        else:
+            self._decode()
+        for number, first in enumerate(self.first):
+            if number != first:
+                self.answers[number] = self.answers[first]
+        return self.answers
+
+    def _decode(self) -> None:
+        self.made = torch.zeros(len(self.numbers), 0, dtype=torch.long, device=self.device)  # [B, t]
+        logits = self._prefill()  # [B, vocabulary]
+        for remaining in reversed(range(int(self.config.max_new_tokens or 1))):
+            if self.numbers:
+                self._keep(self._take(logits))
+            if not remaining or not self._any_rank_goes_on():
+                break
+            logits = self._step() if self.numbers else self._idle()
+        for number in self.numbers:
+            self._end(number, "length")
+
+    def _prefill(self) -> Tensor:
+        """Run all prompts at once; keep each one's keys and values, padded on the left; return its next logits."""
+        packed = pack_prompts([self.codes[number].numpy() for number in self.numbers])
+        packed.codes, packed.position_ids = packed.codes.to(self.device), packed.position_ids.to(self.device)
+        packed.layout = apply_to_collection(packed.layout, Tensor, Tensor.to, self.device)
+        cache = DynamicCache()
+        hidden = run(self.vlm, self.nested, packed, cache)
+        left: Any = {"batch_first": True, "padding_side": "left"}
+        index = pad_sequence(packed.index, **left).to(self.device)  # [B, T] positions in the packed sequence
+        self.mask = pad_sequence([torch.ones_like(own) for own in packed.index], **left).to(self.device)  # [B, T]
+        self.cache = each_layer(cache, lambda x: x[0][:, index].transpose(0, 1))  # [1, heads, L, d] -> [B, heads, T, d]
+        return logits_of(self.vlm, hidden[index[:, -1]])
+
+    def _take(self, logits: Tensor) -> list[int]:
+        """Choose every sequence's next token; return the places in the batch of those that go on."""
+        scores = self.processors(cast(torch.LongTensor, self.made), cast(Any, logits))
+        chosen = self._choose(scores)
+        logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+        self.made = torch.cat([self.made, chosen[:, None]], dim=1)
+        found = zip(self.numbers, chosen.tolist(), logprobs.tolist(), strict=True)
+        return [place for place, each in enumerate(found) if self._goes_on(*each)]
+
+    def _choose(self, scores: Tensor) -> Tensor:
+        """Scores [B, vocabulary] -> token ids [B]."""
+        if not self.config.do_sample:
+            return scores.argmax(-1)
+        shares = scores.softmax(-1).nan_to_num(1.0)
+        pairs = zip(shares, self.numbers, strict=True)
+        return torch.cat([torch.multinomial(own, 1, generator=self.generators[n]) for own, n in pairs])
+
+    def _goes_on(self, number: int, token: int, logprob: float) -> bool:
+        answer = self.answers[number]
+        if math.isnan(logprob):
+            return self._end(number, "error")
+        answer.logprobs.append(logprob)
+        if token in self.ends:
+            return self._end(number, "stop")
+        answer.ids.append(token)
+        if self.stops or self.emit:
+            answer.text = self._text(answer.ids)
+        if any(stop in answer.text for stop in self.stops):
+            return self._end(number, "stop")
+        if self._told(number, False):
+            return self._end(number, "dropped")
+        return True
+
+    def _end(self, number: int, why: Literal["stop", "length", "dropped", "error"]) -> Literal[False]:
+        answer = self.answers[number]
+        answer.finish, answer.text = why, self._text(answer.ids).strip()
+        self._told(number, True)
+        return False
+
+    def _told(self, number: int, is_all: bool) -> bool:
+        """Tell everyone who asked this prompt; whether all of them gave up."""
+        if self.emit is None:
+            return False
+        asked = [n for n, first in enumerate(self.first) if first == number]
+        replies = [self.emit(n, self.answers[number], is_all) for n in asked]
+        return all(reply is False for reply in replies)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        if self.tokenizer is None:
+            return ""
+        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return text[: min([text.find(stop) for stop in self.stops if stop in text], default=len(text))]
+
+    def _keep(self, places: Sequence[int]) -> None:
+        """Drop the sequences that ended, and the padding that only they needed."""
+        if len(places) == len(self.numbers):
+            return
+        self.numbers = [self.numbers[place] for place in places]
+        if self.numbers:
+            kept = torch.tensor(places, device=self.device)
+            self.mask, self.made = self.mask[kept], self.made[kept]
+            padding = int(self.mask.argmax(1).min())
+            self.mask = self.mask[:, padding:]
+            self.cache = each_layer(self.cache, lambda x: x[kept, :, padding:])
+
+    def _any_rank_goes_on(self) -> bool:
+        """With sharded parameters, all ranks must run the LLM equally often."""
+        if not self.vlm.sharded:
+            return bool(self.numbers)
+        flag = torch.tensor([bool(self.numbers)], dtype=torch.int32, device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def _step(self) -> Tensor:
+        """Run the LLM on every sequence's last token; return the next logits [B, vocabulary]."""
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)  # [B, T + 1]
+        output = cast(Any, self.vlm.llm).base_model(
+            inputs_embeds=embed(self.vlm, self.nested, self.made[:, -1:]),
+            position_ids=self.mask.sum(1, keepdim=True) - 1,
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return logits_of(self.vlm, output.last_hidden_state[:, -1])
+
+    def _idle(self) -> Tensor:
+        """A step without a sequence on this rank, while another rank goes on."""
+        embeddings = embed(self.vlm, self.nested, torch.tensor([[self.ends[0]]], device=self.device))
+        output = cast(Any, self.vlm.llm).base_model(inputs_embeds=embeddings, use_cache=False)
+        return logits_of(self.vlm, output.last_hidden_state[:, -1])
+
+    def _by_transformers(self) -> None:
+        """One prompt after another through transformers' own `generate`."""
+        llm: Any = self.vlm.llm
+        ends = {"eos_token_id": self.ends, "pad_token_id": self.ends[0], "stop_strings": None}
+        self.config.update(**ends, output_logits=True, return_dict_in_generate=True)
+        for number in self.numbers:
+            embeddings = embed(self.vlm, self.nested, self.codes[number].to(self.device))[None]  # [1, T, D]
+            mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=self.device)
+            with without_own_settings(llm), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.generators[number].initial_seed())
+                output = llm.generate(
+                    inputs_embeds=embeddings,
+                    attention_mask=mask,
+                    generation_config=self.config,
+                    synced_gpus=self.vlm.sharded,
+                )
+            self._note(number, output)
+
+    def _note(self, number: int, output: Any) -> None:
+        """Take an answer over from transformers."""
+        ids = output.sequences[0].tolist()
+        answer = self.answers[number]
+        ended = next((place for place, token in enumerate(ids) if token in self.ends), None)
+        answer.ids, answer.finish = ids[:ended], "length" if ended is None else "stop"
+        if getattr(output, "beam_indices", None) is None:
+            rows = [logits[0].float().log_softmax(-1) for logits in output.logits]
+            answer.logprobs = [float(own[token]) for own, token in zip(rows, ids, strict=False)]
+        else:
+            beams = output.beam_indices[0].tolist()
+            steps = [each for each in zip(output.logits, beams, ids, strict=False) if each[1] >= 0]
+            answer.logprobs = [float(own[beam].float().log_softmax(-1)[token]) for own, beam, token in steps]
+        if any(stop in str(self.tokenizer and self.tokenizer.decode(answer.ids)) for stop in self.stops):
+            answer.finish = "stop"
+        self._end(number, answer.finish)
+
+
+def each_layer(cache: DynamicCache, change: Callable[[Tensor], Tensor]) -> DynamicCache:
+    """A cache with every layer's keys and values changed."""
+    return DynamicCache([(change(layer.keys), change(layer.values)) for layer in cast(Any, cache).layers])
 
 
 @contextmanager
-def settings(llm: PreTrainedModel, decoding: Decoding, **chosen: Any) -> Iterator[GenerationConfig]:
-    """The settings of `generate`, and meanwhile an LLM that has none of its own: transformers would take from
-    there what a greedy answer leaves unset, such as a repetition penalty, banned n-grams or beams."""
-    own = cast(GenerationConfig, llm.generation_config)
-    config = deepcopy(own) if decoding == "own" else GenerationConfig(do_sample=False)
-    config.update(**chosen, max_length=None, num_return_sequences=1, return_dict_in_generate=False)
+def without_own_settings(llm: PreTrainedModel) -> Iterator[None]:
+    """Meanwhile the LLM has no generation_config of its own, from which transformers would take what a call leaves
+    unset, such as a repetition penalty, banned n-grams or beams."""
+    own = llm.generation_config
     llm.generation_config = GenerationConfig()
     try:
-        yield config
+        yield
     finally:
         llm.generation_config = own
-
-
-def described(llm: PreTrainedModel, decoding: Decoding) -> str:
-    """In words, with what it takes or leaves of the LLM's generation_config."""
-    differs = cast(GenerationConfig, llm.generation_config).to_diff_dict()
-    nothing = ("transformers_version", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
-    changes = [n for n, value in differs.items() if value is not False and n not in nothing and n[0] != "_"]
-    own = ", ".join(f"{name} {differs[name]}" for name in changes)
-    if decoding == "own":
-        return f"as the LLM's generation_config says ({own or 'greedily'})"
-    return f"greedily, without {own} of the LLM's generation_config" if own else "greedily"

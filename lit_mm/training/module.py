@@ -21,7 +21,8 @@ from lit_mm.data.dataset import ModelInputs
 from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.evaluation.metrics import ExactMatch
 from lit_mm.evaluation.pictures import print_whole
-from lit_mm.inference.generation import Decoding, all_end_ids, described, generate
+from lit_mm.inference.decoding import Decoding, described, end_ids, settings
+from lit_mm.inference.generation import Generated, generate
 from lit_mm.model.attention import NAME, Attention
 from lit_mm.model.batch import Batch
 from lit_mm.model.encoder import Encoder
@@ -231,7 +232,7 @@ class LitMatryoshka(LightningModule):
 
     def on_test_start(self) -> None:
         """Likewise."""
-        ends = ", ".join(f"{n} {self.tokenizer.decode([n])!r}" for n in all_end_ids(self.vlm.llm, [self.end_id]))
+        ends = ", ".join(f"{n} {self.tokenizer.decode([n])!r}" for n in end_ids(self.vlm.llm, [self.end_id]))
         how = described(self.vlm.llm, self.decoding)
         rank_zero_info(f"answers: {how}, at most {self.max_new_tokens} tokens, to one of {ends}")
 
@@ -403,33 +404,26 @@ class LitMatryoshka(LightningModule):
         self._judge("test", batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """One dict a question: question_id, prompt, and the answer at every scale."""
-        answers = self.answers(batch)
+        """One dict for each question: question_id, prompt, and by scale the answers as `Generated`."""
+        answers = zip(batch.questions, self.answers(batch), strict=True)
         return [
-            {
-                "question_id": q.record,
-                "prompt": q.text,
-                "answers": {scale: own[i] for scale, own in answers.items()},
-            }
-            for i, q in enumerate(batch.questions)
+            {"question_id": q.record, "prompt": q.text, "answers": dict(zip(self.asked_scales, own, strict=True))}
+            for q, own in answers
         ]
 
-    def answers(self, batch: Batch) -> dict[Scale, list[str]]:
-        """scale -> the generated answer to each of the batch's questions; images are encoded once."""
+    def answers(self, batch: Batch) -> list[list[Generated]]:
+        """Generated answers to each of the batch's questions, at each of the asked scales, all in one batch."""
         nested = self.vlm.encode(batch.images, self._encodings(batch))
-        return {scale: self._generate(batch, nested, scale) for scale in self.asked_scales}
-
-    def _generate(self, batch: Batch, nested: Tensor, scale: Scale) -> list[str]:
-        ids = generate(
-            self.vlm, batch.images, batch.questions, scale, self.max_new_tokens, [self.end_id], nested, self.decoding
+        config = settings(self.vlm.llm, self.decoding, max_new_tokens=self.max_new_tokens)
+        return generate(
+            self.vlm, batch.images, batch.questions, self.asked_scales, config, [self.end_id], self.tokenizer, nested
         )
-        return [str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in ids]
 
     def _judge(self, split: Literal["val", "test"], batch: Batch) -> None:
-        expected = [question.answer or "" for question in batch.questions]
-        for scale, answers in self.answers(batch).items():
+        expected, answers = [question.answer or "" for question in batch.questions], self.answers(batch)
+        for place, scale in enumerate(self.asked_scales):
             metric = cast(ExactMatch, self.accuracy[f"{split}_{scale}"])
-            metric.update(answers, expected)
+            metric.update([own[place].text for own in answers], expected)
             self.log(f"{split}/accuracy@{scale}", metric, on_step=False, on_epoch=True, batch_size=len(expected))
 
     def _log_losses(self, split: Literal["train", "val"], losses: Losses, batch: Batch) -> None:

@@ -7,7 +7,7 @@ import torch
 from lit_mm.data.collate import group_by_size
 from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch
 from lit_mm.model.packing import pack
-from lit_mm.model.scales import VideoScale, coarsest_time_scale
+from lit_mm.model.scales import VideoScale, coarsest_time_scale, set_starts
 from tests.helpers.batches import SCALES, picture
 
 TIMES = [4, 2, 1]
@@ -55,3 +55,25 @@ def video_batch_of(samples, times=TIMES, packing="packed", weights=None) -> Batc
     batch = Batch(images, list(ids), list(labels), index, weights or [1 / count] * count, time_scale=list(kept))
     batch.packed = pack(batch, SCALES, packing)
     return batch
+
+
+def slow_video(vlm, pieces, labels, frames, tokens):
+    """Embeddings [T, D] and labels [T] of one sample with its visuals cut into sets by hand."""
+    embed, found, own, given = vlm.llm.get_input_embeddings(), [], [], iter(labels)
+    for piece in pieces:
+        if isinstance(piece, list):
+            found.append(embed(torch.tensor(piece, dtype=torch.long)))
+            own += [next(given) for _ in piece]
+            continue
+        for _ in range(2 * len(piece) - 1):
+            next(given)
+        starts = set_starts(len(piece), frames)
+        for number, (begin, end) in enumerate(zip(starts, [*starts[1:], len(piece)], strict=True)):
+            if number:
+                found.append(embed(torch.tensor([100 + begin])))
+            alone = [vlm.projector(vlm.encoder(vlm.encoder.normalize(frame[None]))) for frame in piece[begin:end]]
+            found.append(
+                torch.stack([nested.split(SCALES, dim=1)[SCALES.index(tokens)][0] for nested in alone]).mean(0)
+            )
+            own += [IGNORE_INDEX] * (tokens + bool(number))
+    return torch.cat(found), own

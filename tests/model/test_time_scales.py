@@ -7,43 +7,20 @@ import pytest
 import torch
 
 from lit_mm.data.collate import group_by_size
-from lit_mm.inference.generation import generate
-from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Question
+from lit_mm.model.batch import IGNORE_INDEX
 from lit_mm.model.encoder import TimmEncoder
 from lit_mm.model.projector import MatryoshkaProjector
-from lit_mm.model.scales import VideoScale, set_starts
+from lit_mm.model.scales import VideoScale
 from tests.helpers.batches import SCALES, picture
 from tests.helpers.models import gradients, packing_vlm64
-from tests.helpers.videos import ALL_SCALES, TIMES, encoded, random_videos, video_batch_of
-
-
-def slow_sequence(vlm, pieces, labels, frames, tokens):
-    """Embeddings [T, D] and labels [T] of one sample with its visuals cut into sets by hand."""
-    embed, found, own, given = vlm.llm.get_input_embeddings(), [], [], iter(labels)
-    for piece in pieces:
-        if isinstance(piece, list):
-            found.append(embed(torch.tensor(piece, dtype=torch.long)))
-            own += [next(given) for _ in piece]
-            continue
-        for _ in range(2 * len(piece) - 1):
-            next(given)
-        starts = set_starts(len(piece), frames)
-        for number, (begin, end) in enumerate(zip(starts, [*starts[1:], len(piece)], strict=True)):
-            if number:
-                found.append(embed(torch.tensor([100 + begin])))
-            alone = [vlm.projector(vlm.encoder(vlm.encoder.normalize(frame[None]))) for frame in piece[begin:end]]
-            found.append(
-                torch.stack([nested.split(SCALES, dim=1)[SCALES.index(tokens)][0] for nested in alone]).mean(0)
-            )
-            own += [IGNORE_INDEX] * (tokens + bool(number))
-    return torch.cat(found), own
+from tests.helpers.videos import ALL_SCALES, TIMES, encoded, random_videos, slow_video, video_batch_of
 
 
 def slow_loss(vlm, samples, frames, tokens):
     rng, losses = random.Random(0), []
     for pieces in samples:
         labels = encoded(pieces, vlm.time_scales, rng)[1].tolist()
-        sequence, labels = slow_sequence(vlm, pieces, labels, frames, tokens)
+        sequence, labels = slow_video(vlm, pieces, labels, frames, tokens)
         logarithms = vlm.llm(inputs_embeds=sequence[None]).logits[0].log_softmax(-1)
         losses += [-logarithms[place - 1, label] for place, label in enumerate(labels) if label != IGNORE_INDEX]
     return torch.stack(losses).mean()
@@ -89,25 +66,6 @@ def test_coarser_times_are_means_of_finer_ones():
         four, two, one = (sets.split(SCALES, dim=1)[number] for sets in nested)
         assert torch.allclose(two, four.view(2, 2, tokens, -1).mean(1), rtol=1e-12)
         assert torch.allclose(one, two.mean(0, keepdim=True), rtol=1e-12)
-
-
-@pytest.mark.parametrize("scale", [ALL_SCALES[0], ALL_SCALES[4], ALL_SCALES[8]], ids=str)
-def test_generation_equals_a_greedy_loop_without_cache(scale):
-    vlm, samples = packing_vlm64(time_scales=TIMES), random_videos(5, count=3)
-    vlm.llm.generation_config.eos_token_id = None
-    batch, questions, done = video_batch_of(samples), [], 0
-    for number, ids in enumerate(batch.input_ids):
-        count = int((ids == IMAGE).sum())
-        questions.append(
-            Question(number, "", ids, list(range(done, done + count)), time_scale=batch.time_scale[number])
-        )
-        done += count
-    answers = generate(vlm, batch.images, questions, scale, max_new_tokens=4, end_ids=[347])
-    for pieces, ids, answer in zip(samples, batch.input_ids, answers, strict=True):
-        sequence, _ = slow_sequence(vlm, pieces, ids.tolist(), *scale)
-        for token in answer.tolist():
-            assert int(vlm.llm(inputs_embeds=sequence[None]).logits[0, -1].argmax()) == token
-            sequence = torch.cat([sequence, vlm.llm.get_input_embeddings()(torch.tensor([token]))])
 
 
 def test_the_blank_image_adds_exactly_nothing():
