@@ -1,29 +1,157 @@
-"""Quality and cost of every scale as a picture and as a table, for the terminal and for TensorBoard."""
+"""The figures of a validation or test: accuracy and cost of every scale, as JSON, picture and tables."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from math import ceil
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from rich.table import Table
 
+from lit_mm.callbacks.meter import counts_in, objects_of_ranks
+from lit_mm.costs.devices import arithmetic_of, device_name, versions
+from lit_mm.costs.timing import WARM_UP, AnswerTimer
 from lit_mm.costs.units import in_bytes, in_flops
+from lit_mm.evaluation.efficiency import Asked, accuracy_per_tflop, scale_costs, summary
+from lit_mm.evaluation.metrics import majority_share
 from lit_mm.evaluation.pictures import draw_times, spread
+from lit_mm.model.batch import Batch
+from lit_mm.training.parts import PARTS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Result = dict[str, Any]
-"""As `TokenEfficiency` writes it into its JSON."""
+"""The figures, as `TokenEfficiency` writes them to JSON."""
 
+MOST_NEW_TOKENS = 8
 LINES = ["#1f5fa8", "#c8641e", "#3a8f4d", "#8a4fa3", "#a33f4f"]
-"""Of the lines, one a time scale."""
+"""Line colors, one per time scale."""
 SPLITS = {"val": "Validation", "test": "Test"}
 
 
+class Evaluation:
+    """Collects one validation's or test's questions, then works out its figures.
+
+    Args:
+        lit: The LitMatryoshka that is evaluated.
+        split: Which data it is evaluated on.
+        repetitions: Answers timed at every scale, after a warm-up; 0: none.
+    """
+
+    def __init__(self, lit: Any, split: Literal["val", "test"], repetitions: int) -> None:
+        self.lit, self.split, self.repetitions = lit, split, repetitions
+        self.expected: list[str] = []
+        self.asked = Asked(lit.all_scales)
+
+    def add(self, batch: Batch) -> None:
+        """Count a batch's questions and keep the expected answers."""
+        self.expected += [question.answer or "" for question in batch.questions]
+        self.asked.add(counts_in(batch), len(batch.questions))
+
+    def gather(self, trainer: Trainer) -> None:
+        """Combine the questions of all ranks."""
+        shares = objects_of_ranks(trainer, (self.expected, self.asked.numbers(self.lit.costs)))
+        self.expected = [answer for answers, _ in shares for answer in answers]
+        self.numbers = {name: sum(numbers[name] for _, numbers in shares) for name in shares[0][1]}
+
+    def result(self, trainer: Trainer, peak: float | None) -> Result:
+        """All figures, as `accuracy_tokens.json` holds them; accuracies in 0..1, finest scale first.
+
+        Args:
+            trainer: The trainer, at the end of the validation or test.
+            peak: The device's peak FLOP/s, if known.
+        """
+        cached = None  # bytes per token in the KV cache
+        if self.lit.costs is not None:  # also under autocast of the weights' type; FSDP casts shards before it computes
+            half = self.lit.vlm.sharded and arithmetic_of(str(trainer.precision)) == "half"
+            cached = self.lit.costs.language.cached * (2 if half else self.lit.vlm.llm.dtype.itemsize)
+        asked = {str(scale) for scale in self.lit.asked_scales}
+        rows = [row for row in scale_costs(self.numbers, self.lit.all_scales, cached) if row["scale"] in asked]
+        for row in rows:
+            row["accuracy"] = trainer.callback_metrics[f"{self.split}/accuracy@{row['scale']}"].item()
+            if (loss := trainer.callback_metrics.get(f"{self.split}/loss@{row['scale']}")) is not None:
+                row["loss"] = loss.item()
+            row["accuracy_per_tflop"] = accuracy_per_tflop(row)
+        timed = self._time(trainer, rows)
+        return {
+            "split": self.split,
+            "step": self.lit.place.steps,
+            "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
+            "questions": len(self.expected),
+            "majority_answer": majority_share(self.expected),
+            **summary(rows),
+            "scales": rows,
+            "timed": timed,
+            "run": self._described(trainer, peak),
+        }
+
+    def _time(self, trainer: Trainer, rows: list[dict[str, Any]]) -> dict[str, int] | None:
+        """Time every scale with a question's average number of images, in the most frequent size. Returns what
+        was timed, or None if nothing could be."""
+        for row in rows:
+            row["measured"] = None
+        if reason := self._not_timed():
+            rank_zero_info(f"answers are not timed: {reason}")
+            return None
+        [((height, width), _)] = self.asked.images.most_common(1)
+        images = ceil(self.asked.images.total() / self.asked.questions)
+        pixels = torch.zeros(images, 3, height, width, dtype=torch.uint8)
+        new_tokens = max(2, min(self.lit.max_new_tokens, MOST_NEW_TOKENS))
+        measured = []
+        try:
+            for row in rows:
+                visual = round(row["mean_visual_tokens"])
+                timer = AnswerTimer(self.lit.vlm, round(row["prompt_tokens"]) - visual, new_tokens, self.repetitions)
+                with trainer.precision_plugin.val_step_context():
+                    measured.append(timer(pixels, visual))
+        except torch.OutOfMemoryError:  # no reason to lose a run
+            rank_zero_info("answers are not timed: out of memory")
+            return None
+        for row, times in zip(rows, measured, strict=True):
+            row["measured"] = times
+        found = {"images": images, "height": height, "width": width, "new_tokens": new_tokens, "batch_size": 1}
+        return found | {"repetitions": self.repetitions, "warm_up": WARM_UP}
+
+    def _not_timed(self) -> str:
+        """The reason why answers cannot be timed, or an empty string."""
+        if not self.repetitions:
+            return "token_efficiency.repetitions is 0"
+        if self.lit.vlm.sharded:
+            return "the model is sharded over ranks"
+        if self.lit.costs is None:
+            return f"{type(self.lit.vlm.llm).__name__} may not keep a plain KV cache"
+        return "" if self.asked.images else "no question shows an image"
+
+    def _described(self, trainer: Trainer, peak: float | None) -> dict[str, Any]:
+        """The run's hardware and settings."""
+        data: Any = getattr(trainer, "datamodule", None)
+        budget = getattr(data, "budget", None)
+        return {
+            "device": device_name(self.lit.device),
+            "devices": trainer.world_size,
+            "nodes": trainer.num_nodes,
+            "peak_tflops": None if peak is None else peak / 1e12,
+            "precision": str(trainer.precision),
+            "dtype": {name: str(next(getattr(self.lit.vlm, name).parameters()).dtype)[6:] for name in PARTS},
+            "packing": self.lit.packing,
+            "strategy": type(trainer.strategy).__name__,
+            "batch_size": {
+                "training_records": getattr(budget, "records", None),
+                "training_tokens": getattr(budget, "tokens", None),
+                "training_pixels": getattr(budget, "pixels", None),
+                "evaluation_records": getattr(data, "eval_batch_size", None),
+            },
+            "versions": versions(),
+        }
+
+
 def draw(result: Result) -> Figure:
-    """Accuracy (%) over visual tokens on a logarithmic axis, the majority answer as a dashed line; below
-    it, where it was measured, the time to the first token of every scale."""
+    """Accuracy (%) over visual tokens on a log axis, with the majority answer as a dashed line. If answers were
+    timed, a second panel shows the time to the first token of every scale."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -38,7 +166,7 @@ def draw(result: Result) -> Figure:
 
 
 def draw_accuracy(axes: Axes, result: Result) -> None:
-    """The curve, or one for every time scale, with a ring around the scale that suffices."""
+    """One curve, or one per time scale, with a ring around the fewest tokens within a point of the best."""
     lines, tokens = _lines(result), sorted({row["visual_tokens"] for row in result["scales"]})
     for (frames, line), color in zip(lines.items(), LINES * len(tokens), strict=False):
         label = None if frames is None else f"{frames} sets of frames" if frames > 1 else "1 set of frames"
@@ -65,7 +193,7 @@ def draw_accuracy(axes: Axes, result: Result) -> None:
 
 
 def draw_speed(axes: Axes, result: Result) -> None:
-    """The time to the first token of every scale, fewest tokens first, as in the panel above."""
+    """Time to the first token of every scale, fewest tokens first as in the panel above."""
     rows = [row for row in reversed(result["scales"]) if row["measured"]]
     draw_times(axes, [row["measured"] for row in rows], ("encoding", "LLM on the prompt"))
     axes.set_xticks(range(len(rows)), [row["scale"] for row in rows])
@@ -79,7 +207,7 @@ def draw_speed(axes: Axes, result: Result) -> None:
 
 
 def _lines(result: Result) -> dict[int | None, list[tuple[int, float]]]:
-    """(tokens, accuracy in %) of each time scale; of None without any."""
+    """Time scale -> its (tokens, accuracy in %) points; the key is None for images."""
     lines: dict[int | None, list[tuple[int, float]]] = {}
     for row in result["scales"]:
         lines.setdefault(row.get("frames"), []).append((row["visual_tokens"], 100 * row["accuracy"]))
@@ -87,7 +215,7 @@ def _lines(result: Result) -> dict[int | None, list[tuple[int, float]]]:
 
 
 def table(result: Result) -> Table:
-    """The figures for the terminal."""
+    """The figures as a table for the terminal."""
     names, *lines = _cells(result)
     rows = Table(title=_title(result), title_justify="left", caption=_caption(result), caption_justify="left")
     for name in names:
@@ -99,7 +227,7 @@ def table(result: Result) -> Table:
 
 
 def markdown(result: Result) -> str:
-    """The same for TensorBoard."""
+    """The same table for TensorBoard."""
     names, *lines = _cells(result)
     lines.append(["majority answer", f"{100 * result['majority_answer']:.2f}", *[""] * (len(names) - 2)])
     rule = [":--", *["--:"] * (len(names) - 1)]
@@ -112,7 +240,7 @@ def _title(result: Result) -> str:
 
 
 def _caption(result: Result) -> str:
-    """What is between the lines, in sentences."""
+    """The figures that belong to no single scale, and how times were measured."""
     area = "" if result["area"] is None else f"Area under accuracy over log2(tokens): {100 * result['area']:.2f} %. "
     told = f"{area}Fewest tokens within a point of the best: {result['smallest_within_a_point']}."
     if "prefill_flops" in result["scales"][0]:
@@ -124,7 +252,7 @@ def _caption(result: Result) -> str:
 
 
 def _cells(result: Result) -> list[list[str]]:
-    """Head and a line for every scale; columns that no scale has a figure for are left out."""
+    """The header and one row per scale, without columns that are empty for every scale."""
     heads = ["visual tokens", "accuracy %", "loss", "prompt tokens", "FLOPs", "accuracy per TFLOP", "KV cache"]
     heads += ["encode ms", "first token ms", "next token ms", "memory"]
     columns = zip(heads, *map(_line, result["scales"]), strict=True)

@@ -1,33 +1,40 @@
-"""What training steps did between two reports, in Python numbers, and their rates over all ranks.
+"""Measures training steps between two reports: counts, rates over all ranks, and the time of each part.
 
-Nothing here asks a device: batches were counted on the CPU (`Batch.counts`), image sizes are shapes,
-time is the wall clock's between two reports, over which what a GPU has queued evens out.
+Nothing here synchronizes with the device. Counts come from the CPU (`Batch.counts`), image sizes are
+shapes, and seconds are wall-clock time between two reports, long enough for the GPU's queue to even out.
+Times of parts come from CUDA events that are read once the GPU has passed them.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isnan
 from typing import Any, cast
 
 import numpy as np
 import torch
+from lightning import Trainer
+from torch import Tensor
 
 from lit_mm.costs.flops import Costs, ModelFlops, Size
+from lit_mm.costs.timing import Stopwatch
 from lit_mm.model.batch import Batch, Counts
+from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.parts import PARTS
 
 Numbers = dict[str, float]
 GIB = 1024**3
 LARGEST = ("seconds", "waited", "allocated", "reserved", "process")
-"""What is the largest of all ranks, as they go in step; all else is their sum."""
+"""Numbers reduced over ranks by their maximum, because ranks run in step; all others are summed."""
+OTHER = "other"
+"""The optimizer, logging, and everything else outside encoder, projector and LLM."""
 
 
 class Clock:
-    """Seconds of training. What lies between two batches counts as well, unless it was a pause
-    (validation, a checkpoint, the end of an epoch): of that only the wait for data counts."""
+    """Training time. The time between two batches counts, except across a pause (validation, a checkpoint,
+    the end of an epoch), where only the wait for data counts."""
 
     def __init__(self) -> None:
         self.seconds, self.waited, self.paused = 0.0, 0.0, True
@@ -35,7 +42,7 @@ class Clock:
         self._loader: Any = None
 
     def start(self, loader: Any) -> None:
-        """A batch begins; the loader it came from tells how long it let us wait, if it is this package's."""
+        """A batch begins. This package's loader reports in `waited` how long training has waited for it."""
         now, told = time.perf_counter(), getattr(loader, "waited", 0.0)
         wait = told - (self._told if loader is self._loader else 0.0)
         self.seconds += wait if self.paused else now - self._at
@@ -43,32 +50,32 @@ class Clock:
         self.paused, self._at, self._loader, self._told = False, now, loader, told
 
     def end(self) -> None:
-        """A batch is done, or has been queued."""
+        """A batch is done, or fully queued on the GPU."""
         now = time.perf_counter()
         self.seconds += now - self._at
         self._at = now
 
     def take(self) -> Numbers:
-        """Seconds since they were last taken and, where it is known, those of waiting for data among them."""
+        """Seconds since the last call and, if the loader reports it, how many of them were spent waiting for data."""
         taken = {"seconds": self.seconds} | ({"waited": self.waited} if hasattr(self._loader, "waited") else {})
         self.seconds = self.waited = 0.0
         return taken
 
 
 class Meter:
-    """What one rank's batches held since the last report.
+    """Counts what this rank's batches contain.
 
     Args:
-        scales: All scales of the model.
-        stride: To which the encoder pads the sides of images.
-        costs: Of the model; None: FLOPs are not known.
+        scales: All image scales of the model.
+        stride: The encoder pads image sides to a multiple of this.
+        costs: The model's costs; None if its FLOPs are unknown.
     """
 
     def __init__(self, scales: Sequence[int], stride: int, costs: Costs | None) -> None:
         self.scales, self.stride, self.costs = scales, stride, costs
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self.sums, self.sizes = Counter[str](), Counter[Size]()
         self.shown = [0] * len(self.scales)
 
@@ -76,9 +83,9 @@ class Meter:
         """Count a batch.
 
         Raises:
-            ValueError: Nobody counted it before it went to a device.
+            ValueError: The batch has no counts.
         """
-        counts, kind = counted(batch), "visual" if batch.images.groups else "alone"
+        counts, kind = counts_in(batch), "visual" if batch.images.groups else "alone"
         self.sizes.update({cast(Size, tuple(group.shape[-2:])): len(group) for group in batch.images.groups})
         for name in ("text", "visual", "labels", "padding", "shown_pixels"):
             self.sums[name] += getattr(counts, name)
@@ -88,36 +95,31 @@ class Meter:
         self.shown = [before + more for before, more in zip(self.shown, counts.shown, strict=True)]
 
     def take(self) -> Numbers:
-        """The sums since they were last taken; the same names on every rank."""
-        images, sums = sum(self.sizes.values()), self.sums
+        """The sums since the last call, under the same names on every rank."""
+        sums, stride = self.sums, self.stride
         own = {name: float(sums[name]) for name in ("text", "visual", "labels", "padding", "shown_pixels", "frames")}
-        own["images"] = images - sums["frames"]
+        own["images"] = self.sizes.total() - sums["frames"]
         own["pixels"] = sum(height * width * number for (height, width), number in self.sizes.items())
-        own["encoded_pixels"] = sum(self._padded(size) * number for size, number in self.sizes.items())
+        own["encoded_pixels"] = sum(
+            (height + -height % stride) * (width + -width % stride) * number
+            for (height, width), number in self.sizes.items()
+        )
         own |= {f"shown {scale}": float(number) for scale, number in zip(self.scales, self.shown, strict=True)}
-        own |= training_flops(self._flops()) if self.costs else {}
-        self._forget()
+        if self.costs:  # FLOPs are linear in the counts, so the sums' FLOPs are the batches' total
+            flops = self.costs.images((number, size) for size, number in self.sizes.items())
+            for kind in ("visual", "alone"):
+                tokens = sums[f"{kind} text"] + sums[f"{kind} visual"]
+                flops += self.costs.text(tokens, sums[f"{kind} pairs"], sums[f"{kind} labels"], kind == "visual")
+            own |= training_flops(flops)
+        self._reset()
         return own
 
-    def _padded(self, size: Size) -> int:
-        height, width = (side + -side % self.stride for side in size)
-        return height * width
 
-    def _flops(self) -> ModelFlops:
-        """FLOPs are linear in what the batches held, so those of the sums are the sum."""
-        costs, sums = cast(Costs, self.costs), self.sums
-        total = costs.images((number, size) for size, number in self.sizes.items())
-        for kind in ("visual", "alone"):
-            tokens = sums[f"{kind} text"] + sums[f"{kind} visual"]
-            total += costs.text(tokens, sums[f"{kind} pairs"], sums[f"{kind} labels"], visual=kind == "visual")
-        return total
-
-
-def counted(batch: Batch) -> Counts:
+def counts_in(batch: Batch) -> Counts:
     """The batch's counts.
 
     Raises:
-        ValueError: There are none.
+        ValueError: It has none.
     """
     if batch.counts is None:
         raise ValueError(
@@ -128,8 +130,8 @@ def counted(batch: Batch) -> Counts:
 
 
 def training_flops(flops: ModelFlops) -> Numbers:
-    """FLOPs that training needs by part, the head's with the LLM's. What checkpointing computes again
-    is not among them: needed FLOPs are what MFU counts (PaLM, appendix B)."""
+    """Training FLOPs by part; the LLM's include its head's. Recomputation by activation checkpointing is left
+    out, as MFU is defined on the FLOPs that the model needs (PaLM, appendix B)."""
     llm = flops.llm.training + flops.head.training
     return {
         "encoder_flops": float(flops.encoder.training),
@@ -138,8 +140,80 @@ def training_flops(flops: ModelFlops) -> Numbers:
     }
 
 
+class PartTimes:
+    """Time of encoder, projector and LLM in a training step, forward and backward, one step at a time.
+
+    The step, including all batches it accumulates and the optimizer, is cut where one part hands over to
+    another: by module hooks in the forward pass and by hooks on the tensors between parts in the backward
+    pass. The hooks exist only while a step is measured.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.running = device, False
+        self._reset()
+
+    def _reset(self) -> None:
+        self.watch, self.labels, self.hooks = Stopwatch(self.device), list[str](), list[Any]()
+
+    def start(self, vlm: MatryoshkaVLM) -> None:
+        """Measure the step that begins now."""
+        self._reset()
+        self.running = True
+        self.mark(OTHER)
+        self.hooks = [
+            vlm.encoder.register_forward_pre_hook(self._marks("encoder")),
+            vlm.encoder.register_forward_hook(self._marks(OTHER)),
+            vlm.projector.register_forward_pre_hook(self._enter_projector),
+            vlm.projector.register_forward_hook(self._leave_projector),
+            vlm.llm.base_model.register_forward_pre_hook(self._marks("llm")),
+        ]
+
+    def mark(self, part: str) -> None:
+        """The step works on this part from now on."""
+        if self.running and self.labels[-1:] != [part]:
+            self.labels.append(part)
+            self.watch.mark()
+
+    def _marks(self, part: str) -> Callable[..., None]:
+        return lambda *_: self.mark(part)
+
+    def _enter_projector(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
+        """The gradient of the encoder's grid ends the projector's backward pass and starts the encoder's."""
+        self.mark("projector")
+        if inputs[0].requires_grad:
+            inputs[0].register_hook(self._marks("encoder"))
+
+    def _leave_projector(self, module: Any, inputs: tuple[Tensor, ...], nested: Tensor) -> None:
+        """The gradient of the visual tokens ends the LLM's backward pass and starts the projector's."""
+        self.mark("llm")
+        if nested.requires_grad:
+            nested.register_hook(self._marks("projector"))
+
+    def stop(self) -> None:
+        """The step is over."""
+        self.mark("end")
+        for hook in self.hooks:
+            hook.remove()
+        self.running = False
+
+    def cancel(self) -> None:
+        """Drop the step: something else, such as validation, ran between its batches."""
+        self.stop()
+        self._reset()
+
+    def take(self) -> Numbers | None:
+        """Milliseconds by part of the measured step, returned once; None until the device has finished it."""
+        if self.running or not self.labels or not self.watch.done:
+            return None
+        times: Numbers = {}
+        for part, milliseconds in zip(self.labels, self.watch.read(), strict=False):
+            times[part] = times.get(part, 0.0) + milliseconds
+        self._reset()
+        return times
+
+
 def over_ranks(lit: Any, own: Numbers) -> Numbers:
-    """Bring the numbers of all ranks together: one small tensor, the only thing ranks wait for."""
+    """Reduce the numbers over all ranks with one small all-gather, the only point where ranks wait."""
     if lit.trainer.world_size == 1:
         return own
     mine = torch.tensor(list(own.values()), dtype=torch.float64, device=lit.device)
@@ -147,65 +221,62 @@ def over_ranks(lit: Any, own: Numbers) -> Numbers:
     return {name: max(column) if name in LARGEST else sum(column) for name, column in zip(own, columns, strict=True)}
 
 
+def objects_of_ranks(trainer: Trainer, own: Any) -> list[Any]:
+    """Gather one picklable object from every rank."""
+    objects = [own] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(objects, own)
+    return objects
+
+
 def report(numbers: Numbers, steps: int, ranks: int, scales: Sequence[int]) -> Numbers:
     """The scalars of an interval, by the names that loggers show.
 
+    Tokens and images are per step over all ranks. Padding is also given as a share of all positions,
+    and padding to the encoder's stride as a share of encoded pixels.
+
     Args:
-        numbers: Of all ranks.
-        steps: Optimizer steps of the interval.
-        ranks: How many ranks there are.
-        scales: All scales of the model.
+        numbers: Reduced over all ranks.
+        steps: Optimizer steps in the interval.
+        ranks: Number of ranks.
+        scales: All image scales of the model.
     """
-    return (
-        {f"tokens/{name}": value for name, value in _tokens(numbers, steps, scales).items()}
-        | {f"images/{name}": value for name, value in _images(numbers, steps).items()}
-        | {f"speed/{name}": value for name, value in _speed(numbers, steps, ranks).items()}
-        | {f"memory/{name}_GiB": numbers[name] / GIB for name in LARGEST[2:] if name in numbers}
-    )
-
-
-def _tokens(numbers: Numbers, steps: int, scales: Sequence[int]) -> Numbers:
-    """Per step, over all ranks; padding as a share of all positions."""
-    names = {"visual": "visual", "text": "text", "label": "labels", "padding": "padding"}
-    found = {name: numbers[key] / steps for name, key in names.items()}
-    found["padding_share"] = numbers["padding"] / max(1, numbers["padding"] + numbers["text"] + numbers["visual"])
+    visual, text, labels, padding, seconds = (numbers[n] for n in ("visual", "text", "labels", "padding", "seconds"))
+    found = {
+        "tokens/visual": visual / steps,
+        "tokens/text": text / steps,
+        "tokens/label": labels / steps,
+        "tokens/padding": padding / steps,
+        "tokens/padding_share": padding / max(1, padding + text + visual),
+        "images/stills": numbers["images"] / steps,
+        "images/frames": numbers["frames"] / steps,
+        "speed/visual_tokens_per_s": visual / seconds,
+        "speed/text_tokens_per_s": text / seconds,
+        "speed/label_tokens_per_s": labels / seconds,
+        "speed/tokens_per_s": (visual + text) / seconds,
+        "speed/images_per_s": (numbers["images"] + numbers["frames"]) / seconds,
+        "speed/step_ms": 1000 * seconds / steps,
+    }
     shown = [int(numbers[f"shown {scale}"]) for scale in scales]
     if sum(shown):
-        found["visual_per_image"] = numbers["visual"] / sum(shown)
-        found["visual_per_image_p95"] = percentile(scales, shown, 95)
-    return found
+        found["tokens/visual_per_image"] = visual / sum(shown)
+        found["tokens/visual_per_image_p95"] = percentile(scales, shown, 95)
+    if visual:
+        found["images/pixels_per_visual_token"] = numbers["shown_pixels"] / visual
+    if numbers["encoded_pixels"]:
+        found["images/stride_padding_share"] = 1 - numbers["pixels"] / numbers["encoded_pixels"]
+    if "waited" in numbers:
+        found["speed/data_wait_share"] = numbers["waited"] / seconds
+    flops = sum(numbers.get(f"{part}_flops", 0.0) for part in PARTS)
+    if flops:
+        found["speed/TFLOPS_per_device"] = flops / seconds / ranks / 1e12
+    if flops and not isnan(numbers["peak_flops"]):
+        found["speed/MFU"] = flops / seconds / numbers["peak_flops"]
+    return found | {f"memory/{name}_GiB": numbers[name] / GIB for name in LARGEST[2:] if name in numbers}
 
 
 def percentile(values: Sequence[int], times: Sequence[int], percent: float) -> float:
-    """The smallest value that at least so many percent of all do not exceed; each occurs so many times."""
+    """The smallest value that at least `percent` of all occurrences do not exceed; values[i] occurs times[i] times."""
     order = np.argsort(values)
     reached = np.cumsum(np.array(times)[order])
     return float(np.array(values)[order][np.searchsorted(reached, percent / 100 * reached[-1])])
-
-
-def _images(numbers: Numbers, steps: int) -> Numbers:
-    """Still images and frames per step; how many pixels, as the encoder gets them, a visual token stands for;
-    padding to the stride."""
-    found = {"stills": numbers["images"] / steps, "frames": numbers["frames"] / steps}
-    if numbers["visual"]:
-        found["pixels_per_visual_token"] = numbers["shown_pixels"] / numbers["visual"]
-    if numbers["encoded_pixels"]:
-        found["stride_padding_share"] = 1 - numbers["pixels"] / numbers["encoded_pixels"]
-    return found
-
-
-def _speed(numbers: Numbers, steps: int, ranks: int) -> Numbers:
-    seconds = numbers["seconds"]
-    kinds = {"visual_tokens": "visual", "text_tokens": "text", "label_tokens": "labels"}
-    found = {f"{name}_per_s": numbers[key] / seconds for name, key in kinds.items()}
-    found["tokens_per_s"] = (numbers["visual"] + numbers["text"]) / seconds
-    found["images_per_s"] = (numbers["images"] + numbers["frames"]) / seconds
-    found["step_ms"] = 1000 * seconds / steps
-    if "waited" in numbers:
-        found["data_wait_share"] = numbers["waited"] / seconds
-    flops = sum(numbers.get(f"{part}_flops", 0.0) for part in PARTS)
-    if flops:
-        found["TFLOPS_per_device"] = flops / seconds / ranks / 1e12
-    if flops and not isnan(numbers["peak_flops"]):
-        found["MFU"] = flops / seconds / numbers["peak_flops"]
-    return found

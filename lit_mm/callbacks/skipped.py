@@ -1,26 +1,28 @@
-"""What was left out of the data, counted: a table at the end of every epoch, numbers in the logger."""
+"""Counts records left out of the data: a table at the end of every epoch, and scalars in the logger."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from rich.table import Table
 
+from lit_mm.callbacks.meter import objects_of_ranks
 from lit_mm.evaluation.pictures import print_whole
 
 
 class SkippedRecords(Callback):
-    """Counts bad records by reason, over all ranks: those known before training and those that could not be loaded."""
+    """Counts bad records by reason, over all ranks: those found bad before training and those
+    that failed to load."""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table and log `skipped/<reason>`, if anything was left out at all."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(data, "skipped"):
             return
-        loading, seen = _over_ranks(trainer, data.skipped.counts, data.seen)
+        shares = objects_of_ranks(trainer, (data.skipped.counts, data.seen))
+        loading, seen = sum((counts for counts, _ in shares), Counter[str]()), sum(number for _, number in shares)
         before = Counter[str]()
         for mixture in data.sets.values():
             for each in mixture.sets:
@@ -29,14 +31,6 @@ class SkippedRecords(Callback):
             pl_module.log(f"skipped/{reason}", float(before[reason] + loading[reason]), rank_zero_only=True)
         if trainer.is_global_zero and (before or loading):
             print_whole(table(trainer.current_epoch, before, loading, seen))
-
-
-def _over_ranks(trainer: Trainer, counts: Counter[str], seen: int) -> tuple[Counter[str], int]:
-    if trainer.world_size == 1:
-        return counts, seen
-    shares: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(shares, (counts, seen))
-    return sum((share for share, _ in shares), Counter()), sum(number for _, number in shares)
 
 
 def table(epoch: int, before: Counter[str], loading: Counter[str], seen: int) -> Table:

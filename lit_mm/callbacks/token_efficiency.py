@@ -1,12 +1,12 @@
-"""What every visual token costs and buys: counted in training, judged in validation and test.
+"""What every visual token costs and buys: counted in training, evaluated in validation and test.
 
 Training     tokens, images, speed, memory, MFU, every `trainer.log_every_n_steps` steps
-Validation   accuracy and cost of every scale, as scalars, a picture and a table, the last one's also as
-             accuracy_tokens_val.png and .json and at the end in the terminal
+Validation   accuracy and cost of every scale, as scalars, a picture and a table; the last validation's
+             also as accuracy_tokens_val.png and .json, and in the terminal when the run ends
 Test         the same as accuracy_tokens.png and .json
 
-A training step is never waited for: what is counted comes with the batch, ranks share one small
-tensor per report, and times on a GPU are read from events that lie behind (`meter`, `part_times`).
+Training never waits for this: counts come with the batch, ranks share one small tensor per report,
+and GPU times are read from events that have already passed (see `meter.py`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_mm.callbacks.efficiency_report import Result, draw, markdown, table
-from lit_mm.callbacks.judgement import Judgement
-from lit_mm.callbacks.meter import GIB, Clock, Meter, Numbers, over_ranks, report, training_flops
-from lit_mm.callbacks.part_times import OTHER, PartTimes
+from lit_mm.callbacks.efficiency_report import Evaluation, Result, draw, markdown, table
+from lit_mm.callbacks.meter import GIB, OTHER, Clock, Meter, Numbers, PartTimes, over_ranks, report, training_flops
 from lit_mm.callbacks.tensorboard_page import open_page, writers
 from lit_mm.costs.devices import PeakMemory, arithmetic_of, device_name, peak_flops
 from lit_mm.evaluation.pictures import print_whole
@@ -33,29 +31,34 @@ from lit_mm.training.parts import PARTS
 
 
 class TokenEfficiency(Callback):
-    """Logs what visual tokens cost and buy, to every logger and in pictures and tables to TensorBoard.
+    """Logs what visual tokens cost and buy: scalars to every logger, pictures and tables to TensorBoard.
 
-    Groups: `tokens/` and `images/` per step over all ranks, `speed/` over all ranks, `parts/` of one
-    step in each interval on rank 0 (not the first of a run, which has more to do), `memory/` the most of
-    any rank, `scale/` and `val/accuracy_area` of every scale, `train/lr_` of every part. Pixels are those
-    that the encoder gets: of a photo that was made square, its filling too; `stride_padding_share` is what
-    the encoder adds to reach its stride.
-    MFU is the FLOPs that the model needs (lit_mm.costs.flops; what checkpointing computes again is
-    not counted) by the time, as a share of the devices' peak; that of a part by the time of this part
-    alone, forward and backward.
+    Groups of scalars:
+
+    - `tokens/`, `images/`: per step, summed over ranks.
+    - `speed/`: over all ranks.
+    - `parts/`: one step of each interval, on rank 0; never a run's first step, which does extra work.
+    - `memory/`: the largest of any rank.
+    - `scale/`, `val/accuracy_area`: validation, by scale.
+    - `train/lr_`: by part.
+
+    Pixels are counted as the encoder gets them, including the padding that makes a photo square;
+    `stride_padding_share` is what the encoder adds to reach a multiple of its stride.
+    MFU is the FLOPs that the model needs (lit_mm.costs.flops; without recomputation by activation
+    checkpointing) divided by the time and the devices' peak FLOP/s. A part's MFU divides its FLOPs by the
+    time of this part alone, forward and backward.
     """
 
     def __init__(self, peak_tflops: float | None = None, repetitions: int = 5) -> None:
         """Set up.
 
         Args:
-            peak_tflops: The most TFLOP/s that a device can do in the precision of the run, for MFU;
-                null: by the device's name, and no MFU for an unknown device.
-            repetitions: Answers that are timed at every scale behind each validation and test, one at a
-                time; 0: none.
+            peak_tflops: A device's peak TFLOP/s in the run's precision, for MFU; null: looked up by the
+                device's name, with no MFU for unknown devices.
+            repetitions: Answers timed at every scale after each validation and test, one at a time; 0: none.
 
         Raises:
-            ValueError: repetitions is 1, of which there are no quartiles, or negative; a peak is not positive.
+            ValueError: repetitions is negative or 1 (one answer has no quartiles), or the peak is not positive.
         """
         if peak_tflops is not None and not peak_tflops > 0:
             raise ValueError(f"token_efficiency.peak_tflops: expected more than 0, found {peak_tflops}")
@@ -66,8 +69,7 @@ class TokenEfficiency(Callback):
         self.last: Result | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing is judged yet. All ranks must ask for the run's folder, one tells it to the others; a trial of a
-        batch (fast_dev_run) has none."""
+        """Find the run's folder; fast_dev_run has none. Every rank must read `log_dir`: rank 0 broadcasts it."""
         self.last = None
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         self.folder = None if trainer.fast_dev_run else folder  # type: ignore[attr-defined]
@@ -75,14 +77,14 @@ class TokenEfficiency(Callback):
     # training
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing is counted yet."""
+        """Reset all counters and look up the device's peak."""
         lit: Any = pl_module
         self.clock, self.meter = Clock(), Meter(lit.scales, lit.vlm.encoder.stride, lit.costs)
         self.memory, self.parts = PeakMemory(lit.device), PartTimes(lit.device)
         self.watched = Counter[str]()
         self.warm, self.due, self.begins = False, False, True
         self.peak = self.peak_of(trainer, lit)
-        if lit.costs:  # counted once, before the clock runs
+        if lit.costs:  # cached here, before the clock runs
             lit.costs.image(tuple(lit.vlm.encoder.smallest))
             for visual in (False, True):
                 lit.costs.text(0, 0, 0, visual)
@@ -90,22 +92,22 @@ class TokenEfficiency(Callback):
             rank_zero_info(f"no FLOPs and no MFU: costs of {type(lit.vlm.llm).__name__} are not known")
         elif self.peak is None:
             name = device_name(lit.device)
-            rank_zero_info(f"no MFU: the peak of {name} is not known, token_efficiency.peak_tflops tells it")
+            rank_zero_info(f"no MFU: the peak of {name} is not known, set it with token_efficiency.peak_tflops")
 
     def peak_of(self, trainer: Trainer, lit: Any) -> float | None:
-        """FLOP/s of this rank's device, None if unknown."""
+        """Peak FLOP/s of this rank's device, None if unknown."""
         if self.peak_tflops is not None:
             return 1e12 * self.peak_tflops
         arithmetic = arithmetic_of(str(trainer.precision), {parameter.dtype for parameter in lit.vlm.parameters()})
         return peak_flops(device_name(trainer.strategy.root_device), arithmetic)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lay out TensorBoard's page."""
+        """Set up TensorBoard's page."""
         self.reported = self.steps = trainer.global_step
         open_page(trainer, pl_module, utilization=bool(self.peak and pl_module.costs))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Start the clock; watch the parts in one step of each interval."""
+        """Start the clock; time the parts in one step of each interval."""
         lit: Any = pl_module
         self.clock.start(trainer.train_dataloader)
         self.meter.add(batch)
@@ -121,7 +123,7 @@ class TokenEfficiency(Callback):
         self.parts.mark("llm")
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """And ends."""
+        """The backward pass is over."""
         self.parts.mark(OTHER)
 
     def on_train_batch_end(
@@ -131,14 +133,14 @@ class TokenEfficiency(Callback):
         self.clock.end()
         self.begins, self.steps = trainer.global_step > self.steps, trainer.global_step
         if self.begins:
-            self.parts.stop()  # from the second step on one is watched: the first has more to do
+            self.parts.stop()  # the first step is never timed, it does extra work
             self.warm, self.due = True, self.due or not self.warm
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and self.steps % every == 0 and self.steps > self.reported:
             self._report(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report what is left of the last interval."""
+        """Report the last, unfinished interval."""
         if trainer.log_every_n_steps and self.steps > self.reported:  # type: ignore[attr-defined]
             self._report(trainer, pl_module)
 
@@ -150,7 +152,7 @@ class TokenEfficiency(Callback):
         log(trainer, values | self._parts() | _learning_rates(trainer), self.steps - 1)
 
     def _parts(self) -> Numbers:
-        """Of the step that was watched, if it is over on the device."""
+        """Figures of the timed step, once the device has finished it."""
         times = self.parts.take()
         if times is None:
             return {}
@@ -163,38 +165,34 @@ class TokenEfficiency(Callback):
                 found[f"parts/{part}_MFU"] = flops[f"{part}_flops"] / (times[part] / 1000) / self.peak
         return found
 
-    def _pause(self) -> None:
-        """Validation, perhaps between two batches of a step."""
-        self.clock.paused = True
-        if self.parts.running:
-            self.parts.forget()
-            self.due = True
-
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Writing it is no training."""
+        """Writing a checkpoint is not training time."""
         self.clock.paused = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nor are tables and new loaders."""
+        """Neither is the end of an epoch."""
         self.clock.paused = True
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The last validation's result."""
+        """Print the last validation's result."""
         if self.last:
             self._tell(self.last)
 
     # validation and test
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing is judged yet; training's peak of memory is kept."""
+        """Pause training's clock and save its memory peak."""
         if trainer.state.fn == "fit":
-            self._pause()
+            self.clock.paused = True
+            if self.parts.running:  # between two batches of the timed step: time another one
+                self.parts.cancel()
+                self.due = True
             self.memory.note()
-        self.judgement = Judgement(pl_module, "val", self.repetitions)
+        self.evaluation = Evaluation(pl_module, "val", self.repetitions)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing is judged yet."""
-        self.judgement = Judgement(pl_module, "test", self.repetitions)
+        """Start collecting questions."""
+        self.evaluation = Evaluation(pl_module, "test", self.repetitions)
 
     def on_validation_batch_end(
         self,
@@ -206,20 +204,20 @@ class TokenEfficiency(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count the questions."""
-        self.judgement.add(batch)
+        self.evaluation.add(batch)
 
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring the ranks' questions together."""
-        self.judgement.gather(trainer)
+        """Combine the questions of all ranks."""
+        self.evaluation.gather(trainer)
 
     on_test_epoch_end = on_validation_epoch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Time every scale, log scalars, picture and table."""
-        if not trainer.sanity_checking and trainer.is_global_zero and self.judgement.expected:
-            self.last = self._judged(trainer)
+        """Time every scale; log scalars, picture and table."""
+        if not trainer.sanity_checking and trainer.is_global_zero and self.evaluation.expected:
+            self.last = self._evaluate(trainer)
         if trainer.state.fn == "fit":
             self.memory.forget()
             if trainer.is_global_zero and not trainer.sanity_checking:
@@ -230,16 +228,16 @@ class TokenEfficiency(Callback):
             self._tell(self.last)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same, and the table to the terminal."""
-        if trainer.is_global_zero and self.judgement.expected:
-            self._tell(self._judged(trainer))
+        """Time every scale, log picture and table, and print the table."""
+        if trainer.is_global_zero and self.evaluation.expected:
+            self._tell(self._evaluate(trainer))
         elif trainer.is_global_zero:
-            rank_zero_warn("nothing was judged: no record of the test could be asked")
+            rank_zero_warn("nothing was evaluated: no test record has a question to ask")
 
-    def _judged(self, trainer: Trainer) -> Result:
-        result = self.judgement.result(trainer, self.peak_of(trainer, self.judgement.lit))
+    def _evaluate(self, trainer: Trainer) -> Result:
+        result = self.evaluation.result(trainer, self.peak_of(trainer, self.evaluation.lit))
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        if self.judgement.split == "val":
+        if self.evaluation.split == "val":
             log(trainer, scalars(result), step)
         for writer in writers(trainer):
             writer.add_figure(f"{result['split']}/accuracy against tokens", draw(result), step)
@@ -252,7 +250,7 @@ class TokenEfficiency(Callback):
         return result
 
     def _tell(self, result: Result) -> None:
-        """The table to the terminal, and where the files are."""
+        """Print the table and the files' names."""
         print_whole(table(result))
         if self.folder:
             print_whole(f"Picture and figures: {self.folder / FILES[result['split']]}.png and .json")
@@ -262,13 +260,13 @@ FILES = {"val": "accuracy_tokens_val", "test": "accuracy_tokens"}
 
 
 def log(trainer: Trainer, values: Numbers, step: int) -> None:
-    """To every logger, at so many optimizer steps before the one that is logged, as Lightning counts for them."""
+    """Log to every logger. `step` is the number of optimizer steps before this one, as Lightning counts."""
     for logger in trainer.loggers:
         logger.log_metrics(values, step)
 
 
 def in_a_line(metrics: Mapping[str, torch.Tensor], step: int) -> str:
-    """`validation at step 700: loss 1.234, accuracy % 45.00 @16, 40.00 @4`: what one validation found."""
+    """`validation at step 700: loss 1.234, accuracy % 45.00 @16, 40.00 @4`: one validation in a line."""
     found = [f"loss {metrics['val/loss']:.3f}"] if "val/loss" in metrics else []
     scales = [name.split("@")[1] for name in metrics if name.startswith("val/accuracy@")]
     accuracies = [f"{100 * metrics[f'val/accuracy@{scale}']:.2f} @{scale}" for scale in scales]
@@ -277,7 +275,7 @@ def in_a_line(metrics: Mapping[str, torch.Tensor], step: int) -> str:
 
 
 def scalars(result: Result) -> Numbers:
-    """What of a validation is worth a curve."""
+    """The scalars of a validation."""
     found: Numbers = {"val/accuracy_area": result["area"]} if result["area"] is not None else {}
     for row in result["scales"]:
         values = {
@@ -293,7 +291,7 @@ def scalars(result: Result) -> Numbers:
 
 
 def _learning_rates(trainer: Trainer) -> Numbers:
-    """The highest of each part's groups."""
+    """The highest learning rate among each part's parameter groups."""
     found: Numbers = {}
     for group in trainer.optimizers[0].param_groups:
         name = f"train/lr_{str(group.get('name', 'all')).split('_')[0]}"

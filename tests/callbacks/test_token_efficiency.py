@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lit_mm.callbacks import meter, token_efficiency
 from lit_mm.callbacks.efficiency_report import draw, markdown, table
-from lit_mm.callbacks.meter import Clock, Meter, percentile, report
-from lit_mm.callbacks.part_times import PartTimes
+from lit_mm.callbacks.meter import Clock, Meter, PartTimes, percentile, report
 from lit_mm.callbacks.token_efficiency import TokenEfficiency
 from lit_mm.costs import timing
 from lit_mm.costs.counts import counts_of
@@ -522,7 +521,7 @@ def test_a_test_of_nothing_says_so(instruction_set, tmp_path):
     data.setup("test")
     for file in (instruction_set / "images").iterdir():
         file.unlink()
-    with pytest.warns(UserWarning, match="nothing was judged"):
+    with pytest.warns(UserWarning, match="nothing was evaluated"):
         trainer.test(lit, data, verbose=False)
 
 
@@ -574,7 +573,7 @@ def test_a_run_goes_on_where_memory_does_not_suffice_for_timing(instruction_set,
     callback = TokenEfficiency()
     with caplog.at_level("INFO"):
         watched_fit(instruction_set, tmp_path, callback)
-    assert "answers are not timed: the memory does not suffice" in caplog.text
+    assert "answers are not timed: out of memory" in caplog.text
     assert [row["measured"] for row in callback.last["scales"]] == [None] * 3
 
 
