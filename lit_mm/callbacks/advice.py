@@ -1,4 +1,4 @@
-"""Out of memory: what the batch was, and which knobs are left to turn."""
+"""Out-of-memory errors: says what was in the batch and which settings would reduce memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 
 
 class MemoryAdvice(Callback):
-    """When memory runs out, says what was in the batch and what takes less, the cheapest first."""
+    """When memory runs out, says what was in the batch and what would take less memory, cheapest first."""
 
     def __init__(self) -> None:
         self.batch: Any = None
@@ -20,11 +20,11 @@ class MemoryAdvice(Callback):
         self.batch = batch
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What comes now is another batch."""
+        """Forget the training batch; validation has its own."""
         self.batch = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Advise, if that is what it is."""
+        """Warn with advice, if the error is an out-of-memory error."""
         if isinstance(exception, torch.OutOfMemoryError) or "can't allocate memory" in str(exception):
             warnings.warn(
                 f"out of memory{contents(self.batch)}. Less takes:\n{advice(trainer, pl_module)}", stacklevel=1
@@ -32,7 +32,7 @@ class MemoryAdvice(Callback):
 
 
 def contents(batch: Any) -> str:
-    """What a batch holds, without asking the device."""
+    """The batch's contents, without reading tensors on the device."""
     if batch is None:
         return ""
     positions = sum(len(rows.input_ids) for rows in batch.packed) or sum(len(ids) for ids in batch.input_ids)
@@ -41,17 +41,17 @@ def contents(batch: Any) -> str:
 
 
 def advice(trainer: Trainer, lit: Any) -> str:
-    """A line for each knob that is not turned yet."""
+    """A line for each memory-saving setting that is not used yet."""
     sharded = lit.vlm.sharded if hasattr(lit, "vlm") else False
     missing = [part for part in ("encoder", "llm") if part not in lit.activation_checkpointing]
     knobs = {
-        f"model.activation_checkpointing: [encoder, llm] ({' and '.join(missing)} kept so far)": bool(missing),
+        f"model.activation_checkpointing: [encoder, llm] ({' and '.join(missing)} not yet)": bool(missing),
         "trainer.precision: bf16-mixed": str(trainer.precision).startswith("32"),
-        "data.tokens_per_batch, data.pixels_per_batch or data.batch_size: smaller, trainer.accumulate_grad_batches "
-        "larger by as much": True,
+        "data.tokens_per_batch, data.pixels_per_batch or data.batch_size: smaller, with "
+        "trainer.accumulate_grad_batches larger by the same factor": True,
         "model.packing: sequential, one scale at a time": lit.packing != "sequential" and not sharded,
-        "model.scales_per_step: 1, drawn anew in each step": lit.scales_per_step == "all" and len(lit.all_scales) > 1,
-        "trainer.strategy: fsdp over more devices": not sharded,
+        "model.scales_per_step: 1, drawn in every step": lit.scales_per_step == "all" and len(lit.all_scales) > 1,
+        "trainer.strategy: fsdp, on more devices": not sharded,
         "model.parts.llm.lora.r: 128, adapters instead of the LLM": not (lit.parts.llm.lora or lit.parts.llm.frozen),
     }
     return "\n".join(f"  {knob}" for knob, open_yet in knobs.items() if open_yet)

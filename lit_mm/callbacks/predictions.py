@@ -1,4 +1,4 @@
-"""Answers to files, in the format that LLaVA's evaluation scripts read."""
+"""Writes answers to files, also in the format that LLaVA's evaluation scripts read."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lit_mm.model.scales import Scale
 class AnswerWriter(BasePredictionWriter):
     """Writes the answers of one prediction to a new folder `answers_0`, `answers_1`, … in the run's folder.
 
-    `answers.jsonl` has a line for each question and scale: question_id, prompt, scale, text, logprob (of the whole
+    `answers.jsonl` has one line per question and scale: question_id, prompt, scale, text, logprob (of the whole
     answer), tokens, visual_tokens and finish (`stop`, `length` or `error`). `answers@16.jsonl`, … have the format
-    of LLaVA's scripts, {"question_id", "prompt", "text"}, one file a scale. Other ranks' files are
+    of LLaVA's scripts, {"question_id", "prompt", "text"}, one file per scale. Other ranks' files are
     `answers.rank1.jsonl`, ….
     """
 
@@ -28,10 +28,10 @@ class AnswerWriter(BasePredictionWriter):
         self.files: dict[Scale | None, TextIO] = {}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the files in a folder of their own, the same on every rank."""
+        """Open the files in a new folder, the same on every rank."""
         run = Path(trainer.log_dir or trainer.default_root_dir)
         self.folder = Path(trainer.strategy.broadcast(str(new_folder(run)) if trainer.is_global_zero else ""))
-        self.folder.mkdir(parents=True, exist_ok=True)  # on another machine
+        self.folder.mkdir(parents=True, exist_ok=True)  # this rank may be on another machine
         rank = f".rank{trainer.global_rank}" if trainer.global_rank else ""
         names = {scale: f"answers@{scale}{rank}.jsonl" for scale in cast(Any, pl_module).asked_scales}
         for scale, name in {None: f"answers{rank}.jsonl", **names}.items():
@@ -57,13 +57,13 @@ class AnswerWriter(BasePredictionWriter):
                 self.files[None].write(as_line({**asked, **told}))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the files and say where they are."""
+        """Close the files and print where they are."""
         self._close()
         names = ", ".join(Path(file.name).name for file in self.files.values())
         rank_zero_info(f"Answers: {names} in {self.folder}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Keep the answers of the batches before."""
+        """Keep the answers written so far."""
         self._close()
 
     def _close(self) -> None:
@@ -72,7 +72,7 @@ class AnswerWriter(BasePredictionWriter):
 
 
 def new_folder(run: Path) -> Path:
-    """The first of `answers_0`, `answers_1`, … that is not there yet, made."""
+    """Create and return the first of `answers_0`, `answers_1`, … that does not exist yet."""
     number = 0
     while True:
         try:
@@ -84,7 +84,7 @@ def new_folder(run: Path) -> Path:
 
 
 def as_line(answer: dict[str, Any]) -> str:
-    """A line of JSON in UTF-8; what is half of a character is escaped."""
+    """A line of JSON in UTF-8, with half characters (lone surrogates) escaped."""
     line = json.dumps(answer, ensure_ascii=False)
     try:
         line.encode()

@@ -14,10 +14,10 @@ MINUTE = 60
 
 
 class Progress(TQDMProgressBar):
-    """Lightning's bar of the epoch with `left`, the time to the run's last step, beside the losses.
+    """Lightning's progress bar with the losses and `left`, the time until the run's last step.
 
-    The time follows from the mean of the steps done since the start, validation included. Where
-    nobody watches (output to a file) the bar is written once a minute and at its end.
+    The estimate uses the mean time per step since the start, including validation. If the output is not a
+    terminal, the bar is written once a minute and at the end.
     """
 
     _written = float("-inf")
@@ -26,7 +26,7 @@ class Progress(TQDMProgressBar):
         """Start the clock."""
         super().on_train_start(trainer, pl_module)
         self._started, self._first_step = time.monotonic(), trainer.global_step
-        self._last_step = pl_module.total_steps()  # type: ignore[operator]  # which may plan every epoch's batches
+        self._last_step = pl_module.total_steps()  # type: ignore[operator]  # may have to plan the batches of every epoch
 
     def _should_update(self, current: int, total: int) -> bool:
         if sys.stdout.isatty() or current == total:
@@ -37,7 +37,7 @@ class Progress(TQDMProgressBar):
         return due
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Losses without the logger's version, and the time left."""
+        """The losses and the time left, without the logger's version."""
         metrics = {
             name.removeprefix("train/"): value for name, value in super().get_metrics(trainer, pl_module).items()
         }

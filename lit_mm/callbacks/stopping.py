@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM between two batches of any verb, on all ranks at once."""
+"""Stops any verb between two batches after Ctrl-C or SIGTERM, on all ranks at once."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ KEPT = {
     TrainerFn.TESTING: "its figures need all of them, so none are written",
     TrainerFn.PREDICTING: "their answers are kept",
 }
-"""What is left of the batches of a verb that was stopped; a fit's checkpoint speaks for itself."""
+"""What happens to the batches done so far when a verb is stopped; `fit` reports its checkpoint itself."""
 
 
 class StopBetweenBatches(Callback):
-    """Lets the batch in hand finish when a signal asks to stop, so that checkpoints and answers are whole.
+    """On a signal, finishes the current batch before stopping, so that checkpoints and answers are complete.
 
-    The process then ends with status 143 after SIGTERM and 130 after Ctrl-C. A second Ctrl-C stops at once.
-    With several ranks, one that gets a signal stops all of them.
+    The exit status is 143 after SIGTERM and 130 after Ctrl-C. A second Ctrl-C stops immediately. A signal to
+    one rank stops all ranks.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nobody has asked yet."""
+        """Clear the request to stop."""
         self.asked = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals, which the trainer gives back when it ends. Its own handler would speak to other ranks
-        in the middle of a step, let a prediction run to its end and stop a test with status 0."""
+        """Install the handlers; the trainer restores the old ones at its end. Lightning's own handler would
+        communicate with other ranks in the middle of a step, not stop predict, and end test with status 0."""
         for number in REASONS:
             signal.signal(number, self._ask)
-        if trainer.received_sigterm:  # since the trainer took it
+        if trainer.received_sigterm:  # before these handlers were installed
             self.asked = signal.SIGTERM
 
     on_validation_start = on_test_start = on_predict_start = on_train_start

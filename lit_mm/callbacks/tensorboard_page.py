@@ -1,4 +1,4 @@
-"""What a run's page in TensorBoard shows beside its scalars: charts of all scales together, and HPARAMS."""
+"""A run's TensorBoard page beyond plain scalars: charts with all scales together, and HPARAMS."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Layout = dict[str, dict[str, list[Any]]]
 
 
 def writers(trainer: Trainer) -> list[SummaryWriter]:
-    """Those of the trainer's TensorBoard loggers, on rank 0."""
+    """The writers of the trainer's TensorBoard loggers, on rank 0."""
     loggers = trainer.loggers if trainer.is_global_zero else []
     return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def layout(scales: Sequence[Scale], utilization: bool) -> Layout:
-    """Groups of charts -> charts -> which scalars are its lines; with `utilization` one for MFU."""
+    """Group of charts -> chart -> the scalars that it draws; `utilization` adds a chart of MFU."""
 
     def chart(*names: str) -> list[Any]:
         return ["Multiline", [f"^{re.escape(name)}$" for name in names]]
@@ -54,7 +54,7 @@ def layout(scales: Sequence[Scale], utilization: bool) -> Layout:
 
 
 def settings(trainer: Trainer, lit: Any) -> dict[str, str | float]:
-    """What is worth telling runs apart by. TensorBoard orders names, capitals first, and shows the first five."""
+    """The settings that runs are compared by. TensorBoard sorts names, capitals first, and shows the first five."""
     budget = getattr(getattr(trainer, "datamodule", None), "budget", None)
     limits = {name: getattr(budget, name, None) for name in ("records", "tokens", "pixels")}
     rates = {part: "frozen" if own.frozen else own.lr for part, own in vars(lit.parts).items()}
@@ -86,8 +86,7 @@ def encoder_name(encoder: Any) -> str:
 
 
 def open_page(trainer: Trainer, lit: Any, utilization: bool) -> None:
-    """Lay the charts out and name the settings; HPARAMS shows the last value of each of the scalars that are
-    named here."""
+    """Write the charts' layout and the run's settings. HPARAMS shows the last value of every scalar named here."""
     names = [f"{split}/accuracy@{scale}" for split in ("val", "test") for scale in lit.all_scales]
     final = dict.fromkeys(["val/loss", *names, "speed/tokens_per_s", *(["speed/MFU"] if utilization else [])], 0)
     for writer in writers(trainer):

@@ -1,7 +1,6 @@
-"""What a batch holds, in numbers: counted on the CPU, where it is put together.
+"""Counts a batch's tokens, labels, padding and pixels on the CPU, where the batch is made.
 
-On a GPU the same numbers would have to be waited for; `Counts` travels with its `Batch` instead, as
-Python ints.
+`Counts` travels with its `Batch` as Python ints, because counting on the GPU would mean waiting for it.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from lit_mm.model.packing import pixels_of
 
 
 def counts_of(batch: Batch, scales: Sequence[int]) -> Counts:
-    """The numbers of a batch on the CPU, packed already if it is to be.
+    """Count a batch on the CPU.
 
     Args:
-        batch: The batch.
+        batch: The batch, already packed unless it is to be padded.
         scales: The model's image scales, finest first.
     """
     total = Counts(shown=[0] * len(scales))
@@ -33,7 +32,7 @@ def counts_of(batch: Batch, scales: Sequence[int]) -> Counts:
 
 
 def _padded(batch: Batch, scales: Sequence[int]) -> list[Counts]:
-    """Samples padded to the longest, at every scale of the step."""
+    """Counts for each scale of the step, with samples padded to the longest."""
     drawn = [scale for scale, weight in enumerate(batch.scale_weights) if weight and batch.input_ids]
     return [_padded_at(batch, scales, *divmod(scale, len(scales))) for scale in drawn]
 

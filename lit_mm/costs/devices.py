@@ -1,4 +1,4 @@
-"""What a device can do at most, what it holds, and what it is called."""
+"""A device's peak FLOP/s, memory use and name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import lit_mm
 
 Arithmetic = Literal["half", "tf32", "float32"]
-"""What matrix products are computed in: bfloat16 or float16 with sums in float32, TF32, or float32."""
+"""Arithmetic of matrix products: bfloat16 or float16 accumulated in float32, TF32, or float32."""
 
 PEAKS: dict[str, tuple[float, float, float]] = {
     # NVIDIA A100, H100 and H200 Tensor Core GPU data sheets; H100 architecture white paper
@@ -50,14 +50,14 @@ PEAKS: dict[str, tuple[float, float, float]] = {
     # AMD Instinct MI300X data sheet
     r"Instinct MI300X( OAM)?": (1307.4, 653.7, 163.4),
 }
-"""Device, as torch names it without its maker -> dense TFLOP/s in half precision, TF32 and float32.
+"""Device name as torch gives it, without the vendor -> dense TFLOP/s in half precision, TF32 and float32.
 
-A name must match as a whole: slower relatives (RTX 4090 D, a laptop's, a slice of an H100) are unknown."""
+The whole name must match, so slower variants (RTX 4090 D, laptop GPUs, a slice of an H100) are unknown."""
 
 
 def arithmetic_of(precision: str, dtypes: Collection[torch.dtype] = ()) -> Arithmetic | None:
-    """What a trainer's precision computes matrix products in, on weights of these types; None for a mixture,
-    and for those whose peaks are not listed."""
+    """The arithmetic of matrix products under a trainer's precision, for weights of these dtypes; None if it is
+    mixed or its peaks are not listed."""
     if precision.startswith(("bf16", "16")):
         return "half"
     if not precision.startswith("32") or {torch.bfloat16, torch.float16} & set(dtypes):
@@ -66,7 +66,7 @@ def arithmetic_of(precision: str, dtypes: Collection[torch.dtype] = ()) -> Arith
 
 
 def peak_flops(name: str, arithmetic: Arithmetic | None) -> float | None:
-    """The most FLOP/s of a device by its name, in an arithmetic; None for an unknown one."""
+    """A device's peak FLOP/s, by its name; None if unknown."""
     own = re.sub(r"^(NVIDIA|AMD) ", "", name)
     for pattern, peaks in PEAKS.items():
         if arithmetic and re.fullmatch(pattern, own):
@@ -75,7 +75,7 @@ def peak_flops(name: str, arithmetic: Arithmetic | None) -> float | None:
 
 
 def device_name(device: torch.device) -> str:
-    """`NVIDIA H200`, or the processor with the number of threads that torch uses."""
+    """`NVIDIA H200`, or the processor and the number of threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_processor()} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
@@ -90,36 +90,36 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides speed and accuracy."""
+    """Versions of Python and of the packages that affect speed and accuracy."""
     others = {name: version(name) for name in ("transformers", "timm", "lightning")}
     own = {"python": platform.python_version(), "lit_mm": lit_mm.__version__, "torch": torch.__version__}
     return own | others
 
 
 class PeakMemory:
-    """The most memory since it was last asked. Nothing is waited for.
+    """Peak memory since the last call of `take`, read without synchronizing.
 
-    On a GPU it is what torch's allocator gave out and what it reserved; elsewhere the most the
-    process ever held, which never sinks.
+    On a GPU it is the memory that torch allocated and reserved; elsewhere it is the process's peak resident
+    memory, which never goes down.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seen = device, {"allocated": 0, "reserved": 0}
 
     def note(self) -> None:
-        """Remember the peaks so far and start anew, as something else is about to be measured."""
+        """Save the peaks so far and reset them, before something that should not count."""
         for name in self.seen if self.device.type == "cuda" else ():
             most = getattr(torch.cuda, f"max_memory_{name}")(self.device)
             self.seen[name] = max(self.seen[name], most)
         self.forget()
 
     def forget(self) -> None:
-        """Start anew without what was seen since."""
+        """Reset the peaks and drop what was seen since `note`."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def take(self) -> dict[str, int]:
-        """Name -> bytes."""
+        """Peaks by name, in bytes."""
         if self.device.type != "cuda":
             most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             return {"process": most if sys.platform == "darwin" else 1024 * most}

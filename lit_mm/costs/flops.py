@@ -1,29 +1,30 @@
 """What a model costs, from shapes alone: FLOPs, parameters, bytes of weights and of the KV cache.
 
-A multiply-add is 2 FLOPs. Counted are convolutions, linear maps and the two products of attention;
-not counted are norms, activations, softmax, rotations, embeddings and pooling, which are no matrix
-products and far below 1 % of any model that this package builds.
+A multiply-add is 2 FLOPs. Convolutions, linear maps and attention's two matrix products are counted.
+Norms, activations, softmax, rotary embeddings, embeddings and pooling are not: they are no matrix
+products and take far less than 1 % of any model that this package builds.
 
-**Attention** is counted by the pairs of a query and a key that it sees, (n² + n) / 2 for n causal
-tokens: what is needed, and what a good kernel computes. `torch.utils.flop_counter.FlopCounterMode`
-counts all n² whatever the mask is. Functions that take `pairs` give either: pass `causal_pairs(n)`
-for what is needed and n² for what the counter says. A ViT's attention needs all pairs.
+**Attention** is counted by the number of (query, key) pairs, (n² + n) / 2 for n causal tokens: what is
+needed, and what a good kernel computes. `torch.utils.flop_counter.FlopCounterMode` counts all n²,
+whatever the mask. Functions that take `pairs` support both: pass `causal_pairs(n)` for what is needed,
+or n² for what the counter reports. A ViT's attention needs all pairs.
 
-**Training.** A linear map costs its forward FLOPs once more where its weight trains, and once more
-where something before it trains, so that a gradient must flow on through it; attention, having two
-products of two activations each, costs twice its forward FLOPs in the backward pass. Flash attention
-computes its scores again there, half of its forward FLOPs, which is not counted. What activation
-checkpointing computes again is given apart, as `recompute`; it is no part of `training`.
+**Training.** The backward pass of a linear map costs its forward FLOPs once if its weight trains, and
+once more if a gradient must flow through it to something that trains. Attention multiplies activations
+with activations, so its backward pass costs twice its forward FLOPs; flash attention also recomputes its
+scores there (half of the forward FLOPs), which is not counted. Recomputation by activation checkpointing
+is given separately as `recompute` and is not part of `training`.
 
-All figures are Python ints that need no device: `Costs.step` may be asked in every training step.
+All figures are Python ints that need no device, so `Costs.step` can be called in every training step.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from math import prod
 from operator import add
 from typing import Any, Literal, NamedTuple, cast
@@ -45,12 +46,12 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one thing.
+    """FLOPs of some computation.
 
     Args:
-        forward: Of the forward pass.
-        backward: Of the backward pass.
-        recompute: Of what checkpointing computes again in the backward pass.
+        forward: FLOPs of the forward pass.
+        backward: FLOPs of the backward pass, without recomputation.
+        recompute: FLOPs of the recomputation by activation checkpointing.
     """
 
     forward: int = 0
@@ -59,7 +60,7 @@ class Flops:
 
     @property
     def training(self) -> int:
-        """Forward and backward, without what is computed again."""
+        """Forward and backward, without recomputation."""
         return self.forward + self.backward
 
     def __add__(self, other: Flops) -> Flops:
@@ -71,7 +72,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """FLOPs by part of the model; the head is the LLM's output head, on the positions with a label."""
+    """FLOPs by part of the model; `head` is the LLM's output head, which runs on positions with a label."""
 
     encoder: Flops = Flops()
     projector: Flops = Flops()
@@ -80,7 +81,7 @@ class ModelFlops:
 
     @property
     def total(self) -> Flops:
-        """Of all parts."""
+        """The sum over all parts."""
         return self.encoder + self.projector + self.llm + self.head
 
     def __add__(self, other: ModelFlops) -> ModelFlops:
@@ -92,11 +93,11 @@ class ModelFlops:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Distinct parameters of a part, a tied head counted once.
+    """Number of a part's distinct parameters; a tied head counts once.
 
     Args:
-        total: All.
-        training: Those that train.
+        total: All parameters.
+        training: Trainable parameters.
     """
 
     total: int
@@ -104,22 +105,22 @@ class Parameters:
 
     @classmethod
     def of(cls, *modules: nn.Module) -> Parameters:
-        """Of some modules together."""
+        """Count the parameters of modules together."""
         distinct = {id(p): p for module in modules for p in module.parameters()}.values()
         return cls(sum(p.numel() for p in distinct), sum(p.numel() for p in distinct if p.requires_grad))
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one answer costs at a scale, by greedy generation with a KV cache.
+    """Cost of one answer at a scale, with greedy decoding and a KV cache.
 
     Args:
-        visual_tokens: The images' tokens.
-        prompt_tokens: Those and the text's.
-        prefill: Forward FLOPs until the first new token; the head runs at the last position only.
+        visual_tokens: Tokens of the images.
+        prompt_tokens: Tokens of images and text.
+        prefill: FLOPs until the first new token; the head runs at the last position only.
         decode: FLOPs of all further new tokens together.
-        further: How many these are.
-        cache: Bytes of keys and values after the prompt.
+        further: Number of further new tokens.
+        cache: Bytes of the KV cache after the prompt.
     """
 
     visual_tokens: int
@@ -131,17 +132,17 @@ class Answer:
 
     @property
     def total(self) -> int:
-        """FLOPs of the answer."""
+        """FLOPs of the whole answer."""
         return self.prefill.total.forward + self.decode
 
     @property
     def decode_per_token(self) -> float:
-        """Mean over the further tokens, 0 without any."""
+        """Mean FLOPs of a further token; 0 if there are none."""
         return self.decode / self.further if self.further else 0.0
 
 
 def nested_segments(prefix: int, text: int, scales: Sequence[int]) -> list[Segment]:
-    """The segments of a packed sequence of one sample with one image: `prefix` tokens, then per scale the
+    """Segments of a packed sequence with one sample and one image: `prefix` tokens, then for each scale the
     image's tokens and `text` tokens."""
     segments, end = ([Segment(0, 0, 0, prefix)] if prefix else []), prefix
     for scale in scales:
@@ -151,20 +152,20 @@ def nested_segments(prefix: int, text: int, scales: Sequence[int]) -> list[Segme
 
 
 class Costs:
-    """Costs of one model. Nothing is run, and what an image of one size costs is worked out once."""
+    """Costs of one model. Nothing runs on real data, and each image size is worked out once."""
 
     def __init__(self, vlm: MatryoshkaVLM, checkpointed: Collection[Literal["encoder", "llm"]] = ()) -> None:
-        """Look at the model's structure; its weights are neither read nor kept.
+        """Read the model's structure; its weights are neither read nor kept.
 
         Args:
-            vlm: The model, on any device, `meta` included; what does not train is frozen already
-                (`requires_grad`), and nothing is sharded yet.
-            checkpointed: Parts whose blocks are computed again in the backward pass (without
-                reentrance, as timm and transformers do by default).
+            vlm: The model, on any device including `meta`. Frozen parts must already be frozen
+                (`requires_grad`), and nothing may be sharded yet.
+            checkpointed: Parts with activation checkpointing (non-reentrant, the default of timm and
+                transformers).
 
         Raises:
-            ValueError: The LLM is none of those that this package packs: it may have windows,
-                experts or states, whose costs are not known here.
+            ValueError: This package cannot pack the LLM: it may have attention windows, experts or
+                recurrent states, whose costs are not known here.
         """
         self.language = LanguageCosts(vlm.llm, "llm" in checkpointed)
         self.encoding = EncoderCosts(vlm.encoder, "encoder" in checkpointed)
@@ -175,17 +176,17 @@ class Costs:
 
     @classmethod
     def if_known(cls, vlm: MatryoshkaVLM, checkpointed: Collection[Literal["encoder", "llm"]] = ()) -> Costs | None:
-        """Of a model, or None for an LLM whose costs are not known here."""
+        """The model's costs, or None if its LLM's costs are not known."""
         try:
             return cls(vlm, checkpointed)
         except ValueError:
             return None
 
     def image(self, size: Size) -> ModelFlops:
-        """Encoder and projector on one image, whose sides are padded up to the stride.
+        """Encoder and projector on one image, with its sides padded to a multiple of the stride.
 
         Raises:
-            ValueError: The backbone takes images of another size only.
+            ValueError: The backbone takes only images of one other size.
         """
         fixed, cell = tuple(self.encoder.smallest), (self.encoder.stride, self.encoder.stride)
         if fixed not in (cell, size):
@@ -193,34 +194,34 @@ class Costs:
         return ModelFlops(self.encoding.image(size), self.projector * prod(self.encoder.grid(*size)))
 
     def images(self, groups: Iterable[tuple[int, Size]]) -> ModelFlops:
-        """Encoder and projector on groups of images: how many of which size."""
+        """Encoder and projector on groups of images, given as (number, size)."""
         return sum((self.image(size) * count for count, size in groups), ModelFlops())
 
     def text(self, tokens: int, pairs: int, labels: int, visual: bool = True) -> ModelFlops:
-        """The LLM on so many tokens, and its head on so many of them.
+        """The LLM and its head.
 
         Args:
-            tokens: Positions, visual ones included.
-            pairs: Pairs of a query and a key that it sees: see above.
+            tokens: Positions, including visual ones.
+            pairs: (query, key) pairs of attention; see the top of this file.
             labels: Positions at which logits are computed.
-            visual: Whether some tokens are visual. If the encoder or the projector trains, a gradient
-                then flows through the whole LLM, frozen or not.
+            visual: Whether some tokens are visual. If so, and if the encoder or projector trains, a gradient
+                flows through the whole LLM even if it is frozen.
         """
         trains = self.parameters["encoder"].training + self.parameters["projector"].training
         return self.language.flops(tokens, pairs, labels, visual and trains > 0)
 
     def row(self, segments: Sequence[Segment], labels: int) -> ModelFlops:
-        """A packed sequence, without its images."""
+        """The LLM on a packed sequence, without encoding its images."""
         return self.text(sum(s.length for s in segments), sum(s.pairs for s in segments), labels)
 
     def step(self, batch: Batch, encodings: int = 0) -> ModelFlops:
-        """Forward and backward pass of a training step on one rank, without the optimizer's.
+        """Forward and backward pass of one training step on one rank, without the optimizer.
 
-        Only shapes and `Batch.counts` are read, no device is asked. Padding is not counted.
+        Reads shapes and `Batch.counts` only, so it never waits for a device. Padding is not counted.
 
         Args:
-            batch: The batch; one that is not packed (`model.packing: padded`) must be counted, or on the CPU.
-            encodings: As in `MatryoshkaVLM.forward`: how often the encoder runs at least.
+            batch: The batch. With `model.packing: padded` it must have counts or be on the CPU.
+            encodings: As in `MatryoshkaVLM.forward`: the minimum number of encoder runs.
         """
         groups = [(len(group), cast(Size, tuple(group.shape[-2:]))) for group in batch.images.groups]
         blank = cast(Size, tuple(self.encoder.smallest))
@@ -229,7 +230,7 @@ class Costs:
             counts = batch.counts or counts_of(batch, self.scales)
             runs = [(counts.text + counts.visual, counts.pairs, counts.labels)]
         texts = sum((self.text(*run, visual=len(groups) > 0) for run in runs), ModelFlops())
-        if len(batch.packed) > 1 and texts.llm.backward:  # the vlm computes the LLM's activations anew, row after row
+        if len(batch.packed) > 1 and texts.llm.backward:  # then MatryoshkaVLM checkpoints the LLM, row by row
             texts = replace(texts, llm=replace(texts.llm, recompute=texts.llm.recompute + texts.llm.forward))
         return texts + self.images([*groups, (max(0, encodings - len(groups)), blank)])
 
@@ -245,12 +246,12 @@ class Costs:
         """One answer of `new_tokens` tokens to a prompt of `text` tokens with images.
 
         Args:
-            size: The images'.
-            visual: Tokens of all images together.
-            text: Tokens of the prompt beside those.
+            size: Height and width of the images.
+            visual: Visual tokens of all images together.
+            text: Text tokens of the prompt.
             new_tokens: Tokens of the answer, at least 1.
-            images: How many images, or frames of a video, are encoded; 0: the prompt without.
-            width: Bytes of a number in the KV cache.
+            images: Number of images or video frames to encode; 0 for a prompt without.
+            width: Bytes per number in the KV cache.
         """
         prompt, further = visual + text, new_tokens - 1
         decode = self.text(further, causal_pairs(further, before=prompt), further).total.forward
@@ -259,10 +260,10 @@ class Costs:
 
 
 class EncoderCosts:
-    """The encoder's FLOPs by the size of an image.
+    """The encoder's FLOPs by image size.
 
-    torch counts its operators on `meta`: of a ConvNeXt on one grid cell, as it computes every cell alike,
-    of any other backbone on each size once.
+    torch counts the operators of a run on `meta`. A ConvNeXt does the same work for every grid cell, so it
+    runs on one cell only; any other backbone runs once per size.
     """
 
     def __init__(self, encoder: Encoder, checkpointed: bool) -> None:
@@ -272,7 +273,7 @@ class EncoderCosts:
         self.known: dict[Size, Flops] = {}
 
     def image(self, size: Size) -> Flops:
-        """One image, whose sides are padded up to the stride."""
+        """FLOPs of one image, with its sides padded to a multiple of the stride."""
         rows, columns = self.encoder.grid(*size)
         if isinstance(self.encoder, ConvNeXtEncoder):
             return self._counted(1, 1) * (rows * columns)
@@ -291,17 +292,17 @@ class EncoderCosts:
 
 
 class LanguageCosts:
-    """The LLM's FLOPs: so many per token, per pair of attention, per position with logits.
+    """The LLM's FLOPs per token, per attention pair and per position with logits.
 
     Attributes:
-        cached: Numbers that a token leaves in the KV cache.
+        cached: Numbers per token in the KV cache.
     """
 
     def __init__(self, llm: Any, checkpointed: bool) -> None:
-        """Read a causal LM of transformers. Adapters inside its layers, such as LoRA's, count too.
+        """Read a causal LM of transformers. Adapters in its layers, such as LoRA's, are included.
 
         Raises:
-            ValueError: It is none of those that are packed.
+            ValueError: This package cannot pack the LLM.
         """
         config = llm.config.get_text_config(decoder=True)
         if packing_of(config, "auto") == "padded":
@@ -320,21 +321,21 @@ class LanguageCosts:
         self.rates: dict[bool, tuple[Flops, Flops, Flops]] = {}
 
     def flops(self, tokens: int, pairs: int, labels: int, gradient: bool) -> ModelFlops:
-        """As `Costs.text`; `gradient`: whether the embeddings have one, because of visual tokens."""
+        """As `Costs.text`; `gradient`: whether the input embeddings need one because of visual tokens."""
         if gradient not in self.rates:
             self.rates[gradient] = self._rates(gradient)
         token, pair, label = self.rates[gradient]
         return ModelFlops(llm=token * tokens + pair * pairs, head=label * labels)
 
     def _rates(self, gradient: bool) -> tuple[Flops, Flops, Flops]:
-        """FLOPs of a token, a pair and a position with logits."""
+        """FLOPs per token, per pair and per position with logits."""
         embeddings, head = self.llm.get_input_embeddings(), self.llm.get_output_embeddings()
         width, gradient = embeddings.embedding_dim, gradient or embeddings.weight.requires_grad
 
         def hidden(inputs: Tensor, recompute: bool = False) -> Tensor:
             for layer in self.llm.base_model.layers:
                 layer.training = recompute  # transformers recomputes in training mode only
-            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="meta")  # of 4 dimensions: taken as it is
+            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device="meta")  # 4-D masks are used as they are
             return self.llm.base_model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
 
         plain, again = counted(hidden, 1, 1, width, gradient=gradient), Counted()
@@ -351,29 +352,45 @@ def on_meta(module: Any) -> Any:
 
     def empty(tensor: Tensor) -> Tensor:
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-        return torch.empty_like(tensor, device="meta", dtype=dtype, requires_grad=False)
+        made = torch.empty_like(tensor, device="meta", dtype=dtype, requires_grad=False)
+        return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
-    copies: dict[int, Any] = {id(p): nn.Parameter(empty(p), p.requires_grad) for p in module.parameters()}
-    copies |= {id(buffer): empty(buffer) for buffer in module.buffers()}
+    plain = {}
     for each in module.modules():
-        if isinstance(each, nn.Linear) and not each.weight.is_floating_point():  # quantized, perhaps packed
-            plain = nn.Linear(each.in_features, each.out_features, each.bias is not None, device="meta")
-            copies[id(each)] = plain.requires_grad_(False)
-    return copy.deepcopy(module, copies)
+        if isinstance(each, nn.Linear) and not each.weight.is_floating_point():  # quantized: its weight may be packed
+            layer = nn.Linear(each.in_features, each.out_features, each.bias is not None, device="meta")
+            plain[id(each)] = layer.requires_grad_(False)
+    return copied(module, empty, plain)[0]
+
+
+def copied(module: Any, of: Callable[[Tensor], Tensor], modules: Mapping[int, Any] | None = None) -> tuple[Any, dict]:
+    """A deep copy with other parameters and buffers.
+
+    Args:
+        module: The original.
+        of: Makes the copy of a parameter or buffer.
+        modules: id of a submodule -> what replaces it.
+
+    Returns:
+        The copy, and id -> copy of everything in the original.
+    """
+    copies: dict[int, Any] = {id(tensor): of(tensor) for tensor in chain(module.parameters(), module.buffers())}
+    copies |= modules or {}
+    return copy.deepcopy(module, copies), copies
 
 
 class Counted(NamedTuple):
-    """FLOPs of linear maps and convolutions, and of attention."""
+    """FLOPs of linear maps and convolutions, and FLOPs of attention."""
 
     linear: Flops = Flops()
     attention: Flops = Flops()
 
 
-@torch.inference_mode(False)  # whoever asks: what is found once is kept for training
+@torch.inference_mode(False)  # also when called in validation: results are cached and reused in training
 @torch.enable_grad()
 def counted(run: Callable[[Tensor], Tensor], *shape: int, gradient: bool = False) -> Counted:
-    """What is run on an input on `meta`, and its backward pass, as torch counts operators; `gradient`: whether the
-    input needs one."""
+    """FLOPs of running something on an input on `meta` and of its backward pass, as torch counts operators.
+    `gradient`: whether the input needs one."""
     inputs = torch.empty(*shape, device="meta", requires_grad=gradient)
     with FlopCounterMode(display=False) as forward:
         result = run(inputs)
@@ -387,7 +404,7 @@ def counted(run: Callable[[Tensor], Tensor], *shape: int, gradient: bool = False
 
 
 def with_recompute(plain: Flops, checkpointed: Flops) -> Flops:
-    """What is computed, and what checkpointing adds to it in the backward pass."""
+    """`plain`, with the FLOPs that checkpointing adds to the backward pass as `recompute`."""
     return replace(plain, recompute=max(0, checkpointed.backward - plain.backward))
 
 
@@ -398,10 +415,10 @@ LINEAR = {ATEN.mm, ATEN.addmm, ATEN.convolution, ATEN.convolution_backward}
 def convolution_backward(
     output: Sequence[int], inputs: Sequence[int], weight: Sequence[int], *others: Any, out_shape: Any
 ) -> int:
-    """FLOPs of a convolution's backward pass: for each gradient wanted as many as forward.
+    """FLOPs of a convolution's backward pass: as many as forward for each gradient that is needed.
 
-    For FlopCounterMode, whose own formula (torch 2.15) counts a depthwise convolution's gradient of
-    the weights as if every channel met every other one.
+    Replaces FlopCounterMode's own formula, which (in torch 2.15) counts the weight gradient of a depthwise
+    convolution as if it were dense over channels.
     """
     transposed, wanted = others[4], others[7]
     cells = inputs[2:] if transposed else output[2:]

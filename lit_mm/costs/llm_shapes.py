@@ -1,7 +1,7 @@
-"""Published shapes of the LLMs that the recipes name, so that costs can be told without a network.
+"""Published configs of the LLMs in the recipes, so that costs can be computed without a network.
 
-The figures are those of each model's own config.json on the hub; parameter counts that follow from
-them are tested against the published ones. Only the config comes from here, never weights.
+The values are those of each model's config.json on the hub, and tests compare the resulting parameter
+counts with the published ones.
 """
 
 from __future__ import annotations
@@ -84,29 +84,29 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def config_of(source: str) -> PretrainedConfig:
-    """The config of a pretrained LLM, without weights and where possible without a network.
+    """The config of a pretrained LLM, without weights and if possible without a network.
 
-    What is on this machine comes first (a folder, a GGUF file, the hub's cache), then the table of
-    published shapes, with a note in the log, and only for a name that neither has, the hub.
+    Looks on this machine first (a folder, a GGUF file, the hub's cache), then in the table of published
+    configs, with a note in the log, and finally on the hub.
 
     Args:
-        source: As in `LLM.name_or_path`, save for the name of a config class.
+        source: As in `LLM.name_or_path`, but not the name of a config class.
 
     Raises:
-        FileNotFoundError: None of them has it, or no such folder, file or package.
+        FileNotFoundError: None of these has it, or a folder, file or package does not exist.
     """
     try:
         config: PretrainedConfig = from_source(AutoConfig, source, local_files_only=True)
     except FileNotFoundError:
         if source in PUBLISHED:
-            logging.getLogger(__name__).warning(f"{source}: not on this machine, published shapes instead")
+            logging.getLogger(__name__).warning(f"{source}: not on this machine, using its published config")
             return published(source)
         config = from_source(AutoConfig, source)
     return config
 
 
 def published(source: str) -> PretrainedConfig:
-    """The config of a model in the table of published shapes."""
+    """The config of a model in `PUBLISHED`."""
     kind, sizes = PUBLISHED[source]
     config: PretrainedConfig = getattr(transformers, kind)(**sizes)
     return config

@@ -1,7 +1,7 @@
-"""What an answer takes on this machine, one at a time: encoding, the first token, each further one.
+"""Times answers on this machine, one at a time: encoding, the first token, each further token.
 
-Medians and quartiles of repetitions behind a warm-up; on a GPU by CUDA events. The LLM is called step
-by step with its KV cache, without what `generate` does around it.
+Gives medians and quartiles over repetitions after a warm-up, measured with CUDA events on a GPU. The LLM
+is called token by token with its KV cache, without the overhead of `generate`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ WARM_UP, REPETITIONS = 2, 10
 
 
 class Stopwatch:
-    """Moments on a device's own clock. Marking one waits for nothing; on a GPU it is an event in its queue."""
+    """Marks moments on a device's clock without waiting; on a GPU a mark is an event in its queue."""
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
         self.marks: list[Any] = []
 
     def mark(self) -> None:
-        """Now, or on a GPU when all that was asked of it so far is done."""
+        """Mark now, or on a GPU the moment when all work queued so far is done."""
         if not self.on_gpu:
             self.marks.append(time.perf_counter())
             return
@@ -36,7 +36,7 @@ class Stopwatch:
 
     @property
     def done(self) -> bool:
-        """Whether the last mark lies behind, so that it can be read without waiting."""
+        """Whether the device has passed the last mark, so that `read` will not wait."""
         return not self.on_gpu or not self.marks or self.marks[-1].query()
 
     def read(self) -> list[float]:
@@ -48,13 +48,13 @@ class Stopwatch:
 
 
 class AnswerTimer:
-    """Times answers of a model, which is on one device as a whole.
+    """Times the answers of a model that is entirely on one device.
 
     Args:
         vlm: The model, in evaluation mode.
         prompt: Tokens of the question.
-        new_tokens: Tokens of the answer; of a single one no further token's time is known.
-        repetitions: How many answers are timed.
+        new_tokens: Tokens of the answer; with 1, no time per further token is measured.
+        repetitions: Number of answers to time.
     """
 
     def __init__(self, vlm: MatryoshkaVLM, prompt: int, new_tokens: int, repetitions: int = REPETITIONS) -> None:
@@ -63,14 +63,14 @@ class AnswerTimer:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor, visual: int) -> dict[str, Any]:
-        """Figures of one scale: milliseconds, and on a GPU the peak of allocated bytes, weights included.
+        """Figures of one scale: milliseconds, and on a GPU the peak of allocated bytes including weights.
 
         Args:
-            pixels: uint8 [n, 3, H, W], the images or frames that are asked about.
-            visual: Visual tokens that the LLM gets of them.
+            pixels: uint8 [n, 3, H, W], the images or frames to ask about.
+            visual: Number of visual tokens that the LLM gets.
 
         Raises:
-            ValueError: The images have fewer cells.
+            ValueError: The images have fewer grid cells than that.
         """
         pixels = pixels.to(self.device)
         on_gpu = self.device.type == "cuda"
@@ -88,9 +88,9 @@ class AnswerTimer:
         }
 
     def _answer(self, pixels: Tensor, visual: int) -> Stopwatch:
-        """Marks before and behind encoding, the first token and all further ones.
+        """Marks before and after encoding, the first token and all further tokens.
 
-        Frames are not averaged: which `visual` tokens the LLM gets makes no difference to the time."""
+        The LLM gets the first `visual` grid cells without pooling: which tokens it gets does not affect the time."""
         watch, encoder, llm = Stopwatch(self.device), self.vlm.encoder, cast(Any, self.vlm.llm)
         watch.mark()
         cells = self.vlm.projector.layers(encoder(encoder.normalize(pixels)).permute(0, 2, 3, 1))  # [n, h, w, D]

@@ -1,4 +1,4 @@
-"""What every visual token buys: accuracy at each scale against what the scale costs."""
+"""What every visual token buys: each scale's accuracy against its cost."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ONE_POINT = 0.01
 
 
 class Asked:
-    """The questions of an evaluation: what their prompts hold at every scale.
+    """Counts the tokens of an evaluation's prompts at every scale.
 
     Args:
-        scales: The model's.
+        scales: All scales of the model.
     """
 
     def __init__(self, scales: Sequence[Scale]) -> None:
@@ -28,7 +28,7 @@ class Asked:
         self.images = Counter[Size]()
 
     def add(self, counts: Counts, questions: int) -> None:
-        """Add a batch's."""
+        """Add a batch."""
         self.questions += questions
         self.images.update({(height, width): number for number, height, width in counts.asked})
         for total, own in zip(self.prompts, counts.prompts, strict=False):
@@ -37,7 +37,7 @@ class Asked:
             total.pairs += own.pairs
 
     def numbers(self, costs: Costs | None) -> dict[str, float]:
-        """Sums of one rank, the same names on every rank: tokens, and with costs forward FLOPs."""
+        """This rank's sums, under the same names on every rank: tokens and, with costs, forward FLOPs."""
         found = {"questions": float(self.questions)}
         for scale, own in zip(self.all_scales, self.prompts, strict=True):
             found |= {f"{scale} text": own.text, f"{scale} visual": own.visual}
@@ -51,17 +51,17 @@ class Asked:
 
 
 def scale_costs(numbers: dict[str, float], scales: Sequence[Scale], cached: int | None) -> list[dict[str, Any]]:
-    """Means per question of every scale, from the sums of all ranks.
+    """Means per question at every scale, from the sums over all ranks.
 
     Args:
-        numbers: Sums.
-        scales: The model's.
-        cached: Bytes that a token leaves in the KV cache; None: unknown.
+        numbers: The sums.
+        scales: All scales of the model.
+        cached: Bytes per token in the KV cache; None if unknown.
 
     Returns:
-        A dict per scale: `scale`, `visual_tokens` (the scale's, at most), `mean_visual_tokens` and
-        `prompt_tokens` of what was asked, and where the model's costs are known `encode_flops` and
-        `prefill_flops` until the first token of the answer, and `kv_bytes` of the prompt.
+        A dict per scale: `scale`, `visual_tokens` (the scale's maximum), `mean_visual_tokens` and
+        `prompt_tokens`; if the model's costs are known, also `encode_flops` and `prefill_flops` until the
+        first token of the answer, and `kv_bytes` of the prompt.
     """
     questions, rows = max(1.0, numbers["questions"]), []
     for scale in scales:
@@ -77,24 +77,24 @@ def scale_costs(numbers: dict[str, float], scales: Sequence[Scale], cached: int 
 
 
 def _named(scale: Scale) -> dict[str, int]:
-    """`frames` and the tokens of all of them together, for a scale of video; tokens of an image otherwise."""
+    """The scale's visual tokens: of an image, or for a video scale of all `frames` together."""
     if isinstance(scale, VideoScale):
         return {"frames": scale.frames, "visual_tokens": scale.frames * scale.tokens}
     return {"visual_tokens": scale}
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the scales say together.
+    """Figures over all scales.
 
     Args:
         rows: `scale`, `visual_tokens` and `accuracy` (0..1) of every scale.
 
     Returns:
-        `area`: the area under accuracy over log2 of visual tokens as a share of the range, which is
-        the mean accuracy of a budget drawn evenly on that axis (None with one number of tokens; where
-        several scales have as many tokens, the best one's accuracy counts; nor where no question shows an
-        image). `smallest_within_a_point`:
-        the scale with the fewest tokens whose accuracy is at most one point below the best.
+        `area`: area under accuracy over log2(visual tokens) divided by the range of that axis, i.e. the mean
+        accuracy of a token budget drawn uniformly on it. Of several scales with equally many tokens the best
+        counts. None if all scales have equally many tokens or no question shows an image.
+        `smallest_within_a_point`: the scale with the fewest tokens whose accuracy is at most one point below
+        the best.
     """
     best: dict[int, float] = {}
     for row in rows:
@@ -106,7 +106,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def area(curve: Sequence[tuple[int, float]]) -> float | None:
-    """Area under (tokens, accuracy) points, fewest tokens first, over log2 of the tokens, divided by its range."""
+    """Area under (tokens, accuracy) points, sorted by tokens, over log2(tokens), divided by the range."""
     if len(curve) < 2:
         return None
     steps = pairwise(curve)
@@ -115,7 +115,7 @@ def area(curve: Sequence[tuple[int, float]]) -> float | None:
 
 
 def accuracy_per_tflop(row: dict[str, Any]) -> float | None:
-    """Accuracy (0..1) per 10¹² FLOPs of a question until its first token; None where FLOPs are unknown."""
+    """Accuracy (0..1) per 10¹² FLOPs of a question up to its first token; None if FLOPs are unknown."""
     if "prefill_flops" not in row:
         return None
     return row["accuracy"] / (row["encode_flops"] + row["prefill_flops"]) * 1e12

@@ -40,6 +40,6 @@ class ExactMatch(Metric):
 
 
 def majority_share(expected: Sequence[str]) -> float:
-    """Share of the most common answer: the accuracy of a model that has seen and read nothing."""
+    """Share of the most common answer: the accuracy of a model that sees neither image nor question."""
     counts = Counter(map(normalize, expected))
     return counts.most_common(1)[0][1] / counts.total()

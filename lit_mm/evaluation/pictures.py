@@ -1,4 +1,4 @@
-"""What tables and pictures of costs have in common, of `profile` and of a run."""
+"""Tables and pictures shared by `profile` and by the callbacks of a run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ENCODER, WHOLE_PROMPT = "#1f5fa8", "#3f8f83"
-"""Colors of the encoder, and of the LLM on text and image together."""
+"""Colors of the encoder and of the LLM on the whole prompt."""
 
 
 def print_whole(*things: Any) -> None:
-    """In the terminal, a thing a line. Of a table that is too wide the last columns are left out, and named below
-    it; a file or a pipe has room for all."""
+    """Print each thing on a line of its own. If a table is too wide for the terminal, its last columns are left
+    out and named below it; files and pipes get all columns."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=max([160, *(width_of(thing) for thing in things if isinstance(thing, Table))]))
@@ -33,18 +33,18 @@ def print_whole(*things: Any) -> None:
 
 
 def width_of(table: Table) -> int:
-    """The fewest characters in which no number is shortened or broken; text and heads break between words."""
+    """The table's smallest width at which no number is cut or wrapped; text and headers wrap between words."""
     return 1 + sum(_widths(column)[0] + 3 for column in table.columns)
 
 
 def fit_into(table: Table, width: int) -> tuple[Table, str]:
-    """A table without its last columns, as many as it takes, and their heads."""
+    """The table without as many last columns as do not fit, and the headers of these columns."""
     shown = copy(table)
     shown.columns = [replace(column, overflow="fold") for column in table.columns]
     while width_of(shown) > width and len(shown.columns) > 1:
         shown.columns.pop()
     spare = width - width_of(shown)
-    for column in sorted(shown.columns, key=lambda column: column.justify == "right"):  # text gets what is to spare
+    for column in sorted(shown.columns, key=lambda column: column.justify == "right"):  # text first
         fewest, most = _widths(column)
         column.width = min(most, fewest + spare)
         spare -= column.width - fewest
@@ -52,20 +52,20 @@ def fit_into(table: Table, width: int) -> tuple[Table, str]:
 
 
 def _widths(column: Column) -> tuple[int, int]:
-    """Characters that a column needs, and those with which it breaks no line."""
+    """The column's smallest width, and the width at which no line wraps."""
     cells, head = [Text.from_markup(str(cell)).plain for cell in column.cells], str(column.header)
     whole = cells if column.justify == "right" else [word for cell in cells for word in cell.split()]
     return max(map(len, [*whole, *head.split(), ""])), max(map(len, [*cells, head]))
 
 
 def spread(times: dict[str, float] | None) -> str:
-    """`5.26 (0.14)`: the median and the interquartile range."""
+    """`5.26 (0.14)`: median and interquartile range."""
     return f"{times['median']:.4g} ({times['q3'] - times['q1']:.2g})" if times else ""
 
 
 def draw_times(axes: Axes, measured: Sequence[dict[str, Any]], labels: tuple[str | None, str | None]) -> None:
-    """A bar for each of AnswerTimer's results, from the left: encoding, and the LLM up to the first token;
-    above it what each further token takes. The labels are those of the two pieces."""
+    """A bar for each AnswerTimer result, from the left: encoding and the LLM up to the first token, with the time
+    per further token above. The two labels name the two pieces in the legend."""
     for place, times in enumerate(measured):
         encode, first, further = (times[f"{name}_ms"] for name in ("encode", "first_token", "further_token"))
         named = labels if place == 0 else (None, None)

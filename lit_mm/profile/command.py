@@ -1,4 +1,4 @@
-"""`python -m lit_mm profile`: what configured models cost, before there is a weight or a record."""
+"""`python -m lit_mm profile`: what configured models cost, without weights or data."""
 
 from __future__ import annotations
 
@@ -19,20 +19,19 @@ from lit_mm.evaluation.pictures import print_whole
 from lit_mm.model.llm import DType
 from lit_mm.profile.experiment import Experiment, Size, read_model
 from lit_mm.profile.figures import Timer, figures_of
-from lit_mm.profile.memory import memory_table, plan_of
-from lit_mm.profile.memory_plan import PRECISIONS
+from lit_mm.profile.memory_plan import PRECISIONS, memory_table, plan_of
 from lit_mm.profile.report import draw, image, tables
 
 ABOUT = """\
-What every visual token costs: FLOPs of encoder, projector and LLM, KV cache, weights, and how much of
-an answer is spent on the image; with --gpus what training takes of each GPU's memory. From shapes
-alone, in seconds: no weights, data or network, and no tokenizer of a pretrained LLM.
+What every visual token costs: FLOPs of encoder, projector and LLM, KV cache, weights, and the share of
+an answer that is spent on the image; with --gpus also the memory that training takes on each GPU. Computed
+from shapes in seconds, without weights, data, network or a pretrained LLM's tokenizer.
 
   python -m lit_mm profile --config a.yaml --sizes 768 1024 1536x1100 --plot costs.png
   python -m lit_mm profile --config a.yaml --config overlay.yaml --model.scales [144,36] --and --config b.yaml
 
 Several experiments are separated by --and and compared in one table and one picture. --config, --name,
---sizes and --model.FIELD belong to the experiment between two --and, all else to the whole call."""
+--sizes and --model.FIELD apply to one experiment, all other options to the whole call."""
 
 
 PROGRAM = "python -m lit_mm profile"
@@ -41,7 +40,7 @@ USAGE = f"{PROGRAM} --config FILE [--config FILE …] [--sizes SIZE …] [--and 
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the verb with the arguments behind it."""
+    """Run the verb with its arguments."""
     if {"-h", "--help"} & set(arguments):
         both, layout = [_own_options(), _options()], argparse.RawDescriptionHelpFormatter
         argparse.ArgumentParser(
@@ -59,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     _write(found, options)
     for own in experiments:
         if own.model.llm.quantize:
-            note = f"llm.quantize {own.model.llm.quantize} is left out: weights and memory are those without it"
+            note = f"llm.quantize {own.model.llm.quantize} is ignored: figures are those of the unquantized LLM"
             print_whole(f"{own.name}: {note}")
     if plans:
         print_whole(memory_table([(own.name, plan) for own, plan in zip(experiments, plans, strict=True)], *how))
@@ -87,46 +86,46 @@ def _write(found: list[dict[str, Any]], options: argparse.Namespace) -> None:
 
 
 def _own_options() -> argparse.ArgumentParser:
-    """Of one experiment."""
+    """Options of one experiment."""
     parser = argparse.ArgumentParser(PROGRAM, USAGE, add_help=False, allow_abbrev=False)
     own = parser.add_argument_group("of one experiment")
-    own.add_argument("--config", action="append", default=[], help="its config; several are laid over each other")
-    own.add_argument("--name", help="what it is called (default: its configs' names)")
+    own.add_argument("--config", action="append", default=[], help="its config; later configs override earlier ones")
+    own.add_argument("--name", help="its name (default: its configs' names)")
     own.add_argument(
         "--sizes",
         nargs="+",
         type=_size,
         default=[],
         metavar="SIZE",
-        help="image sizes, 768 or 1536x1100 (height x width); default: what the finest scale fits",
+        help="image sizes, 768 or 1536x1100 (height x width); default: the size that fits the finest scale",
     )
     return parser
 
 
 def _options() -> argparse.ArgumentParser:
-    """Of the whole call."""
+    """Options of the whole call."""
     parser = argparse.ArgumentParser(PROGRAM, USAGE, add_help=False, allow_abbrev=False)
     whole = parser.add_argument_group("of the whole call")
-    whole.add_argument("--prompt", type=_positive, default=64, metavar="N", help="tokens of text in the prompt (64)")
+    whole.add_argument("--prompt", type=_positive, default=64, metavar="N", help="text tokens in the prompt (64)")
     whole.add_argument("--new-tokens", type=_positive, default=64, metavar="N", help="tokens of the answer (64)")
     whole.add_argument(
-        "--dtype", choices=get_args(DType), default="bfloat16", help="of weights and KV cache (bfloat16)"
+        "--dtype", choices=get_args(DType), default="bfloat16", help="dtype of weights and KV cache (bfloat16)"
     )
     whole.add_argument("--measure", action="store_true", help="time each scale on this machine, with random weights")
     whole.add_argument(
-        "--gpus", type=_positive, metavar="N", help="plan the memory of training on so many: weights, gradients, …"
+        "--gpus", type=_positive, metavar="N", help="also plan training's memory on N GPUs: weights, gradients, …"
     )
-    whole.add_argument("--samples", type=_positive, default=1, metavar="N", help="of each GPU's batch in that plan (1)")
-    whole.add_argument("--precision", choices=PRECISIONS, default="bf16-mixed", help="of that plan (bf16-mixed)")
+    whole.add_argument("--samples", type=_positive, default=1, metavar="N", help="per GPU, for --gpus (1)")
+    whole.add_argument("--precision", choices=PRECISIONS, default="bf16-mixed", help="for --gpus (bf16-mixed)")
     choices = ["fsdp", "ddp"]
-    whole.add_argument("--strategy", type=_strategy, choices=choices, default="fsdp", help="of that plan (fsdp)")
-    whole.add_argument("--json", type=_file, metavar="FILE", help="write all figures there")
-    whole.add_argument("--plot", type=_picture, metavar="FILE.png", help="draw tokens against FLOPs there")
+    whole.add_argument("--strategy", type=_strategy, choices=choices, default="fsdp", help="for --gpus (fsdp)")
+    whole.add_argument("--json", type=_file, metavar="FILE", help="write all figures to FILE")
+    whole.add_argument("--plot", type=_picture, metavar="FILE.png", help="draw FLOPs over visual tokens to FILE")
     return parser
 
 
 def _strategy(name: str) -> str:
-    """A strategy by its new name."""
+    """The strategy's current name."""
     if name == "fsdp1":
         raise argparse.ArgumentTypeError("FSDP1 is gone, use fsdp")
     if name == "fsdp2":
@@ -135,7 +134,7 @@ def _strategy(name: str) -> str:
 
 
 def _separated(arguments: Sequence[str]) -> list[Sequence[str]]:
-    """The arguments between every two --and."""
+    """The arguments of each experiment, split at --and."""
     borders = [place for place, word in enumerate(arguments) if word == "--and"]
     return [arguments[start + 1 : end] for start, end in pairwise([-1, *borders, len(arguments)])]
 
@@ -143,13 +142,13 @@ def _separated(arguments: Sequence[str]) -> list[Sequence[str]]:
 def _experiment(arguments: Sequence[str], dtype: DType) -> Experiment:
     own, overrides = _own_options().parse_known_args(arguments)
     if not own.config:
-        raise ValueError("profile: each experiment needs --config FILE, before and behind every --and")
+        raise ValueError("profile: each experiment needs --config FILE, before and after every --and")
     model = read_model(own.config, overrides)
     return Experiment(own.name or name_of([Path(file) for file in own.config]), model, own.sizes, dtype)
 
 
 def name_of(files: Sequence[Path]) -> str:
-    """`base + m3/tune`: the configs as they lie beside the first one."""
+    """`base + m3/tune`: the configs' paths relative to the first one's folder."""
     home = files[0].parent
     return " + ".join(
         (file.relative_to(home).with_suffix("") if file.is_relative_to(home) else Path(file.stem)).as_posix()

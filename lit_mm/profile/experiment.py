@@ -1,8 +1,7 @@
-"""Configs -> the models that they describe, on `meta`: structure and sizes without weights.
+"""Builds the models that configs describe on `meta`, i.e. without weights.
 
-Only the `model` section is read, with a run's own fields and overlays, but no tokenizer is loaded
-for a pretrained LLM and nothing is fetched: its shapes come from this machine or from the table of
-published ones.
+Only the `model` section is read. A pretrained LLM's tokenizer is not loaded and nothing is downloaded: its
+config comes from this machine or from the table of published ones.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ class Experiment:
     """One configured model.
 
     Args:
-        name: How it is called in tables and pictures.
-        model: The fields of the config's model section, as LitMatryoshka takes them.
-        sizes: Height and width of the images to look at; empty: the one that the scales fit.
-        dtype: Of the weights.
+        name: Its name in tables and pictures.
+        model: The fields of the config's `model` section, as LitMatryoshka takes them.
+        sizes: Height and width of the images to profile; empty: the size that fits the finest scale.
+        dtype: Dtype of the weights.
     """
 
     name: str
@@ -55,7 +54,7 @@ class Experiment:
         self.sizes = self.sizes or [self._own_size()]
 
     def build(self, device: str = "meta") -> MatryoshkaVLM:
-        """The model with random weights, or without any on `meta`."""
+        """The model with random weights, or without weights on `meta`."""
         dtype = getattr(torch, self.dtype)
         with torch.device(device):
             known = isinstance(self.encoder, ConvNeXtEncoder | TimmEncoder)
@@ -67,14 +66,14 @@ class Experiment:
 
     @property
     def frames(self) -> int:
-        """Images that are encoded for an answer: with time scales one for each of the finest sets."""
+        """Images encoded for an answer: with time scales, as many as the finest one has."""
         return max(self.model.time_scales or [1])
 
     def scales(self, size: Size) -> tuple[list[Scale], str]:
-        """What is answered at for images of a size, finest first, and a note where it had to be chosen.
+        """The scales for images of a size, finest first, and a note if they are not the experiment's.
 
-        Where the experiment's scales do not fit the grid, pooling by the smallest windows again and
-        again gives others, as M3's come about: 24×24, 12×12, 6×6, 3×3, 1.
+        If the experiment's scales do not fit the grid, repeated pooling with the smallest window gives
+        others, as in M3: 24×24, 12×12, 6×6, 3×3, 1.
         """
         rows, columns = self.encoder.grid(*size)
         scales, note = list(self.model.scales), ""
@@ -86,7 +85,7 @@ class Experiment:
         return all_scales(scales, self.model.time_scales or ()), note
 
     def _own_size(self) -> Size:
-        """The only size that the encoder takes, or the square whose cells are the finest scale."""
+        """The only size that the encoder takes, or the square with as many grid cells as the finest scale."""
         height, width = self.encoder.smallest
         if (height, width) != (self.encoder.stride, self.encoder.stride):
             return height, width
@@ -97,7 +96,7 @@ class Experiment:
 
 
 def pooled_again(rows: int, columns: int) -> list[int]:
-    """Scales of a grid by pooling with the smallest square windows that fit, down to one token."""
+    """Scales of a grid by repeated pooling with the smallest square window that fits, down to one token."""
     scales = [rows * columns]
     while windows := [k for k in range(2, min(rows, columns) + 1) if not (rows % k or columns % k)]:
         rows, columns = rows // windows[0], columns // windows[0]
@@ -106,14 +105,13 @@ def pooled_again(rows: int, columns: int) -> list[int]:
 
 
 def read_model(files: Sequence[str], overrides: Sequence[str]) -> Any:
-    """The fields of the model section of configs laid over each other, then of `--model.…` overrides.
+    """The fields of the `model` section of configs, later ones overriding earlier ones, then of `--model.…` overrides.
 
-    Encoder, LLM and parts become objects; nothing else is built. What else the files configure is
-    left unread.
+    Encoder, LLM and parts become objects. All other sections are ignored.
 
     Raises:
-        FileNotFoundError: There is no such config.
-        ValueError: A config is no YAML, or no sections.
+        FileNotFoundError: A config does not exist.
+        ValueError: A config is not YAML, or has no sections.
     """
     accept_old_names()
     parser = ArgumentParser("python -m lit_mm profile", usage="%(prog)s --config FILE [--model.FIELD VALUE …]")
@@ -125,7 +123,7 @@ def read_model(files: Sequence[str], overrides: Sequence[str]) -> Any:
     config = parser.parse_args(
         [*(word for file in files for word in ("--config", file)), *with_new_arguments(overrides)]
     )
-    for section in others:  # whose classes would be built with the model's
+    for section in others:  # or their classes would be built too
         config[section] = None
     return parser.instantiate(config).model
 

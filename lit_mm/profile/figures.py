@@ -1,7 +1,7 @@
-"""Experiments -> figures, as a dict that is written as JSON, shown as tables and drawn.
+"""The figures of experiments, as a dict for JSON, tables and pictures.
 
-FLOPs are of one answer of `new_tokens` tokens to one image with a prompt of `prompt_tokens` tokens,
-greedily and with a KV cache, attention counted as needed (see `lit_mm.costs.flops`).
+FLOPs are those of one answer of `new_tokens` tokens to one image and a prompt of `prompt_tokens` tokens,
+with greedy decoding, a KV cache and causal attention pairs (see `lit_mm.costs.flops`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lit_mm.profile.experiment import Experiment, Size
 from lit_mm.training.parts import apply_parts
 
 Timer = Callable[[Size, int], dict[str, Any]]
-"""Times an answer: size of the image, visual tokens -> figures."""
+"""Times an answer: (image size, visual tokens) -> figures."""
 
 
 def figures_of(experiment: Experiment, prompt: int, new_tokens: int, timer: Timer | None = None) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def figures_of(experiment: Experiment, prompt: int, new_tokens: int, timer: Time
         experiment: The experiment.
         prompt: Tokens of the question.
         new_tokens: Tokens of the answer.
-        timer: Measures each scale; null: nothing is measured.
+        timer: Times each scale; None: nothing is timed.
     """
     costs, width = Costs(experiment.build().requires_grad_(False)), getattr(torch, experiment.dtype).itemsize
     parameters = {part: counts.total for part, counts in costs.parameters.items()}
@@ -69,7 +69,7 @@ def figures_of(experiment: Experiment, prompt: int, new_tokens: int, timer: Time
 
 
 def tokens_of(scale: Scale) -> int:
-    """Visual tokens of an answer at a scale, all sets of frames together."""
+    """Visual tokens at a scale, of all frames together."""
     return scale.frames * scale.tokens if isinstance(scale, VideoScale) else scale
 
 
@@ -89,7 +89,7 @@ def _described(answer: Answer, without: Answer) -> dict[str, Any]:
 
 
 def _training(costs: Costs, frames: int, size: Size, scales: list[Scale], text: int, labels: int) -> dict[str, Any]:
-    """Training FLOPs of one sample, the image first: all scales in a packed sequence, and the finest alone."""
+    """Training FLOPs of one sample that starts with its image: all scales packed, and the finest scale alone."""
     segments = nested_segments(0, text, [tokens_of(scale) for scale in scales])
     images = costs.images([(frames, size)])
     row = images + costs.row(segments, len(scales) * labels)

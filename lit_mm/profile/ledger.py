@@ -1,19 +1,18 @@
-"""Tensors without data, and the bytes that they would take: what `memory.py` plans with.
+"""Counts the bytes that tensors would take, without allocating them, for `memory_plan.py`.
 
-PyTorch's fake tensors have shapes, types and strides, and every operation on them gives fake tensors of
-the right kind. They pretend to be on the CPU, where everything can pretend without a GPU; what CUDA does
-otherwise, as far as memory goes, is in `as_on`.
+PyTorch's fake tensors have a shape, dtype and strides but no data, and operations on them return fake
+tensors. They claim to be on the CPU, as no GPU is needed for that; `as_on` adds what CUDA does differently
+as far as memory is concerned.
 """
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,22 +26,21 @@ from lit_mm.model import loss
 
 Kind = Literal["parameters", "gradients", "optimizer", "activations", "communication"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-"""What memory is taken by."""
-Model = TypeVar("Model", bound=nn.Module)
+"""What memory is used for."""
 
 
 class Ledger(TorchDispatchMode):
-    """Within this context whatever depends on weights or pixels runs on fake tensors, and every tensor
-    is counted from its making to its end.
+    """Within this context, operations on weights or pixels run on fake tensors, and every tensor is counted
+    from its creation until it is freed.
 
-    What depends on token ids alone, indices and masks, is computed in earnest: shapes follow from it.
+    Indices and masks, which depend on token ids only, are really computed, as shapes depend on them.
 
     Attributes:
         fake: The mode of the fake tensors.
-        alive: Bytes of every kind.
-        most: The same at the moment of the greatest sum.
-        moment: The phase of that moment.
-        phase: What is going on, by name.
+        alive: Current bytes of every kind.
+        most: The same at the peak of their sum.
+        moment: The phase in which the peak occurred.
+        phase: The current phase's name.
     """
 
     def __init__(self) -> None:
@@ -73,21 +71,21 @@ class Ledger(TorchDispatchMode):
         return func(*args, **kwargs) if indices else made
 
     def book(self, tensor: Tensor, kind: Kind, size: int | None = None) -> None:
-        """Count a tensor's storage as of a kind until it is gone; with another size, if one is given."""
+        """Count a tensor's storage under a kind until it is freed, as `size` bytes if given."""
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes() if size is None else size
         self._entries[key] = weakref.ref(storage, lambda _: self._strike(key)), kind, size
         self.change(kind, size)
 
     def change(self, kind: Kind, size: int) -> None:
-        """So many bytes of a kind more, or less."""
+        """Add bytes to a kind; negative to subtract."""
         self.alive[kind] += size
         if self.alive.total() > self.most.total():
             self.most, self.moment = self.alive.copy(), self.phase
 
     @contextmanager
     def making(self, kind: Kind) -> Iterator[None]:
-        """Within this context tensors are of a kind, outside they are activations."""
+        """Within this context, new tensors count under a kind; by default they are activations."""
         self._kind = kind
         yield
         self._kind = "activations"
@@ -98,15 +96,9 @@ class Ledger(TorchDispatchMode):
 
 
 def _without_masks(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Indices, of masks the positions that they mark: a fake mask could not tell how many."""
+    """Indices with masks replaced by positions, as the number of positions in a fake mask is unknown."""
     found = ([x] if x is None or x.dtype != torch.bool else x.nonzero().unbind(1) for x in indices)
     return list(chain.from_iterable(found))
-
-
-def copied(model: Model, of: Callable[[Tensor], Tensor]) -> tuple[Model, dict[int, Any]]:
-    """A model with other parameters and buffers, and id -> copy of each part of the original."""
-    copies: dict[int, Any] = {id(tensor): of(tensor) for tensor in chain(model.parameters(), model.buffers())}
-    return copy.deepcopy(model, copies), copies
 
 
 def fake_like(
@@ -115,11 +107,11 @@ def fake_like(
     """A fake tensor or parameter.
 
     Args:
-        tensor: What it is like.
-        fake: Its mode.
-        dtype: Of floating point numbers; None: as they are.
-        among: A parameter is shared out among so many by its first dimension, the first one's share is
-            wanted, contiguous; None: whole, with the strides it has.
+        tensor: Gives shape, strides and dtype.
+        fake: The fake tensor mode.
+        dtype: Replaces a floating-point dtype; None: unchanged.
+        among: Return the first of this many shards of a parameter along its first dimension, contiguous;
+            None: the whole, with its own strides.
     """
     dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     trained = isinstance(tensor, nn.Parameter)
@@ -132,15 +124,15 @@ def fake_like(
 
 
 def backward(total: Tensor) -> None:
-    """`total.backward()`, which would suspend function modes such as `CudaWays` while it runs: a layer
-    that is computed anew would not go the ways that it went before."""
+    """Like `total.backward()`, which suspends function modes such as `CudaWays` while it runs, so that a
+    recomputed layer would not behave as in its first forward pass."""
     engine: Any = torch.autograd.Variable._execution_engine
     engine.run_backward((total,), (torch.ones_like(total),), False, False, (), True, True)
 
 
 @contextmanager
 def as_on(device: str) -> Iterator[None]:
-    """Within this context fake CPU tensors go the ways of a type of device."""
+    """Within this context, fake CPU tensors behave as on this type of device."""
     own, loss.CHUNK["cpu"] = loss.CHUNK["cpu"], loss.CHUNK.get(device, loss.CHUNK["cuda"])
     ways: AbstractContextManager = CudaWays() if device == "cuda" else nullcontext()
     try:
@@ -151,11 +143,11 @@ def as_on(device: str) -> Iterator[None]:
 
 
 FLOAT32 = {F.layer_norm, F.rms_norm, F.group_norm, F.softmax, Tensor.softmax, Tensor.norm}
-"""What autocast computes in float32 on CUDA but not on a CPU, of what models call."""
+"""Functions that autocast runs in float32 on CUDA but not on a CPU (those that models call)."""
 
 
 class CudaWays(TorchFunctionMode):
-    """What CUDA does otherwise than a CPU."""
+    """Makes CPU calls use as much memory as CUDA's."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -173,7 +165,7 @@ def _in_float32(tensor: Tensor) -> Tensor:
 def _for_a_fused_kernel(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, grouped heads repeated where `attention.py` does so on CUDA."""
+    """Queries, keys and values, with grouped heads repeated where `attention.py` repeats them on CUDA."""
     repeat = query.shape[1] // key.shape[1]
     if repeat > 1 and (attn_mask is not None or query.dtype == torch.float32):
         key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))

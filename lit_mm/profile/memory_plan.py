@@ -1,8 +1,8 @@
-"""How much memory a training step takes on every GPU, before one is booked.
+"""How much memory a training step takes on every GPU, worked out before one is booked.
 
-The step itself, forward, backward and optimizer, runs on tensors without data, on any machine and
-without weights (see `ledger.py`), so that checkpointing, frozen parts, adapters, mixed precision and
-packing count as they are. Added to that is what sharding or DDP take.
+The step itself (forward, backward and optimizer) runs on tensors without data, on any machine and without
+weights (see `ledger.py`), so checkpointing, frozen parts, adapters, mixed precision and packing are all
+accounted for. What FSDP or DDP allocate is added to that.
 """
 
 from __future__ import annotations
@@ -14,38 +14,43 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.markup import escape
+from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from lit_mm.costs.flops import copied
 from lit_mm.data.collate import Sample, Visual, collate
-from lit_mm.model.attention import Attention, BranchLayout, Layout
+from lit_mm.model.attention import NAME, Attention, BranchLayout, Layout
 from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch
+from lit_mm.model.llm import packing_of
 from lit_mm.model.packing import Packing, pack
 from lit_mm.model.scales import coarsest_time_scale
 from lit_mm.model.vlm import MatryoshkaVLM
-from lit_mm.profile.ledger import KINDS, Ledger, as_on, backward, copied, fake_like
+from lit_mm.profile.experiment import Experiment
+from lit_mm.profile.ledger import KINDS, Ledger, as_on, backward, fake_like
+from lit_mm.training.parts import apply_parts, parameter_groups, with_parameters
+from lit_mm.training.strategies import units as fsdp_units
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 
 @dataclass
 class MemoryPlan:
-    """Bytes on every GPU at the moment when a training step needs most.
+    """Bytes on every GPU at the peak of a training step.
 
-    What is not in it: the CUDA context and the libraries' workspaces (about 1 GiB), and what the
-    allocator cannot use for being in pieces.
+    The CUDA context, library workspaces (together about 1 GiB) and allocator fragmentation are not included.
 
     Args:
-        parameters: Weights and buffers, or the GPU's share of them.
-        gradients: Of the weights that train, as far as they exist at that moment.
+        parameters: Weights and buffers, or the GPU's shard of them.
+        gradients: Gradients that exist at the peak.
         optimizer: The optimizer's state.
         activations: What the forward pass keeps for the backward pass, and temporary tensors.
-        communication: Sharded: weights gathered to compute with, and gradients not yet shared out.
-            Otherwise, on more than one GPU: DDP's buckets.
-        moment: `forward`, `backward` or `optimizer step`.
-        gpus: How many.
-        sharded: Whether parameters, gradients and optimizer state are shared out among them.
+        communication: With FSDP, gathered weights and gradients not yet reduced; with DDP, its buckets.
+        moment: When the peak occurs: `forward`, `backward` or `optimizer step`.
+        gpus: Number of GPUs.
+        sharded: Whether parameters, gradients and optimizer state are sharded among them.
     """
 
     parameters: int
@@ -59,8 +64,51 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All bytes."""
         return sum(getattr(self, kind) for kind in KINDS)
+
+
+def plan_of(experiment: Experiment, gpus: int, samples: int, precision: str, strategy: str) -> MemoryPlan:
+    """The memory of an experiment's training step.
+
+    Args:
+        experiment: Its parts, adapters, activation checkpointing, attention and optimizer all count.
+        gpus: Number of GPUs.
+        samples: Samples in each GPU's batch, with one image of the experiment's first size each.
+        precision: Lightning's name.
+        strategy: fsdp or ddp.
+    """
+    vlm, model = experiment.build(), experiment.model  # then as training sets it up: dtypes, parts, checkpointing
+    packing = packing_of(experiment.llm, model.packing)
+    vlm.encoder.float(), vlm.projector.float()
+    vlm.llm.to(getattr(torch, model.llm.dtype))
+    if packing != "padded":
+        vlm.llm.set_attn_implementation(NAME)
+    apply_parts(vlm, model.parts)
+    vlm.set_grad_checkpointing(model.activation_checkpointing)
+    size, layout = experiment.sizes[0], {"packing": packing, "attention": model.attention}
+    batch = example_batch(vlm, samples, size, frames=experiment.frames, **layout)
+
+    def optimizer(copy: MatryoshkaVLM) -> Any:
+        return model.optimizer(with_parameters(parameter_groups(copy, model.parts), copy))
+
+    return plan(vlm, batch, optimizer, precision, gpus, fsdp_units(vlm) if gpus > 1 and strategy != "ddp" else None)
+
+
+def memory_table(
+    plans: Sequence[tuple[str, MemoryPlan]], gpus: int, samples: int, precision: str, strategy: str
+) -> Table:
+    """The plans in GiB, one row per experiment."""
+    among = f"each of {gpus} GPUs ({strategy})" if gpus > 1 else "one GPU"
+    title = f"Training: GiB on {among}, {samples} samples each, {precision}; CUDA itself takes about 1 more"
+    table = Table(title=title, title_justify="left")
+    table.add_column("experiment")
+    for kind in (*KINDS, "peak", "reached in"):
+        table.add_column(kind, justify="right")
+    for name, found in plans:
+        sizes = [f"{getattr(found, kind) / 2**30:,.2f}" for kind in KINDS]
+        table.add_row(escape(name), *sizes, f"{found.total / 2**30:,.2f}", found.moment)
+    return table
 
 
 def plan(
@@ -76,19 +124,19 @@ def plan(
     """Run one training step on tensors without data.
 
     Args:
-        vlm: The model, on the `meta` device or any other; it stays as it is. What trains, its modes and
-            its checkpointing count as they are set.
-        batch: What one GPU gets in a step, on the CPU; see `example_batch`.
+        vlm: The model, on `meta` or any other device; it is not changed. Frozen parts, training mode and
+            checkpointing count as they are set.
+        batch: One GPU's batch, on the CPU; see `example_batch`.
         optimizer: Makes the optimizer for a copy of `vlm`.
         precision: Lightning's name: 32-true, bf16-mixed or bf16-true.
-        gpus: How many take part.
-        units: Modules of `vlm` that FSDP gathers as a whole; the rest is the root's. None: every GPU
-            holds a whole copy (DDP).
-        device: Its type, cuda or cpu.
-        accumulate: Whether gradients are added up over several batches.
+        gpus: Number of GPUs.
+        units: Modules of `vlm` that FSDP gathers as a whole; the root gathers the rest. None: every GPU
+            holds a full copy (DDP).
+        device: Device type, cuda or cpu.
+        accumulate: Whether gradients are accumulated over several batches.
 
     Raises:
-        ValueError: Another precision.
+        ValueError: The precision is not one of these.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision}: expected one of {', '.join(PRECISIONS)}")
@@ -115,14 +163,14 @@ def example_batch(
     """Samples of one image or video each, their pixels on the `meta` device.
 
     Args:
-        vlm: Its scales are laid out.
-        samples: How many.
+        vlm: The model; the batch has all its scales.
+        samples: Number of samples.
         size: Height and width of an image, in pixels.
-        prefix: Tokens before the image; vicuna_v1's are 35.
-        answer: Tokens behind it, all of them supervised; LLaVA's mixture has about 200 in the mean.
-        frames: Images a sample.
-        packing: How they are laid out.
-        attention: How a packed sequence attends.
+        prefix: Tokens before the image (35 with vicuna_v1).
+        answer: Tokens after it, all supervised; LLaVA's mixture averages about 200.
+        frames: Images per sample.
+        packing: As `model.packing`.
+        attention: As `model.attention`.
     """
     last, made = len(vlm.time_scales) - 1, []
     for number in range(samples):
@@ -141,13 +189,13 @@ def example_batch(
 class Step:
     """One training step in Lightning's order, on fake tensors.
 
-    What computes and what the optimizer steps are two copies of the model: sharded, they differ.
+    Forward and backward run on one copy of the model and the optimizer steps another: with FSDP they differ.
 
     Attributes:
-        ledger: What the step takes.
-        whole: What computes, in the type that it computes in.
-        shares: What one GPU holds.
-        gathering: What FSDP adds to the shares.
+        ledger: Counts the step's memory.
+        whole: The full model that computes, in its compute dtype.
+        shares: One GPU's shard.
+        gathering: What FSDP allocates beside the shard.
     """
 
     def __init__(self, vlm: MatryoshkaVLM, precision: str, gpus: int, units: Sequence[nn.Module] | None) -> None:
@@ -164,18 +212,18 @@ class Step:
             self.ledger.book(buffer, "parameters")
         for parameter, share in zip(self.whole.parameters(), self.shares.parameters(), strict=True):
             self.ledger.book(share, "parameters")
-            self.ledger.book(parameter, "parameters", size=0)  # they are the shares, or Gathering has them
+            self.ledger.book(parameter, "parameters", size=0)  # counted with the shares or in Gathering
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda p, share=share: self._hand_over(p, share))
         modules = [copies[id(unit)] for unit in units or []]
         self.gathering = Gathering(self.ledger, self.whole, modules) if sharded else None
 
     def stepped(self, make: Callable[[MatryoshkaVLM], Optimizer], device: str) -> Optimizer:
-        """The optimizer after a first step: it has its state, and the gradients are still there."""
+        """The optimizer after a first step: its state exists, and so do that step's gradients."""
         optimizer = make(self.shares)
         for group in optimizer.param_groups:
             if device == "cuda" and group.get("foreach", False) is None and not group.get("fused"):
-                group["foreach"] = True  # torch's choice there
+                group["foreach"] = True  # torch's default there
             for share in group["params"]:
                 self._add_gradient(share)
         with self.ledger.making("optimizer"):
@@ -183,8 +231,8 @@ class Step:
         return optimizer
 
     def run(self, batch: Batch, optimizer: Optimizer, accumulate: bool) -> None:
-        """A step after the first. Lightning clears the gradients between forward and backward: those of
-        the step before live through the forward pass."""
+        """A step after the first. Lightning clears gradients between forward and backward, so the previous
+        step's gradients are still there in the forward pass."""
         self.ledger.most, self.ledger.phase = Counter(), "forward"
         with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed):
             total = self.whole(self._fake(batch)).loss
@@ -198,11 +246,11 @@ class Step:
         optimizer.step()
 
     def _fake(self, batch: Batch) -> Batch:
-        """The batch with fake pixels, and kernels for CUDA alone replaced."""
+        """The batch with fake pixels, and with stand-ins for kernels that need CUDA."""
         pixels = [fake_like(group, self.ledger.fake) for group in batch.images.groups]
         for group in pixels:
             self.ledger.book(group, "activations")
-        packed = [replace(own, layout=planned(own.layout)) for own in batch.packed]
+        packed = [own if isinstance(own.layout, BranchLayout) else replace(own, layout=Fused()) for own in batch.packed]
         return replace(batch, images=replace(batch.images, groups=pixels), packed=packed)
 
     def _add_gradient(self, share: Tensor) -> None:
@@ -210,19 +258,20 @@ class Step:
             share.grad = torch.empty_like(share)
 
     def _hand_over(self, parameter: Tensor, share: Tensor) -> None:
-        """A gradient is done: it becomes the share's."""
+        """A finished gradient moves to the shard."""
         parameter.grad = None
         if share.grad is None:
             self._add_gradient(share)
 
 
 class Gathering:
-    """What FSDP holds beside the shares.
+    """What FSDP holds beside the shards.
 
-    The root's weights, whole, throughout. In the forward pass those of the unit at work, twice: what was
-    received stays until the next unit's comes. In the backward pass those of the unit at work and of the
-    next one, on their way; its gradients as they come; and those of the unit before in float32, on their
-    way to the ranks. The root's gradients wait for the end.
+    - The root's full weights, throughout.
+    - Forward: the current unit's weights twice, as the receive buffer stays until the next unit's arrives.
+    - Backward: the weights of the current unit and of the next one, which is prefetched; the current unit's
+      gradients as they appear; and the previous unit's in float32 while they are reduced.
+    - The root's gradients, until the end of the backward pass.
     """
 
     def __init__(self, ledger: Ledger, model: nn.Module, units: Sequence[nn.Module]) -> None:
@@ -240,7 +289,7 @@ class Gathering:
             unit.register_forward_hook(lambda unit, inputs, outputs: self._follow(unit, outputs))
 
     def end(self) -> None:
-        """The backward pass is over: what is left is shared out, the root's gradients last."""
+        """The backward pass is over: the remaining gradients are reduced, the root's last."""
         self._hold(self._sent())
         self.of_unit = 0
         self._hold(in_float32(self.root))
@@ -259,7 +308,7 @@ class Gathering:
             self._hold(weights + sent + (nbytes(self.order[number - 1].parameters()) if number else 0))
 
     def _follow(self, unit: nn.Module, outputs: Any) -> None:
-        """When the first gradient of its outputs comes, a unit is at work again."""
+        """A unit's backward pass begins with the first gradient of its outputs."""
         if self.ledger.phase == "forward":
             for output in tree_leaves(outputs):
                 if isinstance(output, Tensor) and output.requires_grad:
@@ -282,24 +331,19 @@ class Gathering:
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of all of them."""
+    """Total bytes."""
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def in_float32(parameters: Iterable[Tensor]) -> int:
-    """Bytes of their gradients in float32."""
+    """Bytes of the parameters' gradients in float32."""
     return sum(4 * parameter.numel() for parameter in parameters if parameter.requires_grad)
 
 
 class Fused(Layout):
-    """One attention kernel for the whole packed sequence, as flex has on CUDA."""
+    """Takes as much memory as flex attention's one kernel for the packed sequence, which needs CUDA."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float) -> Tensor:
-        """Takes as much memory as the kernel."""
+        """Attend over the whole sequence."""
         grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(query, key, value, enable_gqa=grouped).transpose(1, 2)
-
-
-def planned(layout: Layout) -> Layout:
-    """The layout, or what takes as much memory."""
-    return layout if isinstance(layout, BranchLayout) else Fused()

@@ -1,4 +1,4 @@
-"""The figures of experiments as tables for the terminal and as one picture."""
+"""Shows experiments' figures as tables in the terminal and as one picture."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Figures = dict[str, Any]
-"""Of one experiment, as `figures_of` gives them."""
+"""One experiment's figures, from `figures_of`."""
 
-COLOURS = {
+COLORS = {
     "text of the prompt": "#d3d7dc",
     "text of the answer": "#adb4be",
     "encoder": ENCODER,
     "projector": "#6fb1e0",
     "LLM on visual tokens": "#d9822b",
 }
-"""Colors of what a bar is made of, from the bottom up."""
+"""Colors of a bar's pieces, from the bottom up."""
 
 
 def tables(experiments: Sequence[Figures]) -> list[Table]:
-    """Models, answers at every scale, training, and timings where there are any."""
+    """Tables of models, answers at every scale, training and, if measured, timings."""
     found = [models_table(experiments), answers_table(experiments), training_table(experiments)]
     return found + ([timings_table(experiments)] if _measured(experiments) else [])
 
 
 def models_table(experiments: Sequence[Figures]) -> Table:
-    """Parameters by part, and bytes of all weights."""
+    """Parameters by part, and bytes of the weights."""
     names = ["experiment", "encoder", "LLM", "encoder M", "projector M", "LLM M", "weights", "dtype"]
     rows = _table("Models (parameters in millions)", names, left=3)
     for own in experiments:
@@ -45,7 +45,7 @@ def models_table(experiments: Sequence[Figures]) -> Table:
 
 
 def answers_table(experiments: Sequence[Figures]) -> Table:
-    """A row for every scale at every size, and one for the prompt without image."""
+    """A row for every scale at every size, and one for the prompt without an image."""
     first = experiments[0]
     asked = f"a prompt of {first['prompt_tokens']} tokens and an answer of {first['new_tokens']}"
     names = ["experiment", "image", "tokens", "encoder", "projector", "LLM prefill", "decode/token"]
@@ -61,7 +61,7 @@ def answers_table(experiments: Sequence[Figures]) -> Table:
 
 
 def training_table(experiments: Sequence[Figures]) -> Table:
-    """One sample's forward and backward pass at all scales in one row, against the finest alone."""
+    """One sample's training FLOPs at all scales in a packed sequence, compared with the finest scale alone."""
     names = ["experiment", "image", "tokens", "encoder", "projector", "LLM", "head", "all", "again", "÷ finest"]
     rows = _table("Training on one such sample: FLOPs of all scales in a packed sequence", names, left=2)
     for own, at in _sizes(experiments):
@@ -74,7 +74,7 @@ def training_table(experiments: Sequence[Figures]) -> Table:
 
 
 def timings_table(experiments: Sequence[Figures]) -> Table:
-    """Milliseconds."""
+    """Measured times in milliseconds."""
     device = experiments[0]["sizes"][0]["scales"][0]["measured"]["device"]
     names = ["experiment", "image", "tokens", "encode ms", "first token ms", "further token ms", "peak memory"]
     rows = _table(f"Measured on {device}, random weights (median, interquartile range)", names, left=2)
@@ -89,8 +89,8 @@ def timings_table(experiments: Sequence[Figures]) -> Table:
 
 
 def draw(experiments: Sequence[Figures]) -> Figure:
-    """A panel for every experiment and size: bars of an answer's FLOPs at every scale, by part; below
-    them, where measured, the time to the first token."""
+    """A panel for every experiment and size, with an answer's FLOPs by part at every scale; if measured, the time
+    to the first token below."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -126,7 +126,7 @@ def draw(experiments: Sequence[Figures]) -> Figure:
 
 
 def without_common_start(names: Sequence[str]) -> list[str]:
-    """`m3/convllava_768`, … for `base + m3/tune + m3/convllava_768`, …: what all have in common says nothing."""
+    """`m3/convllava_768`, … for `base + m3/tune + m3/convllava_768`, …: drops what all names have in common."""
     pieces, same = [name.split(" + ") for name in names], 0
     while len(set(names)) > 1 and same < min(map(len, pieces)) - 1 and len({own[same] for own in pieces}) == 1:
         same += 1
@@ -138,7 +138,7 @@ def _draw_flops(axes: Axes, at: Figures, factor: float, named: bool) -> None:
         bottom = 0.0
         for part, flops in _stacked(row, at["text_only"]).items():
             label = part if named and place == 0 else None
-            axes.bar(place, flops / factor, 0.74, bottom, color=COLOURS[part], label=label, zorder=2)
+            axes.bar(place, flops / factor, 0.74, bottom, color=COLORS[part], label=label, zorder=2)
             bottom += flops / factor
         share = f"{100 * row['visual_share']:.0f} %"
         axes.annotate(share, (place, bottom), (0, 3), textcoords="offset points", ha="center", fontsize=9)
@@ -146,10 +146,10 @@ def _draw_flops(axes: Axes, at: Figures, factor: float, named: bool) -> None:
 
 
 def _stacked(row: Figures, none: Figures) -> dict[str, int]:
-    """What a bar is made of; what visual tokens add to the prompt and to each new token is the LLM's."""
+    """A bar's pieces. What visual tokens add to prefill and decoding counts as `LLM on visual tokens`."""
     text = row["prefill_flops"] + row["decode_flops"] - none["prefill_flops"] - none["decode_flops"]
     flops = [none["prefill_flops"], none["decode_flops"], row["encoder_flops"], row["projector_flops"], text]
-    return dict(zip(COLOURS, flops, strict=True))
+    return dict(zip(COLORS, flops, strict=True))
 
 
 def _finish(axes: Axes, at: Figures) -> None:
@@ -173,7 +173,7 @@ def _add_legend(figure: Figure, first: Figures) -> None:
 
 
 def _name(own: Figures) -> str:
-    """As a cell of a table, in which rich would read brackets."""
+    """The name as a table cell, with brackets escaped for rich."""
     return escape(own["name"])
 
 

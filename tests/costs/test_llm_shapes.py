@@ -35,7 +35,7 @@ def test_without_a_network_the_table_answers_at_once(monkeypatch, caplog, tmp_pa
     started = time.monotonic()
     assert config_of("Qwen/Qwen3-0.6B").hidden_size == 1024
     assert time.monotonic() - started < 2
-    assert "Qwen/Qwen3-0.6B: not on this machine, published shapes instead" in caplog.text
+    assert "Qwen/Qwen3-0.6B: not on this machine, using its published config" in caplog.text
 
 
 def test_a_folder_beats_the_table(monkeypatch, tmp_path):

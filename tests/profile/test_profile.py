@@ -17,7 +17,7 @@ from lit_mm.costs.timing import AnswerTimer, quartiles
 from lit_mm.costs.units import in_bytes, in_flops
 from lit_mm.model.scales import nested_shapes
 from lit_mm.profile.experiment import Experiment, pooled_again, read_model
-from lit_mm.profile.memory import plan_of
+from lit_mm.profile.memory_plan import plan_of
 from lit_mm.profile.report import without_common_start
 from tests.helpers.environment import ROOT
 from tests.helpers.models import tiny_vlm
@@ -229,7 +229,7 @@ def test_what_is_quantized_is_said_to_be_left_out(run):
     }
     overrides = [word for name, value in quantized.items() for word in (f"--model.{name}", value)]
     _, printed = run("--config", QUICKSTART, *overrides)
-    assert "quickstart: llm.quantize 4bit is left out" in printed
+    assert "quickstart: llm.quantize 4bit is ignored" in printed
 
 
 def test_a_single_token_has_no_further_one(run):
