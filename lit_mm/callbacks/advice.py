@@ -27,7 +27,7 @@ class MemoryAdvice(Callback):
         """Warn with advice, if the error is an out-of-memory error."""
         if isinstance(exception, torch.OutOfMemoryError) or "can't allocate memory" in str(exception):
             warnings.warn(
-                f"out of memory{contents(self.batch)}. Less takes:\n{advice(trainer, pl_module)}", stacklevel=1
+                f"out of memory{contents(self.batch)}. To use less memory:\n{advice(trainer, pl_module)}", stacklevel=1
             )
 
 
