@@ -70,42 +70,40 @@ class LitMatryoshka(LightningModule):
         """Describe the model; it is built when the run starts.
 
         Args:
-            encoder: Image encoder: ConvNeXtEncoder (ConvLLaVA's) or TimmEncoder (a ViT, say).
+            encoder: Image encoder: ConvNeXtEncoder (ConvLLaVA's) or TimmEncoder (such as a ViT).
             llm: The causal LM with its tokenizer and chat template.
             scales: Visual tokens per image, or per frame of a video, finest first; each must divide
                 the encoder's grid.
-            time_scales: For video: into how many sets of neighboring frames a video is cut at most,
-                finest first; each must divide the one before. The model then trains on and answers
-                at every scale with every time scale, named 8x16 for 8 sets of frames with 16 tokens
-                each. null: frames are not pooled.
+            time_scales: For video: the largest numbers of sets of neighboring frames, finest first; each must
+                divide the one before. The model then trains on and answers at every scale with every time
+                scale, named 8x16 for 8 sets of frames with 16 tokens each. null: frames are not pooled.
             sampling: How coarser tokens come from finer ones: mean (M3's), spatial or sequential.
-            pooling: exact refuses images whose grid a scale does not divide; adaptive gives any grid
-                that is large enough every scale, by cutting it into boxes as equal as the next finer
-                scale's borders allow.
+            pooling: exact refuses images whose grid a scale does not divide; adaptive gives every scale to
+                any grid that is large enough, by cutting it into boxes as equal as the next finer scale's
+                borders allow.
             packing: How samples are laid out for the LLM. packed: all scales of all samples in one packed
-                sequence; sequential: one scale after another, each computed again in the backward pass, for
-                the least memory; padded: one scale after another on padded samples. auto: packed. LLMs with
-                attention windows, recurrent and untested ones take padded, whatever is chosen here.
-            attention: How a packed sequence attends. branch: one causal attention per branch, on any device;
+                sequence; sequential: one scale after another, each recomputed in the backward pass, for the
+                least memory; padded: one scale after another on padded samples. auto: packed. LLMs with
+                attention windows, recurrent LLMs and untested ones always use padded.
+            attention: The attention of a packed sequence. branch: one causal attention per branch, on any device;
                 flex: FlexAttention (GPU).
-            scales_per_step: How many scales (with time scales: of their combinations) take part in a
-                training step, drawn anew in each; their weights keep the expected loss the mean over
-                all. all: every one, as in M3.
+            scales_per_step: How many scales (with time scales: combinations) are drawn at random for each
+                training step, weighted so that the expected loss is the mean over all. all: every one, as in M3.
             keep_finest: Whether the finest scale takes part in every step when scales are drawn.
-            parts: What trains, from where on, how fast.
-            init_from: Weights to start from: an earlier run, or sources by part. Not a resume: that is
-                --ckpt_path, which restores everything and of which nothing is replaced by this.
-            activation_checkpointing: Parts whose blocks are computed again in the backward pass instead
-                of keeping their activations: less memory, a third more work in them.
-            optimizer: Gets one or two parameter groups a part; the parts set the learning rates.
-            scheduler: Gets the optimizer and the number of steps of the whole run.
+            parts: Which parts train, from which stage on, and their learning rates.
+            init_from: Weights to start from: an earlier run, or one source per part. This is not a resume;
+                --ckpt_path restores everything and overrides this.
+            activation_checkpointing: Parts whose blocks are recomputed in the backward pass instead of
+                keeping their activations: less memory, a third more computation in them.
+            optimizer: Called with the parameter groups; the parts set the learning rates.
+            scheduler: Called with the optimizer and the number of steps of the whole run.
             max_new_tokens: The longest generated answer, in tokens.
             decoding: How answers are generated. greedy: the most likely token each time, whatever the LLM's
                 generation_config says; of that only the end tokens are taken. own: with all its settings
                 (sampling, beams, penalties), which is how others run this LLM.
             init_gain: For training from scratch: convolutions and linear layers of encoder and
                 projector start with standard deviation init_gain / sqrt(fan-in). null keeps timm's
-                0.02 and torch's default, which leave widths below a hundred near dead.
+                0.02 and torch's default, which are too small for widths below a hundred to learn.
         """
         super().__init__()
         self.save_hyperparameters()
@@ -125,14 +123,13 @@ class LitMatryoshka(LightningModule):
             {f"{split}_{scale}": ExactMatch() for split in ("val", "test") for scale in self.all_scales}
         )
         if llm.quantize and not (parts.llm.frozen or parts.llm.lora):
-            raise ValueError(f"llm.quantize {llm.quantize}: its weights cannot train, set parts.llm.frozen or .lora")
+            raise ValueError(f"llm.quantize {llm.quantize}: these weights cannot train: set parts.llm.frozen or .lora")
         self.place, self._asked = Place(), list[Scale]()
-        self.order: dict[str, Any] = {}
         self.recent: list[tuple[list[str], Tensor]] = []
 
     @property
     def all_scales(self) -> list[Scale]:
-        """What the model answers at, finest first: its scales, at each of its time scales."""
+        """All scales that the model can answer at, finest first: each scale with each time scale."""
         return all_scales(self.scales, self.time_scales)
 
     @property
@@ -141,7 +138,7 @@ class LitMatryoshka(LightningModule):
         return self._asked or self.all_scales
 
     def ask_at(self, scales: Sequence[str | int] | None) -> None:
-        """Answer at some of the model's scales alone; None: at all.
+        """Answer at some of the model's scales only; None: at all of them.
 
         Raises:
             ValueError: The model does not have one of them.
@@ -153,7 +150,7 @@ class LitMatryoshka(LightningModule):
 
     @property
     def inputs(self) -> ModelInputs:
-        """What the data must know of this model; no weights are made for it."""
+        """What the data needs to know about this model; no weights are created for it."""
         with torch.device("meta"):
             encoder = self.vlm.encoder if hasattr(self, "vlm") else self.build_encoder()
         color = tuple(int(255 * value) for value in encoder.mean)  # truncated, as in LLaVA
@@ -174,7 +171,7 @@ class LitMatryoshka(LightningModule):
         )
 
     def configure_model(self) -> None:
-        """Build the model with its first weights, freeze what does not train, shard it if asked to."""
+        """Build the model with its initial weights, freeze what does not train, and shard it if configured."""
         if hasattr(self, "vlm"):
             return
         if self._trainer is not None and isinstance(self.trainer.strategy, FSDPStrategy):
@@ -189,21 +186,21 @@ class LitMatryoshka(LightningModule):
         if self._trainer is not None and self.trainer.precision == "bf16-true":
             self.vlm.to(torch.bfloat16)
         self.groups, self.table = parameter_groups(self.vlm, self.parts), parts_table(self.vlm, self.parts)
-        self.costs = Costs.if_known(self.vlm, self.activation_checkpointing)  # a sharded model can not be asked
+        self.costs = Costs.if_known(self.vlm, self.activation_checkpointing)  # sharded models cannot be counted
         self.vlm.sharded = is_sharded(self._trainer)
         if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             shard(self.vlm, self.trainer.strategy.device_mesh["data_parallel"], self.trainer.strategy, direct)
 
     def _read_by_layer(self) -> Weights | None:
-        """The LLM's weights, if it is to be built on `meta` and get them layer by layer as it is sharded."""
+        """The weights of an LLM that is built on `meta` and loaded layer by layer while it is sharded, or None."""
         weights = llm_weights(self.llm, self.init_from.sources.get("llm")) if is_sharded(self._trainer) else None
         if weights is None:
             return None
         expected = expected_names(load_llm(self.llm, self.tokenizer, on_meta=True))
-        return weights if set(expected) <= set(weights.tensors) else None  # other names: transformers knows them
+        return weights if set(expected) <= set(weights.tensors) else None  # other names: only transformers can map them
 
     def _build(self, on_meta: bool = False) -> MatryoshkaVLM:
-        """The three parts, from the published or from random weights; the LLM without any if on_meta."""
+        """The model with published or random weights; the LLM has none if on_meta."""
         encoder, llm = self.build_encoder(), load_llm(self.llm, self.tokenizer, on_meta)
         if self.packing != "padded":
             llm.set_attn_implementation(NAME)
@@ -215,9 +212,9 @@ class LitMatryoshka(LightningModule):
         return vlm
 
     def on_fit_start(self) -> None:
-        """Say what trains and how samples are packed."""
+        """Print what trains and how samples are packed."""
         if self.packing == "sequential" and is_sharded(self.trainer):
-            raise ValueError("model.packing sequential: ranks would run the LLM unequally often, shard with another")
+            raise ValueError("model.packing sequential: sharded ranks would run the LLM a different number of times")
         self.divisor: Tensor | None = None
         self.checked = False
         if self.trainer.is_global_zero:
@@ -239,27 +236,27 @@ class LitMatryoshka(LightningModule):
     on_predict_start = on_test_start
 
     def on_train_epoch_start(self) -> None:
-        """A new place."""
+        """Start the epoch's place."""
         self.place.epoch, self.place.batches = self.trainer.current_epoch, 0
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Random numbers and the logger's step follow from the place alone."""
+        """Let random numbers and the logger's step depend on the place only."""
         seed_step(self.trainer.current_epoch, batch_idx, self.global_rank)
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean over scales of the next-token loss (M3, equation 1), over the labels of all ranks.
 
-        Lightning divides by the batches it accumulates and averages over ranks. With the same
-        divisor everywhere, that of an accumulation's first batch, the sum is right but for a factor
-        that `on_before_optimizer_step` corrects.
+        Lightning divides by the number of accumulated batches and averages over ranks. All batches of an accumulation
+        use the divisor of its first one, so that the sum is off by one factor only, which
+        `on_before_optimizer_step` corrects.
         """
-        if not self.checked:  # here and not earlier, as sharded models compute within a step alone
+        if not self.checked:  # sharded models only compute within a step
             check_packing(self.vlm, self.packing, self.attention)
             self.checked = True
         window = self.trainer.accumulate_grad_batches
         num_labels, encodings = self._over_ranks(batch)
-        if batch_idx % window == 0 or self.divisor is None:  # or resumed between two steps
+        if batch_idx % window == 0 or self.divisor is None:  # or resumed within an accumulation
             self.divisor, self.num_labels = num_labels.clamp(min=1) * window, torch.zeros_like(num_labels)
         self.num_labels += num_labels
         losses = self.vlm(batch, self.divisor / (window * self.trainer.world_size), encodings)
@@ -271,7 +268,7 @@ class LitMatryoshka(LightningModule):
         return losses.loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Divide by the number of labels that were accumulated."""
+        """Divide the gradients by the number of accumulated labels."""
         if self.trainer.accumulate_grad_batches > 1 and self.divisor is not None:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             torch._foreach_mul_(gradients, self.divisor / self.num_labels.clamp(min=1))
@@ -279,24 +276,24 @@ class LitMatryoshka(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip, log the gradients' norm, and stop where it is not finite.
+        """Clip the gradients and log their norm.
 
         Raises:
-            FloatingPointError: It is not; the records of the step are in a file then.
+            FloatingPointError: The norm is not finite. The records of the step are then written to a file.
         """
         norm = clip(optimizer, gradient_clip_val, gradient_clip_algorithm)
         refuse_not_finite(norm, self.trainer, self.recent)
         self.log("train/gradient_norm", norm)
 
     def optimizer_step(self, epoch: int, batch_idx: int, *arguments: Any, **named: Any) -> None:
-        """Step, and remember how far the weights have come."""
+        """Step, and keep the place that the weights have reached."""
         super().optimizer_step(epoch, batch_idx, *arguments, **named)
         self.place = Place(epoch, batch_idx + 1, self.place.steps + 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write the place that the weights have reached, wherever Lightning's loops are.
+        """Write the place that the weights have reached, whatever the state of Lightning's loops.
 
-        Of a module made in Python the hyperparameters are objects: without them nothing needs unpickling.
+        The hyperparameters of a module made in Python are objects; leaving them out avoids pickled code.
         """
         if "_instantiator" not in checkpoint.get("hyper_parameters", {}):
             checkpoint.pop("hyper_parameters", None)
@@ -306,29 +303,30 @@ class LitMatryoshka(LightningModule):
             write_place(checkpoint, self.place, int(self.trainer.num_training_batches))
 
     def _identity(self) -> dict[str, Any]:
-        """What makes the same weights another model."""
+        """The settings that change what the same weights compute."""
         named = {name: getattr(self, name) for name in ("scales", "time_scales", "sampling", "pooling")}
         return named | {"chat template": self.tokenizer.chat_template}
 
     def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
-        """As torch's, with a shorter word about what does not fit.
+        """Load weights, with a shorter error than torch's.
 
         Raises:
-            ValueError: The weights are another model's.
+            ValueError: The weights are those of another model.
         """
         try:
             return super().load_state_dict(*arguments, **options)
         except RuntimeError as error:
             lines = [f"{line.strip():.300}" for line in str(error).splitlines()]
-            said = lines[1:] or lines  # the first of several names only the class
+            said = lines[1:] or lines  # the first line only names the class
             more = f" (and {len(said) - 3} more)" if len(said) > 3 else ""
             raise ValueError(f"--ckpt_path: the checkpoint is of another model: {' '.join(said[:3])}{more}") from None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from the checkpoint's place; what is judged there is logged at its last step.
+        """Continue from the checkpoint's place; an evaluation is logged at its last step.
 
         Raises:
-            ValueError: It has none: this version did not write it.
+            ValueError: It is a checkpoint of another model, of other trained parts, or of other batches in the
+                middle of an epoch, or this version did not write it.
         """
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if fitting and "place" not in checkpoint:
@@ -341,20 +339,19 @@ class LitMatryoshka(LightningModule):
         check_model(checkpoint.get("identity", {}), self._identity())
         self.place = Place(**checkpoint.get("place", {}))
         if fitting:
-            self.order = checkpoint["order"]
+            check_order(checkpoint["order"], self._order(), self.place)
         elif self._trainer is not None:
             self.trainer.fit_loop.epoch_loop._batches_that_stepped = max(0, self.place.steps - 1)
 
     def on_train_start(self) -> None:
-        """A run that goes on in the middle of an epoch must have the batches of the one that began it."""
-        self.place.steps = self.trainer.global_step  # 0 also of a module that came from a checkpoint or another fit
-        check_order(self.order, self._order(), self.place)
+        """Run the checks that need the loaders and the optimizer."""
+        self.place.steps = self.trainer.global_step  # 0 for a module from another fit or from load_from_checkpoint
         refuse_hidden_scale(self.trainer)
         refuse_unknown_metrics(self.trainer, self.metric_names())
         set_options(self.trainer, self.options)
 
     def metric_names(self) -> list[str]:
-        """What a fit logs of this model for callbacks to monitor; `val/…` only with data to validate on."""
+        """The metrics that a fit logs and callbacks can monitor; `val/…` only with validation data."""
         names = ["epoch", "step", "train/loss", *(f"train/loss@{scale}" for scale in self.all_scales)]
         names.append("train/gradient_norm")
         if sum(self.trainer.num_val_batches):
@@ -363,33 +360,31 @@ class LitMatryoshka(LightningModule):
         return names
 
     def _trained(self) -> dict[str, int]:
-        """How many parameters are in each group, and of what rank its adapters are."""
-        rank = (
-            {"lora rank": self.parts.llm.lora.r, "lora alpha": self.parts.llm.lora.lora_alpha}
-            if self.parts.llm.lora
-            else {}
-        )
-        return {group["name"]: len(group["params"]) for group in self.groups} | rank
+        """The number of parameters in each group, and the shape of the LLM's adapters."""
+        trained = {group["name"]: len(group["params"]) for group in self.groups}
+        if lora := self.parts.llm.lora:
+            trained |= {"lora rank": lora.r, "lora alpha": lora.lora_alpha}
+        return trained
 
     def _order(self) -> dict[str, Any]:
-        """What decides the batches, if the data can tell."""
+        """The settings that decide the batches, if the data module reports them."""
         data = getattr(self.trainer, "datamodule", None)
         return cast(Any, data).order() if hasattr(data, "order") else {}
 
     def _over_ranks(self, batch: Batch) -> tuple[Tensor, int]:
-        """Labels of all ranks, and how many times each must run its encoder: as the one with most sizes."""
+        """Labels of all ranks, and how often each must run its encoder: as often as the one with most image sizes."""
         own = torch.tensor([batch.num_labels, max(1, len(batch.images.groups))], device=self.device)
         if self.trainer.world_size == 1:
-            return own[0].float(), 1  # without an image nothing might depend on what trains
+            return own[0].float(), 1  # 1, so that the loss depends on the encoder also without images
         labels, encodings = cast(Tensor, self.all_gather(own)).unbind(1)
         return labels.sum().float(), int(encodings.max())
 
     def _encodings(self, batch: Batch) -> int:
-        """How often ranks that wait for each other must run their encoders."""
+        """How often every rank must run its encoder in evaluation, where only sharded ranks wait for each other."""
         return self._over_ranks(batch)[1] if self.vlm.sharded else 0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Losses and accuracies at every scale; a rank with fewer records logs nothing, by weight, too."""
+        """Log losses and accuracies at every scale; a rank that is out of records logs with weight 0."""
         nothing = torch.zeros(len(self.all_scales), device=self.device)
         losses, encodings = Losses(nothing, nothing), self._encodings(batch)
         if batch.input_ids:
@@ -427,8 +422,10 @@ class LitMatryoshka(LightningModule):
             self.log(f"{split}/accuracy@{scale}", metric, on_step=False, on_epoch=True, batch_size=len(expected))
 
     def _log_losses(self, split: Literal["train", "val"], losses: Losses, batch: Batch) -> None:
-        """`train/loss` and `train/loss@16`, … of the drawn scales; means of this rank's batch. Epoch
-        means are weighted by the number of labels, which Lightning, over ranks, divides in integers."""
+        """Log the mean losses of this rank's batch: `train/loss`, and `train/loss@16`, … of the drawn scales.
+
+        Epoch means are weighted by the number of labels, times the ranks because Lightning divides it in integers.
+        """
         found = zip(self.all_scales, losses.per_scale, batch.scale_weights, strict=True)
         per_scale = {scale: loss for scale, loss, weight in found if weight}
         values = {f"{split}/loss@{scale}": loss for scale, loss in per_scale.items()}
@@ -438,22 +435,24 @@ class LitMatryoshka(LightningModule):
         self.log_dict(values, prog_bar=training, batch_size=count, sync_dist=not training)
 
     def configure_optimizers(self) -> Any:
-        """The configured optimizer over the parts' groups, and the schedule by steps."""
+        """The configured optimizer with the parameter groups of the parts, and the schedule, updated every step."""
         optimizer = self.build_optimizer(with_parameters(self.groups, self.vlm))
         if isinstance(optimizer, MuonAdamW) and is_sharded(self.trainer):
-            raise ValueError("model.optimizer MuonAdamW wants whole matrices: shard with FusedAdamW")
+            raise ValueError("model.optimizer MuonAdamW needs whole matrices: shard with FusedAdamW")
         self.options = [{n: v for n, v in group.items() if n != "params"} for group in optimizer.param_groups]
         scheduler = self.build_scheduler(optimizer, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run: the smaller of what max_steps and max_epochs allow. Counted without
-        `estimated_stepping_batches`, which would restart the data on resume.
+        """Optimizer steps of the whole run: the smaller of max_steps and the steps of max_epochs.
+
+        `estimated_stepping_batches` would restart the data on resume.
 
         Raises:
             ValueError: Neither max_steps nor max_epochs bounds the run.
         """
-        most, epochs, steps = self.trainer.max_steps, self.trainer.max_epochs, 0
+        most, epochs, limit = self.trainer.max_steps, self.trainer.max_epochs, self.trainer.limit_train_batches
+        steps = 0
         if epochs is None or epochs < 0:
             if most < 0:
                 raise ValueError("set trainer.max_steps or trainer.max_epochs: the schedule needs the run's length")
@@ -461,12 +460,7 @@ class LitMatryoshka(LightningModule):
         for epoch in range(epochs):
             if 0 <= most <= steps:
                 return most
-            steps += self._steps_of(epoch)
+            batches = len(cast(Any, self.trainer).datamodule.train_plans(epoch))
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+            steps += math.ceil(batches / self.trainer.accumulate_grad_batches)
         return min(steps, most) if most >= 0 else steps
-
-    def _steps_of(self, epoch: int) -> int:
-        """Optimizer steps of one epoch."""
-        limit = self.trainer.limit_train_batches
-        batches = len(cast(Any, self.trainer).datamodule.train_plans(epoch))
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        return math.ceil(batches / self.trainer.accumulate_grad_batches)

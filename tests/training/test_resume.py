@@ -19,6 +19,7 @@ from tests.helpers.command_line import CONFIG, forked
 from tests.helpers.environment import ROOT
 from tests.helpers.media import draw
 from tests.helpers.records import conversation
+from tests.helpers.runs import fit
 
 
 def configuration() -> dict:
@@ -170,3 +171,14 @@ def test_two_ranks(tmp_path, data):
     for workers, way, rank in ((0, "SIGKILL", 0), (2, "SIGTERM", 1)):
         runs.config["data"]["init_args"]["num_workers"] = workers
         runs.check(way, after=random.Random(workers).randint(3, runs.length() - 1), rank=rank, way=way)
+
+
+def test_a_finished_run_is_not_resumed_with_other_batches(instruction_set, tmp_path):
+    """The fit would end without a step and without an error."""
+    file = tmp_path / "finished.ckpt"
+    _, trainer = fit(instruction_set, tmp_path, max_steps=2, limit_val_batches=0)  # of an epoch's four
+    trainer.save_checkpoint(file)
+    _, trainer = fit(instruction_set, tmp_path, ckpt_path=str(file), max_steps=2, limit_val_batches=0)
+    assert trainer.global_step == 2
+    with pytest.raises(ValueError, match=r"stopped after batch 2 .*: batch_size was 4 and is 2"):
+        fit(instruction_set, tmp_path, ckpt_path=str(file), data={"batch_size": 2}, max_steps=2, limit_val_batches=0)

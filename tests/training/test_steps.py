@@ -157,7 +157,7 @@ def test_out_of_memory_names_the_knobs(instruction_set, tmp_path):
 def test_quantized_weights_need_adapters_and_a_pretrained_model():
     quantized = tiny_llm()
     quantized.quantize = "4bit"
-    with pytest.raises(ValueError, match=r"its weights cannot train, set parts.llm.frozen or .lora"):
+    with pytest.raises(ValueError, match=r"these weights cannot train: set parts.llm.frozen or .lora"):
         module(quantized, parts=Parts())
     with pytest.raises(ValueError, match="goes with a pretrained model"):
         module(quantized, parts=Parts(llm=LLMPart(lora=LoRA(4)))).configure_model()

@@ -77,9 +77,9 @@ def folder(tmp_path_factory) -> Path:
     resume = {"resume": root / "fsdp/half/after.ckpt"}
     runs += [run_of(root / "fsdp/resumed", "fsdp", "all", eight, **copy.deepcopy(same), **resume)]
     muon = {"optimizer": partial(MuonAdamW)}
-    runs += [run_of(root / "fsdp/muon", "fsdp", "all", model=muon, fails="wants whole matrices")]
+    runs += [run_of(root / "fsdp/muon", "fsdp", "all", model=muon, fails="needs whole matrices")]
     sequential = {"packing": "sequential"}
-    runs += [run_of(root / "fsdp/sequential", "fsdp", "all", model=sequential, fails="unequally often")]
+    runs += [run_of(root / "fsdp/sequential", "fsdp", "all", model=sequential, fails="a different number of times")]
     on_ranks(2, runs)
     on_ranks(1, [run_of(root / "fsdp/resumed on one", "fsdp", "all", eight, **copy.deepcopy(same), **resume)])
     return root
