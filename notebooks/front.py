@@ -1,5 +1,7 @@
-"""The README's picture, one photo's nested tokens and what an answer from each set costs:
-python notebooks/front.py"""
+"""Draw the README's picture: the nested tokens of a photo, and the cost of an answer from each set.
+
+Run it with `python notebooks/front.py`.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ SIDE, PROMPT, ANSWER = 1536, 64, 64
 
 
 def main() -> None:
-    """Draw it anew."""
-    with chdir(ROOT):  # a recipe's paths start there
+    """Write docs/elastic_tokens.png."""
+    with chdir(ROOT):  # the paths in recipes are relative to it
         experiment = Experiment("ConvLLaVA", read_model(RECIPE, []), [(SIDE, SIDE)], "bfloat16")
     [figures] = figures_of(experiment, PROMPT, ANSWER)["sizes"]
     mean = torch.tensor(experiment.encoder.mean)
@@ -40,7 +42,7 @@ def main() -> None:
 
 
 def drawn(pixels: torch.Tensor, sets: Sequence[torch.Tensor], figures: dict[str, Any]) -> Figure:
-    """Above the photo and its sets of tokens, below the FLOPs of an answer from each."""
+    """Above, the photo and its sets of tokens; below, the FLOPs of an answer from each set."""
     figure = Figure(figsize=(12, 4.7), layout="constrained")
     above, below = figure.subplots(2, 1 + len(sets), sharey="row", gridspec_kw={"height_ratios": [1.05, 1]})
     above[0].imshow(photo_of(pixels), extent=(0, 1, 1, 0))
@@ -68,7 +70,7 @@ def _draw_tokens(axes: Axes, tokens: torch.Tensor) -> None:
 
 
 def _draw_cost(axes: Axes, row: dict[str, Any], text: int) -> None:
-    """A bar: the text, the encoder with the projector, and what the visual tokens cost the LLM."""
+    """A bar of three parts: the text, the encoder with the projector, and the LLM on visual tokens."""
     image = row["encoder_flops"] + row["projector_flops"]
     parts = {"text": (text, TEXT), "encoder": (image, ENCODER)}
     parts["LLM on visual tokens"] = row["total_flops"] - text - image, VISUAL

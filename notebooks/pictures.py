@@ -1,4 +1,4 @@
-"""The drawings of the notebooks: figures in, small PNGs out. Numbers come from the cells that call them."""
+"""The plots of the notebooks, as small PNGs. The notebooks compute the numbers."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 from torch import Tensor
 
-from lit_mm.callbacks.efficiency_report import draw_accuracy, draw_speed
+warnings.filterwarnings("ignore", message="IProgress not found")  # about progress bars, which no cell shows
+from lit_mm.callbacks.efficiency_report import draw_accuracy, draw_speed  # noqa: E402 (after the filter)
 
 SCALES = ["#1f5fa8", "#2f8f83", "#8a9a2b", "#d9822b", "#b5403a"]
-"""Of the scales, finest first; as often again as needed."""
+"""Colors of the scales, finest first; repeated if there are more scales."""
 PREFIX, QUESTION, ANSWER = "#4a525c", "#c9ced5", "#8c95a1"
 ENCODER, VISUAL, TEXT = "#1f5fa8", "#d9822b", "#d3d7dc"
 MARK = "#ffe600"
-warnings.filterwarnings("ignore", message="IProgress not found")  # of progress bars, which no cell draws
 matplotlib.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
 
 
 def show(figure: Figure) -> Shown:
-    """A figure for a notebook."""
+    """Turn a figure into an output of a notebook."""
     kept = BytesIO()
     write(figure, kept)
     return Shown(kept.getvalue())
 
 
 def write(figure: Figure, to: BytesIO | Path) -> None:
-    """As a PNG of at most 192 colors, so that it stays small."""
+    """Write a figure as a PNG with at most 192 colors, to keep it small."""
     drawn = BytesIO()
     figure.savefig(drawn, dpi=110)
     Image.open(drawn).convert("RGB").quantize(192).save(to, "png", optimize=True)
 
 
 def photo_of(pixels: Tensor, side: int = 330) -> np.ndarray:
-    """uint8 pixels [1, 3, H, W] -> [h, w, 3] of about the size at which it is shown."""
+    """uint8 pixels [1, 3, H, W] -> [h, w, 3], downscaled to about the size at which it is shown."""
     image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
     image.thumbnail((side, side))
     return np.asarray(image)
 
 
 def nested_sets(pixels: Tensor, sets: Sequence[Tensor], shapes: Sequence[tuple[int, int]], number: int) -> Shown:
-    """The photo and each set of tokens in its colors; one token of the last scale but one is followed
-    through all of them: `number`, counted in reading order."""
+    """The photo and each set of tokens as colors, with a box around the same region in all of them: that of token
+    `number`, in reading order, of the second coarsest scale."""
     figure = Figure(figsize=(9.6, 7.0), layout="constrained")
     places = figure.subplots(-(-(len(sets) + 1) // 3), 3, squeeze=False).ravel()
     height, width = pixels.shape[-2:]
@@ -68,13 +68,13 @@ def nested_sets(pixels: Tensor, sets: Sequence[Tensor], shapes: Sequence[tuple[i
         axes.set_title(f"{_count(down * across)} ({down} × {across}){family}", loc="left")
     for axes in places:
         axes.axis("off")
-    for axes in places[: len(sets)]:  # the last set has tokens larger than the box
+    for axes in places[: len(sets)]:  # the tokens of the last set are larger than the box
         axes.add_patch(Rectangle(box[:2], *box[2:], fill=False, edgecolor=MARK, linewidth=3, clip_on=False, zorder=3))
     return show(figure)
 
 
 def cut_sets(photos: Sequence[tuple[Tensor, Sequence[tuple[Tensor, tuple[list[int], list[int]]]]]], cell: int) -> Shown:
-    """A row for every photo: itself, and its sets of tokens as boxes between cuts, in cells."""
+    """One row per photo: the photo, and its sets of tokens as boxes between cuts (in cells)."""
     heights = [cuts[0][-1] for _, ((_, cuts), *_) in photos]
     columns = 1 + len(photos[0][1])
     figure = Figure(figsize=(9.6, 9.6 / columns * sum(heights) / max(w for w in _widths(photos)) + 0.9))
@@ -100,34 +100,34 @@ def _widths(photos: Sequence[Any]) -> list[int]:
 
 
 def grid_lines(axes: Axes, down: Sequence[float], across: Sequence[float]) -> None:
-    """White lines between tokens."""
+    """Draw white lines between tokens."""
     width = 3.0 / max(1.0, len(down) ** 0.5)
     axes.hlines(down, across[0], across[-1], color="white", linewidth=width)
     axes.vlines(across, down[0], down[-1], color="white", linewidth=width)
 
 
-def colours_of(kinds: np.ndarray) -> np.ndarray:
-    """[L] kinds -> [L, 3]: -3 prefix, -2 question, -1 answer, else the scale whose visual token it is."""
+def colors_of(kinds: np.ndarray) -> np.ndarray:
+    """[L] kinds -> [L, 3]: -3 prefix, -2 question, -1 answer, otherwise the index of the visual token's scale."""
     table = [matplotlib.colors.to_rgb(color) for color in [PREFIX, QUESTION, ANSWER, *SCALES * 3]]
     return np.array(table)[kinds + 3]
 
 
-def packed_row(kinds: np.ndarray, positions: np.ndarray, scales: Sequence[int]) -> Shown:
-    """Above, the row as it lies in memory; below, every branch at the positions that the LLM is told."""
+def packed_sequence(kinds: np.ndarray, positions: np.ndarray, scales: Sequence[int]) -> Shown:
+    """Above, the packed sequence in memory; below, each branch at the position ids that the LLM gets."""
     figure = Figure(figsize=(9.6, 4.4), layout="constrained")
     above, below = figure.subplots(2, 1, gridspec_kw={"height_ratios": [1, len(scales) + 1]})
     starts = branch_starts(kinds, positions)
     _strip(above, kinds, (0, len(kinds)), (0, 1))
     above.vlines(starts, 0, 1, color="white", linewidth=2)
-    above.set(yticks=[], xlim=(0, len(kinds)), xlabel="place in the row")
-    above.set_title(f"In memory: one row of {len(kinds):,} positions", loc="left")
+    above.set(yticks=[], xlim=(0, len(kinds)), xlabel="index in memory")
+    above.set_title(f"In memory: one packed sequence of {len(kinds):,} positions", loc="left")
     for number, (start, end) in enumerate(zip([0, *starts], [*starts, len(kinds)], strict=True)):
         _strip(below, kinds[start:end], (positions[start], positions[end - 1] + 1), (number + 0.4, number - 0.4))
     below.set_yticks(range(len(scales) + 1), ["prefix", *map(_count, scales)])
     for label, color in zip(below.get_yticklabels(), [PREFIX, *SCALES * 3], strict=False):
         label.set(color=color, fontweight="bold")
     below.set(xlabel="position id", xlim=(0, positions.max() + 1), ylim=(len(scales) + 0.5, -0.5))
-    below.set_title("As the LLM reads it: a branch a scale, each behind the prefix", loc="left")
+    below.set_title("As the LLM reads it: one branch per scale, each after the prefix", loc="left")
     below.axvline(positions[starts[0]], color="#9aa3ad", linewidth=1, linestyle=":", zorder=0)
     below.legend(handles=_kinds(), frameon=False, loc="lower right")
     for axes in (above, below):
@@ -137,12 +137,12 @@ def packed_row(kinds: np.ndarray, positions: np.ndarray, scales: Sequence[int]) 
 
 
 def branch_starts(kinds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Where a branch begins: behind the prefix, and wherever positions go back."""
+    """Where a branch starts: after the prefix, and wherever position ids jump back."""
     return np.flatnonzero((np.diff(positions) < 1) | (np.diff(kinds == -3) != 0)) + 1
 
 
 def _strip(axes: Axes, kinds: np.ndarray, across: tuple[float, float], down: tuple[float, float]) -> None:
-    axes.imshow(colours_of(kinds)[None], aspect="auto", extent=(*across, *down), interpolation="nearest")
+    axes.imshow(colors_of(kinds)[None], aspect="auto", extent=(*across, *down), interpolation="nearest")
 
 
 def _count(tokens: int) -> str:
@@ -150,18 +150,19 @@ def _count(tokens: int) -> str:
 
 
 def _kinds() -> list[Patch]:
-    text = [("prefix", PREFIX), ("question", QUESTION), ("answer: the targets", ANSWER)]
-    return [Patch(color=color, label=name) for name, color in [*text, ("visual tokens, a color a scale", SCALES[0])]]
+    kinds = [("prefix", PREFIX), ("question", QUESTION), ("answer: the targets", ANSWER)]
+    kinds.append(("visual tokens, one color per scale", SCALES[0]))
+    return [Patch(color=color, label=name) for name, color in kinds]
 
 
 def attention(sees: np.ndarray, moved: np.ndarray, kinds: np.ndarray) -> Shown:
     """Two matrices [queries, keys] side by side, in the colors of the keys."""
     figure = Figure(figsize=(9.6, 5.0), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.set(title="On paper", xlabel="… that position", ylabel="this position sees …")
+    left.set(title="In theory", xlabel="… that position", ylabel="this position sees …")
     right.set(title="In a model", xlabel="… that position changes", ylabel="this output moves if …")
     for axes, pairs in ((left, sees), (right, moved)):
-        axes.imshow(np.where(pairs[..., None], colours_of(kinds), 1.0), interpolation="antialiased")
+        axes.imshow(np.where(pairs[..., None], colors_of(kinds), 1.0), interpolation="antialiased")
         _strip(axes, kinds, (0, len(kinds)), (-0.015 * len(kinds), -0.045 * len(kinds)))
         axes.set(xlim=(0, len(kinds)), ylim=(len(kinds), -0.05 * len(kinds)), aspect="equal")
         axes.spines[:].set_visible(False)
@@ -175,7 +176,7 @@ def attention(sees: np.ndarray, moved: np.ndarray, kinds: np.ndarray) -> Shown:
 
 
 def bars(models: Sequence[dict[str, Any]], columns: int = 3) -> Shown:
-    """A panel a model: FLOPs to the first token at every scale, by part, and above it the encoder's share.
+    """One panel per model: FLOPs to the first token at every scale, by part, with the encoder's share above each bar.
 
     Each has a `name` and `answers`: (tokens, FLOPs of encoder and projector, of the LLM on the whole
     prompt, of the LLM on the text alone) at every scale.
@@ -189,7 +190,7 @@ def bars(models: Sequence[dict[str, Any]], columns: int = 3) -> Shown:
         axes.set_ylabel("TFLOPs to the first token")
     for axes in places[-columns:]:
         axes.set_xlabel("visual tokens")
-    _name_parts(figure, "text of the prompt", "encoder, its share above", "LLM on visual tokens")
+    _name_parts(figure, "text of the prompt", "encoder, with its share above", "LLM on visual tokens")
     return show(figure)
 
 
@@ -210,7 +211,7 @@ def _name_parts(figure: Figure, *names: str) -> None:
 
 
 def eaten(models: Sequence[dict[str, Any]], columns: int = 3) -> Shown:
-    """A panel a model: how many times fewer FLOPs than at its finest scale, of the LLM and with the encoder."""
+    """One panel per model: how many times fewer FLOPs than at its finest scale, with and without the encoder."""
     figure, places = _panels(len(models), columns, 2.7, sharey=True)
     for axes, model in zip(places, models, strict=True):
         tokens, image, prompt, _ = (np.array(column, float) for column in zip(*model["answers"], strict=True))
@@ -244,7 +245,7 @@ def _panels(count: int, columns: int, height: float, **options: Any) -> tuple[Fi
 
 
 def against_resolution(lines: dict[str, list[tuple[int, int, float, float]]]) -> Shown:
-    """Two panels over the side in pixels: tokens; FLOPs of the encoder and to the first token.
+    """Two panels against the image side in pixels: tokens; FLOPs of the encoder and to the first token.
 
     Each line has points (side, tokens, FLOPs of encoder and projector, FLOPs to the first token).
     """
@@ -269,7 +270,7 @@ def against_resolution(lines: dict[str, list[tuple[int, int, float, float]]]) ->
 
 
 def _apart(ticks: Sequence[int]) -> list[int]:
-    """Largest first, those with room for their label."""
+    """The ticks that have room for their labels, largest first."""
     kept: list[int] = []
     for tick in reversed(ticks):
         if not kept or kept[-1] > 1.25 * tick:
@@ -278,7 +279,7 @@ def _apart(ticks: Sequence[int]) -> list[int]:
 
 
 def finished_run(result: dict[str, Any]) -> Shown:
-    """Accuracy against tokens, and where it was measured the time to the first token beside it."""
+    """Accuracy against tokens and, if it was measured, the time to the first token."""
     measured = any(row["measured"] for row in result["scales"])
     figure, (left, *right) = _panels(1 + measured, 1 + measured, 4)
     draw_accuracy(left, result)

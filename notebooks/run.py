@@ -1,4 +1,4 @@
-"""Run the notebooks anew and keep what they show: python notebooks/run.py"""
+"""Rerun the notebooks and save their outputs: python notebooks/run.py"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parent
 
 
 def executed(path: Path) -> nbformat.NotebookNode:
-    """A notebook with what its cells put out now.
+    """A notebook with the outputs of a new run.
 
     Raises:
         CellExecutionError: A cell fails.
