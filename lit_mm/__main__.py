@@ -1,4 +1,4 @@
-"""`python -m lit_mm`: help without heavy imports, errors without tracebacks where they are the user's."""
+"""`python -m lit_mm`: help without heavy imports, user errors without tracebacks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ lit_mm trains and studies large multimodal models with elastic visual tokens.
 
   python -m lit_mm fit      --config experiments/quickstart.yaml       train
   python -m lit_mm validate --config … --ckpt_path last                losses and accuracies on the val set
-  python -m lit_mm test     --config … --ckpt_path last                accuracy at every token scale
-  python -m lit_mm predict  --config … --ckpt_path last                answers to files
+  python -m lit_mm test     --config … --ckpt_path last                accuracy at every scale
+  python -m lit_mm predict  --config … --ckpt_path last                write answers to files
   python -m lit_mm export   --config … --ckpt_path last --to FOLDER    plain weights, a Hugging Face LLM
   python -m lit_mm profile  --config … [--sizes 768 1024]              what every visual token costs, without weights
 
-  --config FILE          an experiment; several are laid over each other, later ones win
+  --config FILE          an experiment; a later file overrides an earlier one
   --ckpt_path last       the newest run below trainer.default_root_dir, or the path of a checkpoint
-  --model.scales [16,1]  any field of the config, by its name
-  --print_config         the whole configuration that would run
-  fit --help             every field; --model.encoder.help ConvNeXtEncoder and the like go deeper
+  --model.scales [16,1]  any field of the config
+  --print_config         print the resulting config
+  fit --help             every field; for those of one class: --model.encoder.help ConvNeXtEncoder
 """
 INTERRUPTED = 130
-"""The exit status that shells give Ctrl-C."""
+"""The exit status of shells for Ctrl-C."""
 VERBS = ("fit", "validate", "test", "predict", "export", "profile")
 
 
@@ -42,12 +42,19 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(arguments: list[str]) -> None:
-    """Hand over to the verb. What a user can mend ends in its message alone, Ctrl-C with status 130."""
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not the user's
+    """Run a command. User errors end with a message only, Ctrl-C with status 130."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # about Lightning's calls
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     try:
-        start(arguments)
+        if arguments[0] == "profile":  # reads configs by itself
+            from lit_mm.profile.command import main as profile
+
+            profile(arguments[1:])
+        else:
+            from lit_mm.cli import LitMMCLI
+
+            LitMMCLI(arguments if arguments != sys.argv[1:] else None)
     except (ValueError, OSError, ImportError, FloatingPointError, MisconfigurationException) as error:
         if os.environ.get("LIT_MM_TRACEBACK"):
             raise
@@ -58,34 +65,22 @@ def run(arguments: list[str]) -> None:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # of which Lightning makes a status of 1
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning exits with 1
             sys.exit(INTERRUPTED)
         raise
 
 
 def tidy(message: str) -> str:
-    """An error of jsonargparse without its talk of types: of a value that fits no choice, what each choice says."""
+    """An error of jsonargparse without its list of types: for a value that fits no choice, the error of each choice."""
     if "Does not validate against any of the Union subtypes" not in message:
         return message
     head = message.split("Does not validate", 1)[0].strip()
     said = [line.strip().removeprefix("- ") for line in message.splitlines()]
     nothing = ("Expected a <class 'NoneType'>", "Does not validate", "Subtypes:", "Errors:", "Given value")
     kept = [line for line in said if line and not line.startswith(nothing) and line != head]
-    whole = ("Given value: Namespace(", "Given value: NestedArg(", "Given value: {")  # what it is part of
+    whole = ("Given value: Namespace(", "Given value: NestedArg(", "Given value: {")  # the object that contains it
     given = [line for line in said if line.startswith("Given value:") and not line.startswith(whole)]
     return "\n  ".join([head, *dict.fromkeys(kept), *given[:1]]).strip()
-
-
-def start(arguments: list[str]) -> None:
-    """`profile` reads configs by itself, the other verbs are LightningCLI's."""
-    if arguments[0] == "profile":
-        from lit_mm.profile.command import main as profile
-
-        profile(arguments[1:])
-        return
-    from lit_mm.cli import LitMMCLI
-
-    LitMMCLI(arguments if arguments != sys.argv[1:] else None)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The command line: LightningCLI with this project's classes and the layout of its run folders.
+"""The command line: LightningCLI with this project's classes and run folders.
 
-<trainer.default_root_dir>/version_0/      one run: its config.yaml, checkpoints/, TensorBoard
-                                           logs, and what test and predict made of it
+<trainer.default_root_dir>/version_0/ is the folder of one run: its config.yaml, checkpoints/, TensorBoard logs, and
+the results of test and predict.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -37,32 +38,22 @@ from lit_mm.data.clips import VideoShapesDataModule
 from lit_mm.data.datamodules import ImageDataModule, VideoDataModule
 from lit_mm.data.easy_vqa import EasyVQADataModule
 from lit_mm.renamed import accept_old_names, with_new_arguments
-from lit_mm.training import strategies  # noqa: F401 (likewise to --trainer.strategy)
+from lit_mm.training import strategies  # noqa: F401 (registers --trainer.strategy fsdp)
 from lit_mm.training.checkpoints import SHARDED, InitFrom, check_new, export, is_of_fsdp1, start_from
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.saving import WholeFiles, check_readable, check_room, is_remote
 
 PROGRAM = "python -m lit_mm"
-DATA_MODULES = (
-    ImageDataModule,
-    VideoDataModule,
-    EasyVQADataModule,
-    VideoShapesDataModule,
-)  # known to --data by their short names
-warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # what is frozen, on purpose
-
-
-def usage(verb: str) -> str:
-    """One line instead of the ninety that argparse would print with every error."""
-    return f"{PROGRAM} {verb} --config FILE [--config FILE …] [--ckpt_path last | FILE] [--FIELD VALUE …]"
+DATA_MODULES = (ImageDataModule, VideoDataModule, EasyVQADataModule, VideoShapesDataModule)  # for `--data NAME`
+warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # frozen parts, on purpose
 
 
 class Parser(LightningArgumentParser):
-    """LightningCLI's, with errors that say which file and which key, and the nearest one that there is."""
+    """LightningCLI's parser, with errors that name the file, the key, and the closest valid key."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End with the message."""
-        if self.exit_on_error:  # not a parser that only tries one type out
+        """Exit with the message."""
+        if self.exit_on_error:  # otherwise the parser only tries whether a type fits
             key = re.search(r"(?:does not accept option|Option|Unrecognized arguments?:?) '?(?:--)?([\w.]+)'?", message)
             known = getattr(getattr(ex, "subcommand_parser", None) or self, "_actions", [])
             message = tidy(message) + (nearest(key[1], {action.dest for action in known}) if key else "")
@@ -70,38 +61,34 @@ class Parser(LightningArgumentParser):
 
 
 def nearest(key: str, known: set[str]) -> str:
-    """Which of the config files holds a key, and what it might be meant to be."""
+    """The config files that contain an unknown key, and the valid key that was probably meant."""
     last = key.rpartition(".")[2]
     fields = {name for kind in DATA_MODULES for name in inspect.signature(kind).parameters}
     files = [file for file in config_files(sys.argv) if f"{last}:" in Path(file).read_text(encoding="utf-8")]
     close = difflib.get_close_matches(key, known | fields, 1, 0.75) or difflib.get_close_matches(last, fields, 1, 0.6)
-    where = f"\n  it stands in {', '.join(files)}" if files else ""
+    where = f"\n  it is in {', '.join(files)}" if files else ""
     return f"{where}\n  did you mean {close[0]}?" if close else where
 
 
 def config_files(arguments: Sequence[str]) -> list[str]:
-    """The files that are given as --config and can be read."""
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    named = [
-        following if own in ("--config", "-c") else own.partition("=")[2]
-        for own, following in pairs
-        if own in ("--config", "-c") or own.startswith("--config=")
-    ]
+    """The existing files that are given as --config."""
+    named = [following for own, following in pairwise(arguments) if own in ("--config", "-c")]
+    named += [own.removeprefix("--config=") for own in arguments if own.startswith("--config=")]
     return [file for file in named if Path(file).is_file()]
 
 
 class _Unique(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would take the last in silence."""
+    """Refuses duplicate keys, of which YAML would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := [key for key in keys if keys.count(key) > 1]:
-            raise ValueError(f"line {node.start_mark.line + 1}: the key {twice[0]} stands twice")
+            raise ValueError(f"line {node.start_mark.line + 1}: duplicate key {twice[0]}")
         return super().construct_mapping(node, deep)
 
 
 def check_configs(arguments: Sequence[str]) -> None:
-    """Whether the config files are YAML without double keys.
+    """Check that the config files are YAML mappings without duplicate keys.
 
     Raises:
         ValueError: One is not; the message names the file and the line.
@@ -116,10 +103,10 @@ def check_configs(arguments: Sequence[str]) -> None:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes config.yaml into the run's folder when a fit starts."""
+    """Writes config.yaml to the run's folder when a fit starts."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Only a new fit defines a run: a resume, test and predict leave its config as it is."""
+        """Write it only for a new fit: a resume, test and predict leave the run's config as it is."""
         resumed = self.config.get("ckpt_path") and (Path(trainer.log_dir or ".") / "config.yaml").exists()
         if stage == "fit" and not resumed:
             self.config = self.config.clone()
@@ -128,11 +115,11 @@ class SaveConfig(SaveConfigCallback):
 
 
 class Checkpoints(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, but last.ckpt is the end of the run, whatever was saved on the way, and
-    a rank that fails alone does not wait for the others to save with it."""
+    """Lightning's ModelCheckpoint, except that last.ckpt is always the end of the run, and that a rank which fails
+    alone does not wait for the others to save with it."""
 
     trained = False
-    """Whether this process has trained on a batch: before that nothing is written."""
+    """Whether this process has trained on a batch; nothing is written before that."""
 
     def format_checkpoint_name(
         self,
@@ -147,46 +134,46 @@ class Checkpoints(ModelCheckpoint):
         return super().format_checkpoint_name(flat, name, ver, prefix)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a folder that could not hold a checkpoint.
+        """Check that the folder can hold a checkpoint.
 
         Raises:
-            OSError: It cannot be written, or its disk is too full.
+            OSError: It is not writable, or its disk is too full.
         """
         if trainer.is_global_zero and not cast(Any, trainer).fast_dev_run and not is_remote(self.dirpath):
             check_room(Path(str(self.dirpath)), list(pl_module.parameters()))
         super().on_train_start(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
-        """From now on there is something to save."""
+        """Remember that there is something to save."""
         self.trained = True
         super().on_train_batch_end(trainer, *arguments)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save where all ranks have stopped: by a signal, agreed upon, or gradients that are no numbers."""
+        """Save if all ranks have stopped together: by a signal that they agreed on, or by non-finite gradients."""
         together = isinstance(exception, KeyboardInterrupt | SIGTERMException | FloatingPointError)
         if self.trained and (together or trainer.world_size == 1):
             super().on_exception(trainer, pl_module, exception)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning leaves out the steps after the last of `every_n_train_steps`; the next stage starts here."""
+        """Save last.ckpt, which Lightning leaves at the last multiple of `every_n_train_steps`."""
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 class LitMMTrainer(Trainer):
-    """Lightning's Trainer with this project's own verbs."""
+    """Lightning's Trainer with `export`."""
 
     def export(self, model: LitMatryoshka, datamodule: Any, ckpt_path: str, to: str) -> None:
         """Write a checkpoint, sharded or not, as plain files.
 
-        `init_from` of another run takes the folder; its part `llm` is a Hugging Face model.
+        `init_from` of another run accepts the folder; its subfolder `llm` is a Hugging Face model.
 
         Args:
             model: The model of the config.
-            datamodule: Not needed.
+            datamodule: Not used.
             ckpt_path: Path of the checkpoint, or `last`.
             to: The folder to write: encoder.safetensors, projector.safetensors, and llm/ with the
-                tokenizer, adapters merged.
+                tokenizer and with merged adapters.
         """
         folder = Path(to).expanduser()
         check_new(folder)
@@ -206,42 +193,38 @@ class LitMMCLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None) -> None:
         accept_old_names()
+        given = with_new_arguments(sys.argv[1:] if args is None else args)
         if args is None:
-            sys.argv[1:] = with_new_arguments(sys.argv[1:])
-        else:
-            args = with_new_arguments(args)
-        check_configs(sys.argv if args is None else args)
+            sys.argv[1:] = given
+        check_configs(given)
+        verbs = self.subcommands()
+        usage = "--config FILE [--config FILE …] [--ckpt_path last | FILE] [--FIELD VALUE …]"  # argparse's has 90 lines
         super().__init__(
             LitMatryoshka,
             LightningDataModule,
             trainer_class=LitMMTrainer,
             parser_class=Parser,
             subclass_mode_data=True,
-            args=args,
+            args=None if args is None else given,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             trainer_defaults={
-                "callbacks": [
-                    StopBetweenBatches(),
-                    SkippedRecords(),
-                    MemoryAdvice(),
-                    AnswerWriter(),
-                ],
+                "callbacks": [StopBetweenBatches(), SkippedRecords(), MemoryAdvice(), AnswerWriter()],
                 "default_root_dir": "runs",
-                "use_distributed_sampler": False,  # the data side shares records among ranks itself
+                "use_distributed_sampler": False,  # the data module distributes records among ranks
                 "log_every_n_steps": 10,
                 "num_sanity_val_steps": 0,
-                "enable_model_summary": False,  # the table of parts says more
-                "inference_mode": False,  # its tensors do not go with sharded parameters
+                "enable_model_summary": False,  # the table of parts is better
+                "inference_mode": False,  # its tensors do not work with sharded parameters
                 "reload_dataloaders_every_n_epochs": 1,  # epochs may differ in length
             },
-            parser_kwargs={"prog": PROGRAM} | {verb: {"usage": usage(verb)} for verb in self.subcommands()},
+            parser_kwargs={"prog": PROGRAM, **{verb: {"usage": f"{PROGRAM} {verb} {usage}"} for verb in verbs}},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Checkpoints, the bar and what is measured, each with its own section; what the data get of the model."""
+        """Add sections for checkpoints, progress and token efficiency, and link the data to the model."""
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         kept = {"save_last": True, "save_on_exception": True, "enable_version_counter": False}  # after Ctrl-C, too
         parser.set_defaults({f"checkpoint.{name}": value for name, value in kept.items()})
@@ -251,12 +234,12 @@ class LitMMCLI(LightningCLI):
             "--scales",
             type=list[str | int] | None,
             default=None,
-            help="Judge and answer at these of the model's scales alone, such as [36] or [8x16]; null: at all.",
+            help="Evaluate and answer only at these of the model's scales, such as [36] or [8x16]; null: at all.",
         )
         parser.link_arguments("model.inputs", "data.init_args.inputs", apply_on="instantiate")
 
     def _parse_ckpt_path(self) -> None:
-        """Find the checkpoint that is meant; the config given now beats the checkpoint's."""
+        """Find the checkpoint; the given config overrides the one in the checkpoint."""
         verb, config = self.config.subcommand, self.config[self.config.subcommand]
         config.trainer.default_root_dir = str(Path(config.trainer.default_root_dir).expanduser())
         if not config.get("ckpt_path"):
@@ -265,25 +248,25 @@ class LitMMCLI(LightningCLI):
             return
         path = find_checkpoint(config.ckpt_path, Path(config.trainer.default_root_dir))
         check_readable(path)
-        sharded, strategy = (path / SHARDED).is_file(), str(config.trainer.strategy).lower()
-        if sharded and verb != "export" and "fsdp" not in strategy:
-            raise ValueError(
-                f"--ckpt_path: {path} is sharded: give trainer.strategy fsdp, on as many devices as you like, "
-                "or `export` it"
-            )
-        if sharded and verb != "export" and is_of_fsdp1(path):
-            raise ValueError(
-                f"--ckpt_path: {path} is of FSDP1, which is gone: `export` it and go on from the weights with "
-                "model.init_from"
-            )
+        if (path / SHARDED).is_file() and verb != "export":
+            if "fsdp" not in str(config.trainer.strategy).lower():
+                raise ValueError(
+                    f"--ckpt_path: {path} is sharded: use trainer.strategy fsdp on any number of devices, or `export`"
+                )
+            if is_of_fsdp1(path):
+                raise ValueError(
+                    f"--ckpt_path: {path} is of FSDP1, which is gone: `export` it, then use model.init_from"
+                )
         config.ckpt_path = str(path)
-        config.model.init_from = None  # all comes from the checkpoint, the sources may be gone
+        config.model.init_from = None  # the checkpoint has all weights; the sources may be gone
         if "weights_only" in config:
             config.weights_only = True
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """TensorBoard in the run's folder, unless the config says otherwise; what follows a
-        checkpoint (test, predict, resume) is logged in the folder of the run that made it."""
+        """Log to TensorBoard in the run's folder, unless the config has a logger.
+
+        Test, predict and resume use the folder of the run that wrote the checkpoint.
+        """
         config = self.config[self.subcommand]
         if config.trainer.logger is None:
             root, checkpoint = Path(config.trainer.default_root_dir).resolve(), config.get("ckpt_path")
@@ -292,7 +275,7 @@ class LitMMCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Leave out the bar and the checkpoints where the config switches them off or names another bar."""
+        """Leave out the bar and the checkpoints if the config turns them off, and the bar if it has another one."""
         off = {Progress: "enable_progress_bar", Checkpoints: "enable_checkpointing"}
         kept = [callback for callback in callbacks if config.get(off.get(type(callback), "")) is not False]
         named = config.get("callbacks") or []
@@ -305,7 +288,7 @@ class LitMMCLI(LightningCLI):
         return super()._instantiate_trainer(config, kept)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """A fit that fails before its first step leaves no folder behind, but for the records of such a step."""
+        """Remove the folder of a fit that fails before its first step, except after non-finite gradients."""
         folder = Path(self.trainer.log_dir) if self.trainer.log_dir else None
         self.model.ask_at(self.config[subcommand].scales)
         new = subcommand == "fit" and folder is not None and not folder.exists()
@@ -313,17 +296,16 @@ class LitMMCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except BaseException as error:
             checkpoints = [each for each in cast(Any, self.trainer).callbacks if isinstance(each, Checkpoints)]
-            trained = any(each.trained for each in checkpoints)
-            if not checkpoints:  # trainer.enable_checkpointing false: the logs are all that a run leaves
-                trained = self.trainer.fit_loop.epoch_loop.batch_progress.total.completed > 0
-            trained |= isinstance(error, FloatingPointError)
+            trained = any(each.trained for each in checkpoints) or isinstance(error, FloatingPointError)
+            if not checkpoints:  # trainer.enable_checkpointing false: a run leaves only its logs
+                trained |= self.trainer.fit_loop.epoch_loop.batch_progress.total.completed > 0
             if new and folder is not None and not trained and self.trainer.is_global_zero:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
 def find_checkpoint(asked: str, root: Path) -> Path:
-    """The checkpoint that `--ckpt_path` means.
+    """The checkpoint that `--ckpt_path` refers to.
 
     Args:
         asked: `last` or `best` of the newest run below the root, a run's folder (its last.ckpt), or a checkpoint.
@@ -343,25 +325,24 @@ def find_checkpoint(asked: str, root: Path) -> Path:
 
 
 def newest_checkpoint(root: Path, asked: str = "last") -> Path:
-    """The newest last.ckpt below a folder, or the checkpoint that its run found best.
+    """The newest last.ckpt below a folder, or the best checkpoint of its run.
 
     Raises:
         FileNotFoundError: There is none.
     """
-    folders = [root, *(folder for depth in ("", "*/", "*/*/") for folder in root.glob(f"{depth}checkpoints"))]
-    found = sorted(
-        (folder / "last.ckpt" for folder in folders), key=lambda file: file.exists() and file.stat().st_mtime
-    )
-    if not found or not found[-1].exists():
+    folders = ("", "checkpoints/", "*/checkpoints/", "*/*/checkpoints/")
+    found = [file for folder in folders for file in root.glob(f"{folder}last.ckpt")]
+    if not found:
         raise FileNotFoundError(f"--ckpt_path {asked}: no checkpoints/last.ckpt below {root}: run fit first")
-    return found[-1] if asked == "last" else best_beside(found[-1])
+    newest = max(found, key=lambda file: file.stat().st_mtime)
+    return newest if asked == "last" else best_beside(newest)
 
 
 def best_beside(last: Path) -> Path:
     """The best checkpoint of the run that wrote a last.ckpt, by its `checkpoint.monitor`.
 
     Raises:
-        FileNotFoundError: It monitored nothing, or the file is gone.
+        FileNotFoundError: The run monitored nothing, or the file is gone.
     """
     check_readable(last)
     states = {} if last.is_dir() else torch.load(last, weights_only=True, mmap=True, map_location="cpu")["callbacks"]
@@ -373,6 +354,6 @@ def best_beside(last: Path) -> Path:
 
 
 def run_of(checkpoint: Path, root: Path) -> str | None:
-    """`version_3` for a checkpoint in that run's folder below root, None for one from elsewhere."""
+    """`version_3` for a checkpoint in that run's folder below root, None for any other checkpoint."""
     run = checkpoint.resolve().parent.parent
     return run.name if run.parent == root.resolve() and run.name.startswith("version_") else None

@@ -74,7 +74,7 @@ def test_help_explains_every_field_of_the_model(run):
     for words in (
         "Visual tokens per image, or per frame of a video, finest first",
         "Where the model comes from: a hub name",
-        "Chat template: `own` is the tokenizer's",
+        "Chat template. own: the tokenizer's",
         "Peak learning rate",
         "--model.encoder.help",
         "Image encoder: ConvNeXtEncoder",
@@ -151,7 +151,7 @@ def test_mistakes_end_in_one_message(run, experiment, arguments, message):
 def test_a_checkpoint_of_fsdp1_is_told_from_one_of_fsdp(run, experiment, tmp_path):
     """By the names that Lightning gives a sharded model: `model` in FSDP1's, `state_dict` in FSDP's."""
     dcp.save({"model": {"vlm.weight": torch.ones(2)}}, checkpoint_id=tmp_path / "old.ckpt", no_dist=True)
-    for strategy, said in (("fsdp", "is of FSDP1, which is gone"), ("auto", "is sharded: give trainer.strategy fsdp")):
+    for strategy, said in (("fsdp", "is of FSDP1, which is gone"), ("auto", "is sharded: use trainer.strategy fsdp")):
         arguments = ["--ckpt_path", str(tmp_path / "old.ckpt"), "--trainer.strategy", strategy]
         failed, _, error = run("fit", *experiment, *arguments)
         assert failed
@@ -161,7 +161,7 @@ def test_a_checkpoint_of_fsdp1_is_told_from_one_of_fsdp(run, experiment, tmp_pat
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("model:\n  scales: [16]\n  scales: [4]\n", "line 2: the key scales stands twice"),
+        ("model:\n  scales: [16]\n  scales: [4]\n", "line 2: duplicate key scales"),
         ("model:\n  scales: [16, 4\n", "line"),
         ("", "expected keys and values such as `model:`, found None"),
         ("- a\n", "found ['a']"),
@@ -182,7 +182,7 @@ def test_a_wrong_key_names_its_file_and_the_nearest_right_one(run, experiment, t
     (tmp_path / "overlay.yaml").write_text(text)
     failed, _, error = run("fit", *experiment, "--config", str(tmp_path / "overlay.yaml"))
     assert failed
-    assert f"it stands in {tmp_path / 'overlay.yaml'}\n  did you mean {meant}?" in error
+    assert f"it is in {tmp_path / 'overlay.yaml'}\n  did you mean {meant}?" in error
 
 
 def test_wrong_key_in_the_yaml_is_named(run, experiment, tmp_path):

@@ -33,12 +33,12 @@ class LLM:
         config_overrides: Keywords of the config class of a random model; vocab_size follows from the
             tokenizer. The default initializer_range of 0.02 is too small for widths below 500.
         tokenizer: Hub name or folder of the tokenizer; null: the model's own.
-        chat_template: Chat template: `own` is the tokenizer's. Named ones are vicuna_v1 (LLaVA, ConvLLaVA, M3),
-            plain (LLaVA's for captions: the image, the caption and a newline; the question is left out),
-            chatml, and bare (the conversation as it is, each answer ended by the tokenizer's end token).
+        chat_template: Chat template. own: the tokenizer's. vicuna_v1: that of LLaVA, ConvLLaVA and M3. plain:
+            LLaVA's for captions (the image, the caption and a newline, without the question). chatml. bare: the
+            texts of the conversation, with the tokenizer's end token after each answer.
         dtype: Type of the weights.
-        quantize: Keep a frozen LLM's linear layers in 4 bits (NF4, as QLoRA) or 8 bits, through
-            bitsandbytes; it can train through adapters (`parts.llm.lora`) alone.
+        quantize: Keep the linear layers of a frozen LLM in 4 bits (NF4, as in QLoRA) or 8 bits with
+            bitsandbytes. Such an LLM can only train through adapters (`parts.llm.lora`).
     """
 
     name_or_path: str
@@ -50,52 +50,41 @@ class LLM:
 
 
 def load_llm(llm: LLM, tokenizer: PreTrainedTokenizerBase, on_meta: bool = False) -> PreTrainedModel:
-    """Load the model, or build it at random from the present seed.
+    """Load a pretrained model, or build one with random weights from the current seed.
 
     Args:
-        llm: Which.
-        tokenizer: Its tokenizer.
+        llm: The settings.
+        tokenizer: The model's tokenizer.
         on_meta: Build it without weights, on the `meta` device.
 
     Raises:
-        ValueError: A random model without sizes or with a size its config does not know, sizes for
-            a pretrained model, or a tokenizer with more ids than the model has embeddings.
+        ValueError: A random model without config_overrides or with one that its config class does not know,
+            config_overrides for a pretrained model, or a tokenizer with more ids than the model has embeddings.
         FileNotFoundError: No such folder, GGUF file or package.
     """
     dtype = getattr(torch, llm.dtype)
     if llm.quantize and (is_config_class(llm.name_or_path) or llm.name_or_path.endswith(".gguf")):
-        raise ValueError(f"llm.quantize goes with a pretrained model in safetensors, found {llm.name_or_path}")
+        raise ValueError(f"llm.quantize needs a pretrained model in safetensors, found {llm.name_or_path}")
     if on_meta:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(load_config(llm, tokenizer), dtype=dtype)
     elif is_config_class(llm.name_or_path):
         model = AutoModelForCausalLM.from_config(_random_config(llm, tokenizer), dtype=dtype)
     elif llm.config_overrides:
-        raise ValueError(f"llm.config_overrides is for random models; {llm.name_or_path} brings its own")
+        raise ValueError(f"llm.config_overrides is for random models; {llm.name_or_path} is pretrained")
     else:
         model = from_source(AutoModelForCausalLM, llm.name_or_path, dtype=dtype, **_quantized(llm))
-        if not llm.quantize:
-            forget_quantization(model)
+        if not llm.quantize and getattr(model.config, "quantization_config", None) is not None:
+            del model.config.quantization_config  # of a GGUF file, now plain weights, which could not be saved with it
+            model.hf_quantizer, model.is_quantized = None, False
     rows = len(cast(Tensor, model.get_input_embeddings().weight))
     if len(tokenizer) > rows:
         raise ValueError(f"the tokenizer has {len(tokenizer)} ids, {llm.name_or_path} only {rows} embeddings")
     return model
 
 
-def forget_quantization(model: PreTrainedModel) -> None:
-    """What was read from a GGUF file is plain weights now; transformers would refuse to save them."""
-    if getattr(model.config, "quantization_config", None) is not None:
-        del model.config.quantization_config
-        cast(Any, model).hf_quantizer = None
-        cast(Any, model).is_quantized = False
-
-
 def _quantized(llm: LLM) -> dict[str, Any]:
-    """Keywords of `from_pretrained`.
-
-    Raises:
-        ModuleNotFoundError: bitsandbytes is not installed.
-    """
+    """Keywords of `from_pretrained`. Raises ModuleNotFoundError without bitsandbytes."""
     if llm.quantize is None:
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -107,18 +96,17 @@ def _quantized(llm: LLM) -> dict[str, Any]:
 
 
 def load_config(llm: LLM, tokenizer: PreTrainedTokenizerBase) -> transformers.PretrainedConfig:
-    """The model's config, without its weights. Raises as `load_llm` does."""
+    """The config of a model, without its weights. Raises the errors of `load_llm`."""
     if is_config_class(llm.name_or_path):
         return _random_config(llm, tokenizer)
     return cast(transformers.PretrainedConfig, from_source(transformers.AutoConfig, llm.name_or_path))
 
 
 def packing_of(config: transformers.PretrainedConfig, packing: Packing | Literal["auto"]) -> Packing:
-    """How batches for an LLM of this config are laid out: as asked, where packed sequences are exact.
+    """The layout of batches for an LLM with this config: the given one if packed sequences are exact, or padded.
 
-    That is where every layer attends to all that precedes and positions are rotated alike in short
-    and long sequences. Models with windows or soft caps, recurrent ones and those without a test here
-    run once per scale on padded samples.
+    They are exact if every layer attends to all earlier positions and the rotation of positions does not depend on
+    the length of the sequence. LLMs with windows or soft caps, recurrent LLMs and untested LLMs are padded.
     """
     text = config.get_text_config(decoder=True)
     if text.model_type not in PACKED or not _attends_to_all(text):
@@ -130,7 +118,7 @@ def _attends_to_all(config: Any) -> bool:
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None) is not None if kinds is None else set(kinds) != {"full_attention"}
     rope = getattr(config, "rope_parameters", None) or {}
-    stretched = {"dynamic", "longrope"} & {rope.get("rope_type"), rope.get("type")}  # by the longest position
+    stretched = {"dynamic", "longrope"} & {rope.get("rope_type"), rope.get("type")}  # depend on the longest position
     return not window and not stretched and not getattr(config, "attn_logit_softcapping", None)
 
 
@@ -139,8 +127,8 @@ class Positions:
     """How long a sequence can be for an LLM.
 
     Args:
-        most: Positions that it has or was trained on.
-        table: Whether it has no more: one that rotates goes on, though nobody knows how well.
+        most: The number of positions that it has or was trained on.
+        table: Whether this is a hard limit. A rotary LLM can go on past it, with unknown quality.
     """
 
     most: int
@@ -148,19 +136,19 @@ class Positions:
 
 
 def positions_of(config: transformers.PretrainedConfig) -> Positions | None:
-    """Those of an LLM of this config; None where nothing limits them."""
+    """The positions of an LLM with this config; None if nothing limits them."""
     text: Any = config.get_text_config(decoder=True)
     most = getattr(text, "max_position_embeddings", getattr(text, "max_seq_len", None))  # the second is MPT's
     if most is None or most < 1:
         return None
     rope = getattr(text, "rope_parameters", None) or {}
-    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # some have one per kind of layer
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # some have a dict per layer type
     stretched = [(kind.get("original_max_position_embeddings") or most) * (kind.get("factor") or 1) for kind in kinds]
     return Positions(max(most, *map(int, stretched)) if rope else most, table=not rope)
 
 
 def is_config_class(source: str) -> bool:
-    """Whether the source is a config class of transformers: a model with random weights."""
+    """Whether the source names a config class of transformers, for a model with random weights."""
     return source.endswith("Config") and source.isidentifier()
 
 
@@ -186,10 +174,10 @@ def _random_config(llm: LLM, tokenizer: PreTrainedTokenizerBase) -> transformers
 
 
 def from_source(kind: Any, source: str, **options: Any) -> Any:
-    """`kind.from_pretrained` of a hub name, folder, GGUF file or package.
+    """`kind.from_pretrained` for a hub name, folder, GGUF file or package.
 
     Raises:
-        FileNotFoundError: There is none; transformers has many ways to say so.
+        FileNotFoundError: It does not exist, for which transformers has several errors.
     """
     location = _location(source)
     try:
@@ -197,16 +185,17 @@ def from_source(kind: Any, source: str, **options: Any) -> Any:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
-        if Path(location["pretrained_model_name_or_path"]).is_dir():
-            found = sorted(file.name for file in Path(location["pretrained_model_name_or_path"]).iterdir())[:8]
+        folder = Path(location["pretrained_model_name_or_path"])
+        if folder.is_dir():
+            found = sorted(file.name for file in folder.iterdir())[:8]
             what = "a tokenizer" if "Tokenizer" in kind.__name__ else "a model"
-            raise FileNotFoundError(
-                f"llm: {source}: expected a folder with {what}, found {found or 'nothing'}"
-            ) from error
-        raise FileNotFoundError(
-            f"llm: {source}: {str(error).splitlines()[0]}\n  Where there is a network, `hf download {source}` fetches "
-            "it into the cache (HF_HOME), or `--local-dir FOLDER` into a folder that the config can name instead"
-        ) from error
+            said = f"expected a folder with {what}, found {found or 'nothing'}"
+        else:
+            said = (
+                f"{str(error).splitlines()[0]}\n  With a network, `hf download {source}` fetches it into the cache "
+                "(HF_HOME), or with `--local-dir FOLDER` into a folder that the config can name instead"
+            )
+        raise FileNotFoundError(f"llm: {source}: {said}") from error
 
 
 def _location(source: str) -> dict[str, str]:

@@ -47,7 +47,7 @@ def test_vicuna_template_is_the_papers(tokenizer):
         (LLM("LlamaConfig", {}, TOKENIZER, "bare"), "without sizes"),
         (tiny_llm(vocab_size=300), "348 ids, LlamaConfig only 300 embeddings"),
         (LLM("LamaConfig", {"hidden_size": 3}, TOKENIZER, "bare"), "no such config class"),
-        (LLM("some/model", {"hidden_size": 3}, TOKENIZER, "bare"), "some/model brings its own"),
+        (LLM("some/model", {"hidden_size": 3}, TOKENIZER, "bare"), "some/model is pretrained"),
     ],
 )
 def test_wrong_models_are_refused(llm, message, tokenizer):

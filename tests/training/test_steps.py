@@ -159,7 +159,7 @@ def test_quantized_weights_need_adapters_and_a_pretrained_model():
     quantized.quantize = "4bit"
     with pytest.raises(ValueError, match=r"these weights cannot train: set parts.llm.frozen or .lora"):
         module(quantized, parts=Parts())
-    with pytest.raises(ValueError, match="goes with a pretrained model"):
+    with pytest.raises(ValueError, match="needs a pretrained model"):
         module(quantized, parts=Parts(llm=LLMPart(lora=LoRA(4)))).configure_model()
 
 
