@@ -1,8 +1,8 @@
-"""Record -> token ids and labels, by the LLM's own chat template.
+"""Record -> token ids and labels, with the LLM's own chat template.
 
-The template is rendered once with a stand-in for every answer. What the rendering puts between the
-stand-ins is prompt, what replaces them is answer: labels are known by construction, for any
-template, and a prompt at generation has the same ids as in training.
+The template is rendered once with a placeholder for every answer. The text between placeholders is prompt
+and what replaces them is answer, so labels are right by construction for any template, and a prompt gets
+the same ids in generation as in training.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lit_mm.model.batch import IGNORE_INDEX, IMAGE
 from lit_mm.model.scales import coarsest_time_scale
 
 STAND_IN = "\ue000"
-"""A private-use character that stands for an answer while the template is rendered."""
+"""The placeholder: a private-use character."""
 OFTEN = 64
-"""The longest text, in characters, whose ids are remembered."""
+"""Ids of texts up to this many characters are cached."""
 Frames = Sequence[str]
-"""One image or video as the text shows it: what stands before each of its frames, mostly nothing."""
+"""One image or video in the text: the text before each of its frames, usually empty."""
 
 
 @dataclass
@@ -36,10 +36,10 @@ class Encoded:
     """Text as token ids.
 
     Args:
-        ids: [T], IMAGE once for each frame.
-        time_scale: [T] index of the coarsest time scale at which a position still stands: the later frames
-            of a set, and what is written before them, are left out.
-        labels: [T], IGNORE_INDEX where nothing is supervised.
+        ids: [T], with IMAGE once for each frame.
+        time_scale: [T] index of the coarsest time scale that still includes the position. Coarser time scales
+            drop the later frames of a set and the text before them.
+        labels: [T], IGNORE_INDEX for positions that are not supervised.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -53,7 +53,7 @@ class Encoded:
         self.labels += labels
 
     def tensors(self, timed: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Ids, labels and, if there are time scales, time_scale."""
+        """Ids, labels and, if `timed`, time_scale."""
         return torch.tensor(self.ids), torch.tensor(self.labels), torch.tensor(self.time_scale) if timed else None
 
 
@@ -61,41 +61,41 @@ class Conversation:
     """Encodes records and questions with one tokenizer.
 
     Args:
-        tokenizer: With its chat template set.
+        tokenizer: The tokenizer, with its chat template set.
         time_scales: Sets of frames per video, finest first, if any.
 
     Raises:
-        ValueError: The template does not end an answer with a special token, or alters answers.
+        ValueError: The template does not end an answer with a special token, or changes answers.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, time_scales: Sequence[int] = ()) -> None:
         self.tokenizer, self.time_scales = tokenizer, list(time_scales)
         plain, spaced = (tokenizer.encode(text, add_special_tokens=False) for text in ("a", " a"))
         self._prepends_space = tokenizer.convert_ids_to_tokens(plain)[0].startswith("▁")
-        self._doubles_space = plain != spaced  # or a text that begins with a space gets no other
+        self._doubles_space = plain != spaced  # otherwise a text that begins with a space gets no second one
         self._in_chunks = tokenizer.chat_template in IN_CHUNKS
         self._special = {*tokenizer.all_special_tokens}
         self._special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self._special -= {*MARKERS.values()}  # which never get to the tokenizer
+        self._special -= {*MARKERS.values()}  # markers never reach the tokenizer
         self._often = lru_cache(maxsize=4096)(self._encode_text)
         self.end_id = self._end_id()
 
     def encode(self, record: Record, media: Sequence[Frames] | None = None) -> Encoded:
-        """Token ids with IMAGE once for each frame; labels are the answers with their end token.
+        """Token ids with IMAGE once for each frame; labels are the answers with their end tokens.
 
         Args:
-            record: What to encode.
-            media: Its images and videos, in order; None: all of them are still images.
+            record: The record to encode.
+            media: Its images and videos, in order; None: all are still images.
 
         Raises:
-            RecordError: The text holds a special token, or the template drops a turn or fails on it.
+            RecordError: The text contains a special token, or the template fails or drops a turn.
         """
         made, shown = Encoded(), iter([[""]] * len(record.media) if media is None else media)
         prompts = self._prompts(record.where, record.turns, record.system)
         for text, answer in zip(prompts, record.turns[1::2], strict=False):
             prompt = self._pieces(text.removesuffix(" "), shown, first=not made.ids)
             reply = self._pieces(" " + answer if text.endswith(" ") else answer, shown)
-            # A later prompt opens with the end token of the answer before it, which is a label.
+            # A later prompt begins with the end token of the answer before it, which is a label.
             if made.ids and prompt.ids[0] != self.end_id:
                 raise RecordError(record.where, "chat template", f"expected the end token first in {text!r}")
             end = [self.end_id] * bool(made.ids)
@@ -107,7 +107,7 @@ class Conversation:
     def prompt(
         self, text: str, where: str = "question", media: Sequence[Frames] | None = None, system: str | None = None
     ) -> Encoded:
-        """Token ids of one question up to where the answer begins."""
+        """Token ids of one question, up to where the answer begins."""
         rendered = self._prompts(where, [text, ""], system)[0]
         markers = sum(text.count(marker) for marker in MARKERS.values())
         return self._pieces(rendered.removesuffix(" "), iter([[""]] * markers if media is None else media), first=True)
@@ -117,7 +117,7 @@ class Conversation:
         return len(self.time_scales) - 1
 
     def _pieces(self, text: str, media: Iterator[Frames], first: bool = False) -> Encoded:
-        """A piece of rendered text, `first` if nothing stands before it."""
+        """Encode a piece of rendered text; `first` if it is the beginning of the conversation."""
         made = Encoded()
         for number, chunk in enumerate(re.split("|".join(MARKERS.values()), text)):
             if number:
@@ -134,15 +134,15 @@ class Conversation:
         made.add(Encoded(ids, [time] * len(ids)), [])
 
     def _encode(self, text: str, starts: bool) -> list[int]:
-        # what the template repeats, and short answers; long texts seldom come again
+        # short answers and the template's own text repeat, long texts rarely do
         return self._often(text, starts) if len(text) <= OFTEN else self._encode_text(text, starts)
 
     def _encode_text(self, text: str, starts: bool) -> list[int]:
-        """Ids of a piece of text. A SentencePiece tokenizer puts one space before a text that `starts`; in the
-        middle of a text that space is the one that is there already."""
+        """Ids of a piece of text. A SentencePiece tokenizer prepends a space, which is right only if the piece
+        `starts` a text; otherwise the piece's own first space takes its place."""
         bos = self.tokenizer.bos_token
         if starts and self._in_chunks and bos and text.startswith(bos):
-            # apart: transformers would put no space between a special token and what follows
+            # separately, as transformers prepends no space after a special token
             return [self.tokenizer.bos_token_id, *self._encode_text(text.removeprefix(bos), starts)]
         if self._prepends_space and not starts:
             text = text.removeprefix(" ") if self._doubles_space else text
@@ -151,11 +151,11 @@ class Conversation:
         return self.tokenizer.encode(text, add_special_tokens=False) if text else []
 
     def _prompts(self, where: str, turns: Sequence[str], system: str | None = None) -> list[str]:
-        """What the template puts around the answers: before the first, between two, after the last."""
+        """The template's text around the answers: before the first, between two, after the last."""
         texts = {f"turn {number}": text for number, text in enumerate(turns)} | {"system": system or ""}
         for name, text in texts.items():
             if found := [token for token in (STAND_IN, *self._special) if token in text]:
-                detail = f"{name} holds {found[0]!r}, which would steer the model, not inform it"
+                detail = f"{name} contains {found[0]!r}, which the model would read as a control token"
                 raise RecordError(where, "reserved text", detail)
         messages = [{"role": "system", "content": system}] if system else []
         for number, text in enumerate(turns):
@@ -163,7 +163,7 @@ class Conversation:
             messages.append({"role": role, "content": content})
         try:
             text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
-        except Exception as error:  # a template is a program: besides Jinja's own errors it may raise any other
+        except Exception as error:  # a template can raise any error, not only Jinja's
             kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
             detail = f"{kind}{error} (in the template of {self.tokenizer.name_or_path or 'the tokenizer'})"
             raise RecordError(where, "chat template", detail) from None
@@ -185,7 +185,7 @@ class Conversation:
     def _end_id(self) -> int:
         asked = "".join(MARKERS.values()) if self._in_chunks else "a"
         *_, after = self._prompts(self.tokenizer.name_or_path or "the tokenizer", [asked, "b"])
-        if self.tokenizer.chat_template == TEMPLATES["plain"]:  # what ends a caption is no special token
+        if self.tokenizer.chat_template == TEMPLATES["plain"]:  # ends captions with a newline, not a special token
             return self._encode_text("a\n", starts=True)[-1]
         ids = self._encode_text(after, starts=False)
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}

@@ -1,16 +1,15 @@
-"""A small video instruction set whose questions need time, rendered here.
+"""Renders a small video instruction set whose questions cannot be answered from one frame.
 
-A clip is eight frames of 32×32 pixels: on white a shape moves, leaves the picture on one side and
-comes back on the other, and takes four colors one after the other, in a circle that begins
-anywhere; over it a black dot flashes, each time in one frame.
+A clip has eight frames of 32×32 pixels. On white, a shape moves, leaving the picture on one side and
+returning on the other, and cycles through four colors from a random start. A black dot flashes on top,
+for one frame at a time.
     "in which direction does the circle move?"     left, right, up or down
     "which colour comes after red?"                "blue"
     "how many times does the dot appear?"          1, 2, 3 or 4
 
-No single frame tells. Where the shape is says nothing of where it goes, as the picture has no border
-to start from. Of four colors one frame shows one. A frame with the dot makes a higher count a
-little likelier: the best guess from one frame is right in 34 to 42 % of the clips instead of 25 %.
-Videos are H.264 without loss.
+A shape's place says nothing about its direction, as the picture has no border to start from. One frame
+shows one of four colors. A frame with the dot makes a higher count a little more likely, so that the best
+guess from one frame is right in 34 to 42 % of the clips instead of 25 %. Videos are lossless H.264.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from lit_mm.data.images import ImageOptions
 from lit_mm.data.video import VideoOptions
 
 SIZE, FRAMES, FPS = 32, 8, 4
-COLOURS = {
+COLORS = {
     "red": (220, 30, 30),
     "green": (30, 160, 60),
     "blue": (40, 70, 230),
@@ -44,7 +43,7 @@ SHAPES = ("circle", "square", "triangle")
 RADIUS, DOT = 6, 4
 STEPS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 ORDER = [(frame + 1) // 2 % 4 for frame in range(FRAMES)]
-"""Which of the four colors every frame has: two frames each, the first one's second frame is the last."""
+"""The color of each frame: two frames per color, with the first color in the first and last frame."""
 Place = tuple[int, int]
 
 
@@ -53,9 +52,9 @@ class Figure:
     """A colored shape in a clip.
 
     Args:
-        color: One of COLOURS, or black.
+        color: One of COLORS, or black.
         shape: One of SHAPES, or dot.
-        places: For every frame the row and column of its middle, None where it is not shown.
+        places: Row and column of its center in every frame; None where it is not shown.
     """
 
     color: str
@@ -65,12 +64,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Clip:
-    """What is to be seen and what is asked.
+    """What a clip shows, and its questions.
 
     Args:
-        figures: In the order in which they are drawn.
+        figures: In drawing order.
         questions: Pairs of question and answer.
-        captions: Likewise, but the answer says something of every frame.
+        captions: Pairs of question and answer, where the answer describes every frame.
     """
 
     figures: tuple[Figure, ...]
@@ -79,10 +78,10 @@ class Clip:
 
 
 class VideoShapesDataModule(VideoDataModule):
-    """Rendered clips as LLaVA records: all questions of a clip in one conversation.
+    """Rendered clips as LLaVA records, with all questions of a clip in one conversation.
 
-    A run can begin with some epochs of captions, which say something of every frame: it teaches to
-    look at each before the questions ask for what changes between them.
+    A run can begin with some epochs of captions, which describe every frame: they teach the model to look at
+    each frame before questions ask about changes between them.
     """
 
     def __init__(
@@ -98,19 +97,19 @@ class VideoShapesDataModule(VideoDataModule):
         eval_batch_size: int | None = None,
         num_workers: int = 0,
     ) -> None:
-        """Where the clips are written and how they are fed.
+        """Set where the clips are written and how batches are made.
 
         Args:
-            inputs: What the data must know of the model; on the command line it comes from there.
+            inputs: The model's properties that the data depends on; on the command line the model sets them.
             root: Folder for the clips and for captions.json, train.json, val.json and test.json.
             video: Which frames are shown; a clip has eight.
             train_clips: Clips to train on.
             val_clips: Clips for validation.
-            test_clips: Clips for the last look.
+            test_clips: Clips for the final test.
             caption_epochs: Epochs of captions before the questions. Needs
                 trainer.reload_dataloaders_every_n_epochs: 1.
             batch_size: Conversations per batch and device in training.
-            eval_batch_size: Conversations per batch and device elsewhere; null: as batch_size.
+            eval_batch_size: Conversations per batch and device outside training; null: as batch_size.
             num_workers: Processes that load batches; 0 loads in the main process.
         """
         super().__init__(
@@ -130,23 +129,22 @@ class VideoShapesDataModule(VideoDataModule):
         self.clips = {"train": train_clips, "val": val_clips, "test": test_clips}
 
     def prepare_data(self) -> None:
-        """Write the clips and the records that are not there yet."""
+        """Write the clips and records that do not exist yet."""
         write_clips(self.root, **self.clips)
 
 
 def write_clips(root: Path, train: int, val: int, test: int, seed: int = 0) -> None:
-    """Write captions.json (of the training clips), train.json, val.json and test.json, in LLaVA's
-    format, and the videos that they name.
+    """Write captions.json (of the training clips), train.json, val.json and test.json in LLaVA's format, and
+    their videos.
 
-    Every clip depends on the seed, its split and its number alone. Videos that are there already
-    are not written again.
+    A clip depends only on the seed, its split and its number. Existing videos are not written again.
 
     Args:
-        root: The folder; videos go to clips_SEED below it.
+        root: Folder of the records; videos go to clips_SEED in it.
         train: Number of training clips.
         val: Number of clips for validation.
-        test: Number of clips for the last look.
-        seed: Decides everything.
+        test: Number of clips for the final test.
+        seed: Seed of all random choices.
     """
     (root / f"clips_{seed}").mkdir(parents=True, exist_ok=True)
     counts = {"train": train, "val": val, "test": test}
@@ -160,7 +158,7 @@ def write_clips(root: Path, train: int, val: int, test: int, seed: int = 0) -> N
 
 
 def _write_records(file: Path, items: list[dict[str, Any]]) -> None:
-    """Write a file unless it is so already; another run may be reading it."""
+    """Write a file unless it already has this content, as another run may be reading it."""
     text = json.dumps(items, indent=1)
     if file.is_file() and file.read_text() == text:
         return
@@ -170,12 +168,12 @@ def _write_records(file: Path, items: list[dict[str, Any]]) -> None:
 
 
 def records(split: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """LLaVA records of the first `count` clips of a split: all questions of a clip in one conversation."""
+    """LLaVA records of the first `count` clips of a split, with all questions of a clip in one conversation."""
     return [_record(split, number, seed, make_clip(split, number, seed).questions) for number in range(count)]
 
 
 def captions(split: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """LLaVA records of the same clips: what is to be seen frame after frame."""
+    """LLaVA records of the same clips with their captions."""
     return [_record(split, number, seed, make_clip(split, number, seed).captions) for number in range(count)]
 
 
@@ -191,9 +189,9 @@ def video_name(split: str, number: int, seed: int) -> str:
 
 
 def make_clip(split: str, number: int, seed: int = 0) -> Clip:
-    """The clip of that number."""
+    """The clip with this number."""
     rng = random.Random(f"{seed} {split} {number}")
-    shape, colors = rng.choice(SHAPES), rng.sample([*COLOURS], 4)
+    shape, colors = rng.choice(SHAPES), rng.sample([*COLORS], 4)
     start, direction = (rng.randrange(SIZE), rng.randrange(SIZE)), rng.choice([*STEPS])
     places = path(start, direction, speed=rng.randint(4, 7))
     seen = rng.choice(patterns(rng.randint(1, 4)))
@@ -212,34 +210,34 @@ def make_clip(split: str, number: int, seed: int = 0) -> Clip:
 
 
 def path(start: Place, direction: str, speed: int) -> list[Place]:
-    """Places along a straight line, modulo SIZE; `speed` is in pixels a frame."""
+    """Places along a straight line, modulo SIZE; `speed` is in pixels per frame."""
     down, right = STEPS[direction]
     row, column = start
     return [((row + down * speed * i) % SIZE, (column + right * speed * i) % SIZE) for i in range(FRAMES)]
 
 
 def patterns(count: int) -> list[tuple[bool, ...]]:
-    """All ways to be seen in `count` frames of which no two are neighbors."""
+    """All ways to be visible in `count` frames, no two of them neighbors."""
     return [way for way in product((False, True), repeat=FRAMES) if sum(way) == appearances(way) == count]
 
 
 def appearances(seen: tuple[bool, ...]) -> int:
-    """How many times a shape begins to be seen."""
+    """How many times a shape appears."""
     return sum(begins(seen))
 
 
 def begins(seen: tuple[bool, ...]) -> list[bool]:
-    """In which frames a shape begins to be seen."""
+    """In which frames a shape appears, i.e. was not visible just before."""
     return [now and not before for before, now in zip((False, *seen), seen, strict=False)]
 
 
 def shown(places: Sequence[Place], seen: Sequence[bool]) -> tuple[Place | None, ...]:
-    """The places where seen."""
+    """The places, with None for frames in which a figure is not visible."""
     return tuple(place if now else None for place, now in zip(places, seen, strict=True))
 
 
 def cell(place: Place) -> str:
-    """The quarter of the picture's width, as a letter, and of its height, as a number: "a1" is top left."""
+    """The cell of a 4×4 grid, column letter first: "a1" is top left."""
     row, column = (4 * middle // SIZE for middle in place)
     return f"{'abcd'[column]}{row + 1}"
 
@@ -250,12 +248,12 @@ def render(clip: Clip) -> np.ndarray:
     for figure in clip.figures:
         for frame, place in zip(frames, figure.places, strict=True):
             if place is not None:
-                frame[np.roll(MASKS[figure.shape], place, axis=(0, 1))] = COLOURS.get(figure.color, BLACK)
+                frame[np.roll(MASKS[figure.shape], place, axis=(0, 1))] = COLORS.get(figure.color, BLACK)
     return frames
 
 
 def _mask(inside: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-    """Which pixels [SIZE, SIZE] a shape around (0, 0) covers, modulo SIZE."""
+    """The pixels [SIZE, SIZE] covered by a shape centered at (0, 0), modulo SIZE."""
     offsets = (np.arange(SIZE) + SIZE // 2) % SIZE - SIZE // 2
     return inside(offsets[:, None], offsets[None, :])
 
@@ -269,7 +267,7 @@ MASKS = {
 
 
 def write_video(file: Path, frames: np.ndarray) -> None:
-    """Frames uint8 [T, H, W, 3] -> an mp4 file from which they can be read without loss."""
+    """Write frames uint8 [T, H, W, 3] to a lossless mp4 file."""
     import av
 
     part = file.with_suffix(".part.mp4")

@@ -1,4 +1,4 @@
-"""Samples -> one packed batch."""
+"""Collates samples into one packed batch."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Visual:
     """A still image or the frames of a video.
 
     Args:
-        key: Equal for what is the same.
+        key: Equal for the same image or video.
         pixels: uint8 [frames, 3, H, W]; one frame for an image. On the `meta` device if only the header was read.
         video: Whether it is a video.
-        labels: [frames] what the text says before each frame, mostly nothing.
+        labels: [frames] text before each frame, usually empty.
     """
 
     key: Hashable
@@ -42,12 +42,12 @@ class Sample:
     """One record, encoded.
 
     Args:
-        visuals: What it shows.
-        input_ids: [T], IMAGE once for each frame; None where there is nothing to train on.
-        labels: [T], IGNORE_INDEX where nothing is supervised.
-        time_scale: [T] index of the coarsest time scale at which a position still stands.
-        questions: What is to be asked about it; their image_index counts this sample's frames.
-        skipped: Why there is nothing in it, if its record could not be read.
+        visuals: Its images and videos.
+        input_ids: [T], with IMAGE once for each frame; None if there is nothing to train on.
+        labels: [T], IGNORE_INDEX for positions that are not supervised.
+        time_scale: [T] index of the coarsest time scale that still includes the position.
+        questions: Questions to ask about it; their image_index counts this sample's frames.
+        skipped: The error, if its record could not be read; the sample is then empty.
         where: Its file and record.
     """
 
@@ -62,11 +62,11 @@ class Sample:
 
 @dataclass
 class LoadedBatch(Batch):
-    """A batch and where it came from.
+    """A batch and the records it was made of.
 
     Args:
-        records: How many records were asked for.
-        skipped: What was left out of this batch: (reason, message) of every bad record.
+        records: Number of records requested.
+        skipped: (reason, message) of every bad record left out of this batch.
         where: File and record of every sample.
     """
 
@@ -76,17 +76,17 @@ class LoadedBatch(Batch):
 
 
 class Batches(Dataset):
-    """A set of samples, by batches instead of one by one, packed.
+    """A dataset whose items are whole packed batches.
 
     Args:
-        samples: Set of `Sample`s.
-        draw: Which scales are laid out.
+        samples: Dataset of `Sample`s.
+        draw: Draws each step's scales.
         scales: Visual tokens per image, finest first.
         time_scales: Sets of frames per video, finest first, if any.
-        packing: How.
-        attention: How a packed sequence attends.
-        training: Whether a batch needs something to train on: where none of its records can be read,
-            the next readable one of the set takes their place.
+        packing: As `model.packing`.
+        attention: As `model.attention`.
+        training: Whether every batch needs something to train on. If none of its records can be read, it
+            gets the next readable record of the set.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Batches(Dataset):
         return batch
 
     def _stand_in(self, record: int) -> list[Sample]:
-        """What follows a record, up to the first that can be read."""
+        """The samples after a record, up to the first readable one."""
         found: list[Sample] = []
         count = len(cast(Sized, self.samples))
         for further in range(1, count):
@@ -125,8 +125,8 @@ class Batches(Dataset):
 
 
 def collate(samples: Sequence[Sample], time_scales: Sequence[int] = ()) -> LoadedBatch:
-    """Samples -> a batch that is not packed yet; what is shown twice is encoded once. Records that could not
-    be read are named in `skipped`."""
+    """Samples -> a batch that is not packed yet. An image shown several times is encoded once; records that could
+    not be read are listed in `skipped`."""
     visuals: dict[Hashable, Visual] = {}
     for sample in samples:
         visuals |= {visual.key: visual for visual in sample.visuals}
@@ -154,8 +154,8 @@ def collate(samples: Sequence[Sample], time_scales: Sequence[int] = ()) -> Loade
 
 
 def group_by_size(visuals: Sequence[Tensor], time_scales: Sequence[int] = ()) -> Images:
-    """Frames uint8 [n, 3, H, W] of images and videos -> one tensor a size, where each frame went, and
-    the sets of frames at every time scale."""
+    """Frames uint8 [n, 3, H, W] of images and videos -> one tensor per size, the place of each frame, and the
+    sets of frames at every time scale."""
     groups: dict[torch.Size, list[int]] = {}
     for number, pixels in enumerate(visuals):
         groups.setdefault(pixels.shape[1:], []).append(number)
@@ -167,7 +167,7 @@ def group_by_size(visuals: Sequence[Tensor], time_scales: Sequence[int] = ()) ->
 
 
 def frames_in_sets(frames: Sequence[int], most: int) -> FrameSets:
-    """The sets of frames of images and videos of so many frames at one time scale."""
+    """The sets of frames at one time scale, of images and videos with these numbers of frames."""
     sizes = [np.diff([*set_starts(count, most), count]) for count in frames]
     flat = torch.from_numpy(np.concatenate([*sizes, np.zeros(0, np.int64)]))
     return FrameSets(torch.arange(len(flat)).repeat_interleave(flat), flat)

@@ -1,10 +1,10 @@
-"""DataModules: instruction sets -> batches for fit, validate, test and predict.
+"""DataModules that turn instruction sets into batches for fit, validate, test and predict.
 
     file --sources--> item --records--> Record --conversation--> ids, labels --\\
     image and video files --media--> uint8 pixels ------------------------------> Sample --collate--> Batch
 
-A table beside each file (`index`) tells which records are usable and what each costs; records are
-parsed, encoded and decoded when their turn comes.
+A cached table per file (`index`) says which records are usable and what each costs; records are parsed,
+encoded and decoded when they are needed.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from lit_mm.data.video import VideoOptions
 
 
 def cache_folder() -> Path:
-    """Where tables of records are kept unless the config says otherwise."""
+    """The default folder for cached tables."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_mm"
 
 
 class ImageDataModule(LightningDataModule):
     """Instruction sets of images and text, one or a mixture, in any format that docs/data.md describes.
 
-    Validation and test ask every question of a conversation on its own, with the images and without
-    the turns before it, and compare the generated answer with the one in the file.
+    Validation and test ask every question of a conversation separately, with the images but without earlier
+    turns, and compare the generated answer with the one in the file.
     """
 
     video: VideoOptions | None = None
     frame: ImageOptions | None = None
     caption_epochs = 0
-    """How many epochs train on the file of captions first, for the sets of this package that have one."""
+    """Number of first epochs that train on captions, for the demo sets that have them."""
 
     def __init__(
         self,
@@ -66,34 +66,34 @@ class ImageDataModule(LightningDataModule):
         cache: str | None = None,
         seed: int = 0,
     ) -> None:
-        """Where the records are and how they are fed.
+        """Set the record files and how batches are made.
 
         Args:
-            inputs: What the data must know of the model; on the command line it comes from there.
+            inputs: The model's properties that the data depends on; on the command line the model sets them.
             train: File of conversations, or a mixture: a list of sets with epochs or weights.
-            val: File of conversations, for validation.
-            test: Likewise, for the last look.
-            predict: Questions to answer: {"question_id", "image", "text"} a line, or conversations.
+            val: File of conversations for validation.
+            test: File of conversations for the final test.
+            predict: Questions to answer: lines of {"question_id", "image", "text"}, or conversations.
             image_root: The folder that image and video paths are relative to. Nothing outside it is
                 opened.
-            image: How images are brought to size.
-            batch_size: Most records per batch and device in training; null: as many as the budgets
+            image: How images are resized.
+            batch_size: Maximum records per batch and device in training; null: as many as the other limits
                 allow.
-            tokens_per_batch: Most positions of a training batch's packed sequence, all scales included.
-            pixels_per_batch: Most pixels of a training batch's images and frames.
-            eval_batch_size: Records per batch and device elsewhere; null: as batch_size, or 16.
-            max_length: The longest conversation to train or validate on, in tokens, images at the finest
-                scale included. A longer one is a bad record; nothing is ever cut. So is, in every file,
-                what has more positions than the LLM, a question counted with model.max_new_tokens; an LLM
-                that rotates its positions reads on past what it was trained on, with a warning.
-            image_first: In a record of one image, put it on a line of its own before its turn's text,
-                wherever it stood: what LLaVA, ConvLLaVA and M3 do with their data.
-            on_bad_record: `error` stops at the first bad record, before training where it can be
-                known; `skip` leaves bad records out, counts them and reports why.
+            tokens_per_batch: Maximum positions of a training batch's packed sequence, including all scales.
+            pixels_per_batch: Maximum pixels of a training batch's images and frames.
+            eval_batch_size: Records per batch and device outside training; null: as batch_size, or 16.
+            max_length: Maximum tokens of a conversation in training and validation, with images at the finest
+                scale. Longer ones are bad records; nothing is truncated. In every file, a record with more
+                positions than the LLM has is bad too, where a question counts with model.max_new_tokens. LLMs
+                with rotary positions can go beyond the length they were trained on, with a warning.
+            image_first: In records with one image, move it to a line of its own before its turn's text, as
+                LLaVA, ConvLLaVA and M3 do.
+            on_bad_record: `error` stops at the first bad record, before training if possible; `skip` leaves
+                bad records out, counts them and reports why.
             num_workers: Processes that load batches; 0 loads in the main process.
             cache: Folder for the tables that make a second start fast; null: lit_mm in the user's
                 cache folder.
-            seed: Decides the order of the records, together with the epoch.
+            seed: Seed of the records' order.
         """
         super().__init__()
         limits = {"batch_size": batch_size, "tokens_per_batch": tokens_per_batch, "pixels_per_batch": pixels_per_batch}
@@ -124,9 +124,9 @@ class ImageDataModule(LightningDataModule):
         """Read and check the files that a stage (fit, validate, test or predict) needs.
 
         Raises:
-            FileNotFoundError: No such file.
-            ValueError: The stage needs a file that the config does not name, or a file is malformed.
-            RecordError: A bad record, if on_bad_record is `error`.
+            FileNotFoundError: A file does not exist.
+            ValueError: The config does not name a file that the stage needs, or a file is malformed.
+            RecordError: A record is bad and on_bad_record is `error`.
         """
         if stage == "fit" and self.caption_epochs:
             self.sets["captions"] = self._read("captions", "train")
@@ -138,7 +138,7 @@ class ImageDataModule(LightningDataModule):
                 raise ValueError(f"data.{split}: no file of records is named")
 
     def _read(self, name: str, split: Split) -> Mixture:
-        """The sets of a split; the first process of each machine makes their tables."""
+        """The sets of a split; the first process of each machine builds their tables."""
         named = self.files[name]
         subsets = named if isinstance(named, list) else [Subset(str(named))]
         trainer = self.trainer
@@ -170,7 +170,7 @@ class ImageDataModule(LightningDataModule):
         return made
 
     def _warn_of_length(self, name: str, records: InstructionSet) -> None:
-        """Of records on which an LLM goes on past the positions it was trained on."""
+        """Warn of records longer than the LLM was trained on."""
         lengths = records.costs.tokens(np.arange(len(records)), [0], self.inputs.scales)
         known = self.inputs.positions
         if known and (longer := int((lengths > known.most).sum())):
@@ -181,14 +181,14 @@ class ImageDataModule(LightningDataModule):
             )
 
     def train_set(self, epoch: int) -> str:
-        """Which of the sets an epoch trains on."""
+        """The set that an epoch trains on."""
         return "captions" if epoch < self.caption_epochs else "train"
 
     def train_dataloader(self) -> ResumableLoader:
         """Batches of shuffled conversations.
 
         Raises:
-            ValueError: Epochs have different numbers of batches, and the trainer would not notice.
+            ValueError: An epoch has no batch, or epochs differ in length and the trainer would not notice.
         """
         trainer, plans = cast(Any, self.trainer), self.train_plans(self._epoch())
         name = self.train_set(plans.epoch)
@@ -208,7 +208,7 @@ class ImageDataModule(LightningDataModule):
         return self.trainer.current_epoch if self.trainer else 0
 
     def order(self) -> dict[str, Any]:
-        """All that decides which records stand in which batch."""
+        """Everything that decides which records go into which batch."""
         inputs, trainer = self.inputs, self.trainer
         sets = {name: ([len(each) for each in mix.sets], mix.shares) for name, mix in self.sets.items()}
         return {
@@ -247,9 +247,9 @@ class ImageDataModule(LightningDataModule):
         rank, ranks = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         choice: Choice = "next" if budget.fixed or not training else "largest"
         if training and self.inputs.packing == "padded":
-            choice = "alike"  # rows are padded
+            choice = "alike"  # in length, as rows are padded
         draw, costs = self.inputs.draw(training, self.seed), mixture.costs
-        same = trainer is not None and bool(cast(Any, trainer).overfit_batches)  # means one order for all epochs
+        same = trainer is not None and bool(cast(Any, trainer).overfit_batches)  # one order for all epochs
 
         def order(epoch: int) -> np.ndarray:
             return mixture.order(0 if same else epoch, self.seed) if training else np.arange(len(mixture))
@@ -272,16 +272,16 @@ class ImageDataModule(LightningDataModule):
                 self.sets[name], draw, inputs.scales, inputs.time_scales, inputs.packing, inputs.attention, training
             ),
             sampler=plans,
-            batch_size=None,  # the sampler hands out whole batches
+            batch_size=None,  # the sampler yields whole batches
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            generator=torch.Generator(),  # it draws a number: the run's own must not depend on that
+            generator=torch.Generator(),  # a loader draws a random number, which must not change the run's own
             worker_init_fn=leave_signals_to_the_trainer,
         )
         return self.loaders[place]
 
     def on_after_batch_transfer(self, batch: LoadedBatch, dataloader_idx: int) -> LoadedBatch:
-        """Count what the loader had to leave out."""
+        """Count the records that the loader had to leave out."""
         self.seen += batch.records
         for reason, message in batch.skipped:
             self.skipped.count(reason, message)
@@ -289,7 +289,7 @@ class ImageDataModule(LightningDataModule):
         return batch
 
     def on_exception(self, exception: BaseException) -> None:
-        """End the loaders' processes."""
+        """End the loaders' worker processes."""
         for loader in self.loaders.values():
             loader.close()
 
@@ -303,7 +303,7 @@ class ImageDataModule(LightningDataModule):
 class VideoDataModule(ImageDataModule):
     """Instruction sets of videos, images and text, one or a mixture.
 
-    A video becomes frames, and a scale is a number of tokens per frame. With the model's time_scales
+    A video becomes frames, and a scale is a number of tokens per frame. With the model's time_scales,
     neighboring frames are pooled too.
     """
 
@@ -314,12 +314,12 @@ class VideoDataModule(ImageDataModule):
         frame: ImageOptions | None = None,
         **options: Any,
     ) -> None:
-        """Which frames are shown, and all that ImageDataModule has.
+        """Set which frames are shown, and all options of ImageDataModule.
 
         Args:
-            inputs: What the data must know of the model; on the command line it comes from there.
+            inputs: The model's properties that the data depends on; on the command line the model sets them.
             video: Which frames of a video are shown.
-            frame: How frames are brought to size; null: as images.
+            frame: How frames are resized; null: as images.
             options: As ImageDataModule.
         """
         super().__init__(inputs, **options)

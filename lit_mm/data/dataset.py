@@ -1,4 +1,4 @@
-"""A set of records: which file, how each record becomes a sample, what it costs; sets become a mixture."""
+"""Sets of records: encodes records as samples, works out what each costs, and joins sets to a mixture."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ Split = Literal["train", "val", "test", "predict"]
 
 
 class ModelInputs:
-    """All that the data side knows of a model.
+    """The model's properties that the data depends on.
 
     Args:
-        tokenizer: The LLM's, chat template set.
+        tokenizer: The LLM's tokenizer, with its chat template set.
         stride: Pixels per grid cell along a side.
         scales: Visual tokens per image, finest first.
         color: The encoder's mean color in 0..255, for padding.
-        sampling: How coarser tokens come from finer ones.
-        pooling: Whether any grid will do.
+        sampling: As `model.sampling`.
+        pooling: As `model.pooling`.
         time_scales: Sets of frames per video, finest first, if any.
-        packing: How batches are laid out for the model.
-        attention: How a packed sequence attends.
-        scales_per_step: How many scales take part in a training step.
-        keep_finest: Whether the finest always does.
-        positions: How long a sequence its LLM takes; None: any.
-        max_new_tokens: Tokens of the longest answer.
+        packing: As `model.packing`.
+        attention: As `model.attention`.
+        scales_per_step: Number of scales in a training step.
+        keep_finest: Whether every step includes the finest scale.
+        positions: The LLM's maximum sequence length; None: unlimited.
+        max_new_tokens: Maximum tokens of an answer.
     """
 
     def __init__(
@@ -75,12 +75,12 @@ class ModelInputs:
         self.positions, self.max_new_tokens = positions, max_new_tokens
 
     def draw(self, training: bool, seed: int = 0) -> ScaleDraw:
-        """Which scales take part in a step."""
+        """Draws the scales of each step."""
         count = len(all_scales(self.scales, self.time_scales))
         return ScaleDraw(count, self.scales_per_step if training else "all", self.keep_finest, seed)
 
     def settings(self) -> dict[str, Any]:
-        """What of it decides the length of a record in training, and whether it is too long."""
+        """The settings that affect a record's costs and whether it is too long."""
         others = ("tokenizer", "color", "packing", "attention", "max_new_tokens")
         told = {name: value for name, value in vars(self).items() if name not in others}
         return told | {"tokenizer": _identity(self.tokenizer)}
@@ -99,12 +99,12 @@ class Subset:
     Args:
         path: File, files or data set, in any format that `docs/data.md` describes.
         root: The folder that image and video paths are relative to; null: the DataModule's.
-        epochs: How often the set is gone through in an epoch: 2 twice, 0.5 one half, the other half in
-            the next.
+        epochs: Passes over the set per epoch: 2 uses it twice; 0.5 uses one half, and the other half in the
+            next epoch.
         weight: Instead of epochs: the set's share of an epoch's records, relative to the other sets'
             weights. An epoch then has as many records as all sets together.
-        format: What the files hold; null looks.
-        items: What a record looks like; null looks at each.
+        format: The files' format; null: detected.
+        items: The records' format; null: detected for each record.
     """
 
     path: str | list[str]
@@ -119,15 +119,15 @@ class InstructionSet(Dataset):
     """The usable records of one file, numbered without gaps.
 
     Args:
-        source: Raw items.
-        items: Their format; None looks at each.
+        source: The raw items.
+        items: Their format; None: detected for each item.
         media: Opens images and videos.
-        split: train supervises; val asks as well; test and predict only ask.
-        inputs: What the model tells.
-        max_length: Most tokens of a record at the finest scale.
-        budget: Of a training batch.
-        image_first: Whether the marker of a record's only image goes before its turn's text.
-        policy: `error` or `skip` bad records; those that cannot be loaded are named in their samples.
+        split: train gives labels, val labels and questions, test and predict questions only.
+        inputs: The model's properties.
+        max_length: Maximum tokens of a record at the finest scale.
+        budget: Limits of a training batch.
+        image_first: Whether to move a record's only image before its turn's text.
+        policy: `error` or `skip` bad records; samples of records that fail to load carry the error.
     """
 
     def __init__(
@@ -149,13 +149,13 @@ class InstructionSet(Dataset):
         self.table, self.bad = np.zeros((0, 3 + 2 * self.times), np.int64), BadRecords(policy)
 
     def look(self, cache: Path, workers: int) -> None:
-        """Find the usable records and what each costs, or take it from the cache.
+        """Find the usable records and what each costs, or take both from the cache.
 
         Sets `table` [n, 3 + 2 T]: the record's number in the file, positions before its first image, pixels,
         words at T time scales, frames at T time scales.
 
         Raises:
-            RecordError: A bad record, if the policy is `error`.
+            RecordError: A record is bad and the policy is `error`.
         """
         train_limits = self.budget.tokens, self.budget.pixels
         settings = self.inputs.settings() | {
@@ -193,10 +193,10 @@ class InstructionSet(Dataset):
             return Sample(skipped=[error])
 
     def sample(self, number: int, cost: Sequence[int]) -> Sample:
-        """Record `number` of the file, encoded and decoded, that costs what the table says.
+        """Record `number` of the file, encoded and with decoded media; its costs must match the table.
 
         Raises:
-            RecordError: As `cost`, and what is found out by decoding images and videos.
+            RecordError: As `cost`, or an image or video cannot be decoded.
         """
         sample, rows, lengths = self._encoded(self._record(number), decode=True)
         if (found := rows[lengths.argmax()]) != list(cost):
@@ -205,10 +205,10 @@ class InstructionSet(Dataset):
         return sample
 
     def cost(self, number: int) -> list[int]:
-        """The table's row of record `number` of the file, without the number; nothing is decoded.
+        """The table row of record `number` of the file, without the number; nothing is decoded.
 
         Raises:
-            RecordError: The record is unusable, as far as can be known without decoding an image.
+            RecordError: The record is unusable, as far as this is known without decoding images.
         """
         record = self._record(number)
         if self.split != "predict" and len(record.turns) % 2:
@@ -225,8 +225,8 @@ class InstructionSet(Dataset):
         return image_first(record) if self.image_first else record
 
     def _encoded(self, record: Record, decode: bool) -> tuple[Sample, list[list[int]], np.ndarray]:
-        """A record's sample, and for each sequence that the LLM gets of it, which are the conversation and then
-        every question with its answer, the table's row and the positions at the finest scale."""
+        """A record's sample, and for each of its sequences (the conversation, then every question with its answer)
+        the table row and the positions at the finest scale."""
         visuals = self.media.visuals(record, decode)
         labels = [visual.labels for visual in visuals]
         sample, timed = Sample(visuals, where=record.where), bool(self.inputs.time_scales)
@@ -243,8 +243,8 @@ class InstructionSet(Dataset):
         return sample, rows, self._tokens(rows, [0])
 
     def _questions(self, record: Record, labels: list[Sequence[str]]) -> list[Question]:
-        """Every exchange of a record on its own, with all media and without history; of several each has a number
-        behind the record's id."""
+        """Every exchange of a record as a separate question, with all media and without history. If there are
+        several, a number is appended to the record's id."""
         markers = [MARKERS[medium.kind] for medium in record.media]
         exchanges, questions = list(record.exchanges), []
         for number, (text, answer) in enumerate(exchanges, 1):
@@ -268,7 +268,7 @@ class InstructionSet(Dataset):
         return RecordSizes.of(np.array(rows)).tokens(np.arange(len(rows)), drawn, self.inputs.scales)
 
     def _pixels(self, record: Record, visual: Visual) -> int:
-        """Of an image or a video, padded to the stride."""
+        """Pixels of an image or a video, with sides padded to the stride."""
         frames, _, height, width = visual.pixels.shape
         stride = self.inputs.stride
         grid = math.ceil(height / stride), math.ceil(width / stride)
@@ -297,17 +297,17 @@ class InstructionSet(Dataset):
                     raise RecordError(record.where, f"more {name} than a batch holds", detail)
 
     def _most_tokens(self, row: list[int]) -> int:
-        """Positions of the record at the scales that need most of all that can be drawn together."""
+        """The record's positions at the largest combination of scales that one step can draw."""
         draw, scales = self.inputs.draw(training=True), self.inputs.scales
         branches = list(range(draw.scales))
         if not RecordSizes.of(np.array([row])).video(np.zeros(1, np.int64))[0]:
-            branches = branches[: len(scales)]  # the others are the same again
+            branches = branches[: len(scales)]  # other time scales repeat these
         branches.sort(key=lambda scale: -self._tokens([row], [scale])[0])
         return int(self._tokens([row], branches if draw.per_step == "all" else branches[: draw.per_step])[0])
 
 
 def positions(ids: np.ndarray, kept: np.ndarray, times: int) -> tuple[int, list[int], list[int]]:
-    """Positions before the first image, and behind it the words and frames at each time scale."""
+    """Positions before the first image, and the words and frames after it at each time scale."""
     image = ids == IMAGE
     first = int(image.argmax()) if image.any() else len(ids)
     stays = [kept[first:] >= time for time in range(times)] if kept.max() >= 0 else [np.ones(len(ids) - first, bool)]
@@ -316,11 +316,11 @@ def positions(ids: np.ndarray, kept: np.ndarray, times: int) -> tuple[int, list[
 
 
 class Mixture(Dataset):
-    """Several sets, their records numbered one set after another.
+    """Several sets, with their records numbered consecutively.
 
     Args:
         sets: The sets.
-        shares: How often each is gone through in an epoch.
+        shares: Passes over each set per epoch.
     """
 
     def __init__(self, sets: list[InstructionSet], shares: list[float]) -> None:
@@ -336,15 +336,15 @@ class Mixture(Dataset):
         return self.sets[number][record - self.firsts[number]]
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
-        """The records of an epoch, in random order."""
+        """The records of an epoch in random order."""
         return epoch_order([len(each) for each in self.sets], self.shares, seed, epoch)
 
 
 def shares_of(subsets: Sequence[Subset], counts: Sequence[int]) -> list[float]:
-    """How often each set is gone through in an epoch.
+    """Passes over each set per epoch.
 
     Raises:
-        ValueError: Some sets have weights and others none, or a number is not positive.
+        ValueError: Only some sets have a weight, or a number is not positive.
     """
     weights = [subset.weight for subset in subsets]
     numbers = [subset.epochs if subset.weight is None else subset.weight for subset in subsets]

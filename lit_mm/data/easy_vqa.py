@@ -1,4 +1,4 @@
-"""easy-VQA: a small real visual question answering set that a Python package carries.
+"""easy-VQA: a small visual question answering set that comes as a Python package.
 
 Victor Zhou's easy-VQA (package `easy-vqa`): 4,000 training and 1,000 test images of 64×64 pixels,
 each with one shape of one color, and 38,575 and 9,673 questions with 13 answers.
@@ -18,17 +18,17 @@ from lit_mm.data.dataset import ModelInputs
 from lit_mm.data.images import ImageOptions
 
 SHAPES = ("circle", "rectangle", "triangle")
-COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 Questions = dict[int, list[tuple[str, str]]]
 
 
 class EasyVQADataModule(ImageDataModule):
-    """easy-VQA as LLaVA records: all questions of an image in one conversation.
+    """easy-VQA as LLaVA records, with all questions of an image in one conversation.
 
-    The last `val_images` training images are held out for validation. A run can begin with some
-    epochs of captions, as ConvLLaVA's three stages do: a record asks for a short description, and
-    its answer ("a red triangle") is put together from the answers of the image's own questions.
-    Most questions can be guessed without the image, a caption can not: it teaches to look.
+    The last `val_images` training images are held out for validation. As in ConvLLaVA's three stages, a run
+    can begin with some epochs of captions: a record asks for a short description, and the answer ("a red
+    triangle") follows from the image's own questions and answers. Most questions can be guessed without
+    the image but a caption cannot, so captions teach the model to look.
     """
 
     def __init__(
@@ -41,17 +41,17 @@ class EasyVQADataModule(ImageDataModule):
         eval_batch_size: int | None = None,
         num_workers: int = 0,
     ) -> None:
-        """Where the records are written and how they are fed.
+        """Set where the records are written and how batches are made.
 
         Args:
-            inputs: What the data must know of the model; on the command line it comes from there.
+            inputs: The model's properties that the data depends on; on the command line the model sets them.
             root: Folder for captions.json, train.json, val.json and test.json in LLaVA's format.
             val_images: Training images held out for validation, with all their questions.
-            caption_epochs: Epochs of captions before the conversations, one record for every
-                training image whose questions tell its shape and color. Needs
+            caption_epochs: Epochs of captions before the conversations, with one record for every
+                training image whose questions give its shape and color. Needs
                 trainer.reload_dataloaders_every_n_epochs: 1.
             batch_size: Conversations per batch and device in training.
-            eval_batch_size: Conversations per batch and device elsewhere; null: as batch_size.
+            eval_batch_size: Conversations per batch and device outside training; null: as batch_size.
             num_workers: Processes that load batches; 0 loads in the main process.
         """
         super().__init__(
@@ -87,10 +87,10 @@ class EasyVQADataModule(ImageDataModule):
 
 
 def package_data() -> Path:
-    """The data folder of the installed package easy-vqa (the package itself is not imported).
+    """The data folder of the installed package easy-vqa; the package itself is not imported.
 
     Raises:
-        ModuleNotFoundError: It is not installed.
+        ModuleNotFoundError: The package is not installed.
     """
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or not spec.submodule_search_locations:
@@ -99,7 +99,7 @@ def package_data() -> Path:
 
 
 def read_questions(split: str) -> Questions:
-    """image number -> its (question, answer) pairs, of `train` or `test`."""
+    """Image number -> (question, answer) pairs, for `train` or `test`."""
     by_image: Questions = defaultdict(list)
     for question, answer, image in json.loads((package_data() / split / "questions.json").read_text()):
         by_image[image].append((question, answer))
@@ -109,18 +109,18 @@ def read_questions(split: str) -> Questions:
 def shuffled(by_image: Questions) -> Questions:
     """The questions of every image in a fixed random order.
 
-    The set lists "what …" questions first. Asked alone, as in a test, any question is the first one.
+    easy-VQA lists "what …" questions first, but a test asks every question alone, as the first one.
     """
     return {image: random.Random(image).sample(pairs, len(pairs)) for image, pairs in by_image.items()}
 
 
 def records(split: str, by_image: Questions) -> list[dict[str, Any]]:
-    """LLaVA records: one conversation an image."""
+    """LLaVA records, one conversation per image."""
     return [_record(f"{split}_{image}", split, image, pairs) for image, pairs in by_image.items()]
 
 
 def captions(split: str, by_image: Questions) -> list[dict[str, Any]]:
-    """LLaVA records: a short description of every image whose questions tell enough."""
+    """LLaVA records with a short description of every image whose questions give its shape and color."""
     told = {image: caption(pairs) for image, pairs in by_image.items()}
     return [
         _record(f"{split}_{image}_caption", split, image, [("what is in the image?", text)])
@@ -136,13 +136,13 @@ def _record(name: str, split: str, image: int, pairs: list[tuple[str, str]]) -> 
 
 
 def caption(pairs: list[tuple[str, str]]) -> str | None:
-    """ "a red triangle", if the image's questions and answers tell both; None otherwise."""
-    shape, color = _told(pairs, SHAPES), _told(pairs, COLOURS)
+    """ "a red triangle", if the image's questions and answers give both; None otherwise."""
+    shape, color = _told(pairs, SHAPES), _told(pairs, COLORS)
     return f"a {color} {shape}" if shape and color else None
 
 
 def _told(pairs: list[tuple[str, str]], names: tuple[str, ...]) -> str | None:
-    """The name that an answer states, or that a question takes for granted or has confirmed."""
+    """The name that an answer gives, or that a question presupposes or its answer confirms."""
     for question, answer in pairs:
         words = question.rstrip("?").split()
         if answer in names:

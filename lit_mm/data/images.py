@@ -1,4 +1,4 @@
-"""An encoded image -> pixels of the size that the encoder shall see."""
+"""Decodes an image and resizes it for the encoder."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from torchvision.transforms.v2.functional import resize
 from lit_mm.data.records import RecordError
 
 DRAFT = 2.0
-"""How many times larger than wanted a JPEG may be decoded: it can leave out what resizing would blur.
-With `pad` the image then sits up to a quarter of a pixel beside its place."""
+"""A JPEG is decoded at a reduced size that is still at least this many times the target, which is faster.
+With `pad`, the image may then be off by up to a quarter of a pixel."""
 
 TURNS = {
     2: Transpose.FLIP_LEFT_RIGHT,
@@ -34,29 +34,29 @@ TURNS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-"""What makes an image upright, by EXIF's orientation."""
+"""EXIF's orientation -> what makes the image upright."""
 SIDEWAYS = (5, 6, 7, 8)
 TIFF_SUBFILE, TIFF_REDUCED = 254, 1
-"""The tag that says what a page is, and its bit for a reduced version of another page."""
+"""The tag with a page's type, and its bit for a reduced version of another page."""
 
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How an image is brought to size.
+    """How an image is resized.
 
     Args:
-        mode: `pad` fills up with the encoder's mean color to the shape of `size` and resizes (LLaVA,
-            ConvLLaVA); `squash` resizes whatever the shape; `keep` keeps the image's shape, and the
-            encoder pads its sides up to its stride only. Resizing is bicubic.
-        size: Pixels of the result: a number for a square, or `[height, width]`. With `keep` one number,
-            and `side` says what it measures; null then means as it is.
-        side: With `keep`: whether `size` is the `long` side, the `short` one (ConvLLaVA's any-aspect
-            input), or that of the square with as many pixels (`area`).
-        max_pixels: A larger image (with `pad`, one larger when filled up) is refused before it is decoded.
-        exact_decoding: Whether a JPEG is decoded at its full size before it is resized, as LLaVA and ConvLLaVA
-            do. Otherwise one at least four times as high and wide as needed is decoded at a half, a quarter or
-            an eighth. At 336 that saves 9 of 16 ms for a scan of 1536 × 701 pixels and 180 of 200 ms for a
-            photo of 4032 × 3024; on 176 scans values were 0.7 of 255 off on average, at edges up to 104.
+        mode: `pad` pads with the encoder's mean color to the shape of `size` and resizes (LLaVA, ConvLLaVA);
+            `squash` resizes without keeping the aspect ratio; `keep` keeps the aspect ratio, and the encoder
+            pads sides to a multiple of its stride. Resizing is bicubic.
+        size: Pixels of the result: a number for a square, or `[height, width]`. With `keep`, one number that
+            is measured as `side` says, or null to keep the image's size.
+        side: With `keep`: whether `size` is the `long` side, the `short` side (ConvLLaVA's any-aspect
+            input), or the side of a square with equally many pixels (`area`).
+        max_pixels: Images with more pixels (after padding, with `pad`) are refused before decoding.
+        exact_decoding: Whether JPEGs are decoded at full size before resizing, as LLaVA and ConvLLaVA do.
+            Otherwise a JPEG at least four times as high and wide as needed is decoded at 1/2, 1/4 or 1/8 of
+            its size. At 336 this saves 9 of 16 ms for a scan of 1536 × 701 pixels and 180 of 200 ms for a
+            photo of 4032 × 3024; on 176 scans, values differed by 0.7 of 255 on average and 104 at most.
     """
 
     mode: Literal["pad", "squash", "keep"] = "pad"
@@ -69,7 +69,7 @@ class ImageOptions:
         if self.size is None and self.mode != "keep":
             raise ValueError(f"image.size: mode {self.mode} needs a size in pixels")
         if isinstance(self.size, (tuple, list)):
-            object.__setattr__(self, "size", tuple(self.size))  # YAML has lists only
+            object.__setattr__(self, "size", tuple(self.size))  # YAML has no tuples
             if self.mode == "keep":
                 raise ValueError(f"image.size: mode keep takes one number, found {list(self.size)}")
         if self.size is not None and min(self._sides) < 1:
@@ -80,7 +80,7 @@ class ImageOptions:
         return self.size if isinstance(self.size, tuple) else (self.size or 0, self.size or 0)
 
     def target(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width that an image of height × width pixels will have."""
+        """The resized height and width of an image of height × width pixels."""
         if self.mode != "keep":
             return self._sides
         if self.size is None:
@@ -90,7 +90,7 @@ class ImageOptions:
 
 
 def filled(height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the smallest area in the target's shape that height × width pixels fit in."""
+    """Height and width of the smallest area with the target's aspect ratio that contains height × width pixels."""
     scale = max(height / target[0], width / target[1])
     return max(height, round(target[0] * scale)), max(width, round(target[1] * scale))
 
@@ -98,17 +98,17 @@ def filled(height: int, width: int, target: tuple[int, int]) -> tuple[int, int]:
 class ImageFile:
     """One encoded image.
 
-    A JPEG is its first picture: the gain map, the thumbnail or the other eye's view behind it (Ultra HDR, MPO)
-    are left alone. A TIFF is its only page that is no thumbnail.
+    Of a JPEG the first picture is read; a gain map, thumbnail or second view after it (Ultra HDR, MPO) is
+    ignored. A TIFF must have exactly one page that is not a thumbnail.
 
     Args:
         where: File and record, for errors.
-        name: How errors call the image.
+        name: The image's name, for errors.
         source: Its file, or its content.
-        options: How it is brought to size.
+        options: How it is resized.
 
     Raises:
-        RecordError: Not an image, several frames or pages, or too many pixels, found in its headers.
+        RecordError: By its headers it is not an image, has several frames or pages, or too many pixels.
     """
 
     def __init__(self, where: str, name: str, source: Path | bytes, options: ImageOptions) -> None:
@@ -122,7 +122,7 @@ class ImageFile:
 
     @contextmanager
     def _guard(self, reason: str) -> Iterator[None]:
-        """Pillow's readers raise whatever a damaged file makes them stumble over, and read when they need to."""
+        """Turn errors into RecordErrors: Pillow reads lazily and raises all kinds of errors for damaged files."""
         try:
             yield
         except (MemoryError, RecordError):
@@ -161,20 +161,20 @@ class ImageFile:
         return RecordError(self.where, reason, f"image {self.name}: {detail}")
 
     def _shape(self) -> tuple[int, int]:
-        """Height and width, upright, by the header."""
+        """Height and width when upright, from the header."""
         width, height = self.image.size
         return (width, height) if self.turn in SIDEWAYS else (height, width)
 
     def _filled(self) -> tuple[int, int]:
-        """Height and width before it is resized, with what `pad` adds."""
+        """Height and width before resizing, including what `pad` adds."""
         return filled(*self._shape(), self.size()) if self.options.mode == "pad" else self._shape()
 
     def size(self) -> tuple[int, int]:
-        """Height and width that it will have, from its header alone."""
+        """The resized height and width, from the header only."""
         return self.options.target(*self._shape())
 
     def pixels(self, color: tuple[int, int, int]) -> Tensor:
-        """uint8 [1, 3, H, W], upright and in RGB; `pad` fills with a color in 0..255.
+        """uint8 [1, 3, H, W], upright and in RGB; `pad` fills with the color (0..255).
 
         Raises:
             RecordError: The file is truncated.
@@ -183,29 +183,30 @@ class ImageFile:
         with self._guard("truncated image"):
             if not self.options.exact_decoding:
                 self._draft()
-            turn = TURNS.get(self.turn)  # what stands behind the pixels comes too late to tell a size
+            turn = TURNS.get(self.turn)  # metadata after the pixels is ignored: the size is already fixed
             upright = to_rgb(self.image if turn is None else self.image.transpose(turn))
         return to_pixels(upright, target, color if self.options.mode == "pad" else None)[None]
 
     def _draft(self) -> None:
-        """Let a JPEG be decoded at a fraction of its size that is still DRAFT times what is wanted."""
+        """Have a JPEG decoded at a fraction of its size that is still DRAFT times the target."""
         scale = DRAFT * max(want / have for want, have in zip(self.size(), self._filled(), strict=True))
         width, height = self.image.size
         self.image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
 
 
 def opened(source: Path | bytes) -> Image.Image:
-    """An image of which the header was read."""
+    """An image with only its header read."""
     with BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
         is_jpeg = file.read(3) == b"\xff\xd8\xff"
-    reader = JpegImageFile if is_jpeg else Image.open  # which takes a JPEG with more behind it for several frames
+    # Image.open would take a JPEG with appended pictures for several frames
+    reader = JpegImageFile if is_jpeg else Image.open
     return reader(BytesIO(source) if isinstance(source, bytes) else source)
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's, 1 to 8; 1, which is upright, where EXIF cannot be read: the pixels are whole all the same."""
+    """EXIF's orientation, 1 to 8; 1 (upright) if EXIF cannot be read, as the pixels may still be fine."""
     try:
-        return int(Image.Image.getexif(image).get(0x0112, 1))  # a subclass's would decode the whole image
+        return int(Image.Image.getexif(image).get(0x0112, 1))  # some subclasses' getexif decodes the whole image
     except MemoryError:
         raise
     except Exception:
@@ -213,7 +214,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image in 8-bit RGB: 16 bits lose the lower half, what is transparent becomes white."""
+    """Any image in 8-bit RGB: 16-bit values lose their lower byte, and transparency becomes white."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
@@ -223,10 +224,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, target: tuple[int, int], color: tuple[int, int, int] | None = None) -> Tensor:
-    """An RGB image -> uint8 [3, H, W] of a height and width; a color fills it up to that shape first.
+    """An RGB image -> uint8 [3, H, W] of the target size, padded to its aspect ratio first if a color is given.
 
-    Bicubic with antialiasing, by torchvision: Pillow's result to one or two levels of 255 in a third
-    of the time.
+    Bicubic with antialiasing by torchvision, which is within one or two levels (of 255) of Pillow's result
+    and takes a third of the time.
     """
     pixels = torch.from_numpy(np.array(image))
     if color is not None:

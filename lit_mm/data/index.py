@@ -1,7 +1,7 @@
-"""A table beside a file of records: which are usable, and what each costs. Made once, then mapped.
+"""A cached table for each file of records: which are usable, and what each costs.
 
-Making it parses and encodes every record and opens the header of every image, so that bad records
-are known before training. A later start reads only the table, whatever its length.
+The first start parses and encodes every record and reads the header of every image, so that bad records are
+known before training. Later starts only memory-map the table.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from lit_mm.data.records import BadRecords, RecordError
 from lit_mm.data.sources import load_table, new_file
 
 VERSION = 3
-"""Of the table's layout: a table of another version is made anew."""
+"""Version of the table's layout; tables of other versions are rebuilt."""
 CHUNK = 256
-"""Records that are looked at between two signs of progress."""
+"""Records per step of the progress bar."""
 LARGE = 20_000
-"""Records from which on progress is shown."""
+"""Progress is shown from this many records on."""
 
 Cost = Callable[[int], list[int]]
-"""Number of a record -> its row of the table without the number; a RecordError where it is unusable."""
+"""Number of a record -> its table row without the number; raises a RecordError if it is unusable."""
 
 
 def usable_records(
     cost: Cost, total: int, columns: int, file: Path, policy: Literal["error", "skip"], workers: int
 ) -> tuple[np.ndarray, BadRecords]:
-    """The usable ones of `total` records, from the file if it exists, and what was left out.
+    """The usable ones of `total` records, from the cached table if there is one, and the bad ones.
 
-    Records that were left out the last time are looked at again: a missing file may be there now.
+    Records that were bad the last time are checked again: a missing file may exist now.
 
     Args:
-        cost: What a record costs.
+        cost: Computes a record's row.
         total: Number of records.
-        columns: Of the table: the record's number and its costs.
-        file: Where the table is kept.
+        columns: Number of the table's columns: the record's number and its costs.
+        file: The cached table.
         policy: `error` or `skip` bad records.
-        workers: Processes that make the table; 0: this one.
+        workers: Processes that build the table; 0: this one.
 
     Returns:
         int64 [n, columns] sorted by number, and the bad records.
@@ -65,12 +65,12 @@ def usable_records(
 
 
 def _made(cost: Cost, numbers: np.ndarray, columns: int, bad: BadRecords, workers: int) -> np.ndarray:
-    """The table's rows of some of the records."""
+    """Table rows of the given records."""
     pieces = [np.zeros((0, columns), np.int64)]
-    own = torch.Generator()  # a loader draws a number: the run's random numbers must not depend on this
+    own = torch.Generator()  # a loader draws a random number, which must not change the run's own
     chunks: Any = DataLoader(cast(Dataset, _Chunks(cost, numbers)), None, num_workers=workers, generator=own)
     if len(numbers) >= LARGE:
-        rank_zero_info(f"looking at {len(numbers):,} records, once")
+        rank_zero_info(f"checking {len(numbers):,} records, once")
         chunks = track(chunks, total=len(chunks), description="records")
     for rows, errors in chunks:
         pieces.append(np.array(rows, np.int64).reshape(-1, columns))

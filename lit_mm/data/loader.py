@@ -1,4 +1,4 @@
-"""The loader and its processes: where it stands, how it is waited for, how it ends."""
+"""A data loader that can resume, measures how long training waits for it, and ends its worker processes."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from lit_mm.data.sampler import BatchPlans
 from lit_mm.model.batch import Batch
 
 GRACE = 3
-"""Seconds that a loader's process outlives SIGTERM."""
+"""Seconds that a worker process outlives SIGTERM."""
 
 
 OPEN: WeakSet[ResumableLoader] = WeakSet()
-"""Loaders that may have processes."""
+"""Loaders that may have worker processes."""
 
 
 @atexit.register
 def close_loaders() -> None:
-    """Without this a program takes 3 seconds longer to end, and may end with torch's traceback: torch sends SIGTERM and
-    waits, and `leave_signals_to_the_trainer` delays what SIGTERM does."""
+    """Without this a program takes 3 seconds longer to end and may print torch's traceback, because torch sends SIGTERM
+    and waits, and `leave_signals_to_the_trainer` delays the effect of SIGTERM."""
     for loader in OPEN:
         loader.close()
 
 
 class ResumableLoader(DataLoader):
-    """A loader whose place is (epoch, batches trained): Lightning restores it before the first batch.
+    """A loader whose state is (epoch, batches trained), which Lightning restores before the first batch.
 
     Attributes:
-        waited: Seconds that this process has spent waiting for batches, or making them itself.
+        waited: Seconds that this process has spent waiting for batches, or making them.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -47,8 +47,8 @@ class ResumableLoader(DataLoader):
 
     def __iter__(self) -> Any:
         if self.num_workers:
-            get_temp_dir()  # processes that inherit it make none of their own, which a kill would leave behind
-        return self._timed(super().__iter__())  # which starts the processes now, not with the first batch
+            get_temp_dir()  # otherwise each worker makes its own, which stays behind when it is killed
+        return self._timed(super().__iter__())  # starts the workers now, not with the first batch
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:
@@ -60,17 +60,17 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def close(self) -> None:
-        """End the processes, which otherwise live as long as anything remembers the loader. A process that was
-        forked has inherited the loader, not its processes."""
+        """End the worker processes, which otherwise live as long as anything refers to the loader. Does nothing in
+        a forked process, which has inherited the loader but not its workers."""
         if getattr(self, "owner", None) != os.getpid():
             return
         iterator: Any = getattr(self, "_iterator", None)
         if hasattr(iterator, "_shutdown_workers"):
-            if iterator._worker_pids_set:  # or torch takes their end for an accident
+            if iterator._worker_pids_set:  # or torch reports their end as a crash
                 _remove_worker_pids(id(iterator))
                 iterator._worker_pids_set = False
             for process in iterator._workers:
-                process.kill()  # they only read, and asking costs seconds each
+                process.kill()  # they only read, and ending them gently takes seconds each
             iterator._shutdown_workers()
         self._iterator = None
 
@@ -78,13 +78,13 @@ class ResumableLoader(DataLoader):
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the epoch began; `LitMatryoshka.on_save_checkpoint` writes the place that training reached,
-        as workers have fetched more than that."""
+        """The batch at which the epoch began. Workers have fetched more than was trained, so
+        `LitMatryoshka.on_save_checkpoint` writes how far training got."""
         plans = self._plans()
         return {"epoch": plans.epoch, "batches": plans.start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at a place."""
+        """Resume at an epoch and batch."""
         plans = self._plans()
         plans.epoch, plans.start = state["epoch"], state["batches"]
 
@@ -94,9 +94,9 @@ class ResumableLoader(DataLoader):
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:
-    """In a loader's process: a signal to the whole group must not end it under a running step.
+    """In a worker process: a signal to the process group must not end the worker during a step.
 
-    The trainer ends it when it stops; if that never comes, it goes by itself, as SIGTERM asked.
+    The trainer ends it when it stops; if that does not happen, SIGTERM ends it after GRACE seconds.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))

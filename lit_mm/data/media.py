@@ -1,4 +1,4 @@
-"""Images and videos of records, below one root: what they will be, and their pixels."""
+"""Opens the images and videos of records below one root: their sizes from headers, and their pixels."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class MediaFolder:
 
     Args:
         root: The folder that paths are relative to; nothing outside it is opened.
-        image: How images are brought to size.
+        image: How images are resized.
         video: Which frames of a video are shown; None: videos are refused.
-        frame: How frames are brought to size.
-        source: Tells apart the files whose records carry images themselves.
-        color: What `pad` fills with: red, green and blue in 0..255.
+        frame: How frames are resized.
+        source: Identifies the record file, for images stored in records.
+        color: Fill color of `pad`: red, green and blue in 0..255.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class MediaFolder:
         """The images and videos of a record.
 
         Args:
-            record: Of one or more media.
-            decode: Otherwise only headers are read, and the pixels are on the `meta` device.
+            record: The record.
+            decode: Whether to decode. If not, only headers are read, and the pixels are on the `meta` device.
 
         Raises:
-            RecordError: Missing, outside the root, not what it should be, too large, or, where it is decoded,
+            RecordError: A file is missing, outside the root, of the wrong kind, too large or, if decoded,
                 truncated.
         """
         return [self._visual(record, number, medium, decode) for number, medium in enumerate(record.media)]
@@ -86,7 +86,7 @@ def inside(root: Path, where: str, medium: Media) -> Path:
     """The file of an image or a video below a root.
 
     Raises:
-        RecordError: Absolute, a URL, outside the root by `..` or a link, or missing.
+        RecordError: The path is absolute, a URL or outside the root (by `..` or a link), or the file is missing.
     """
     named = f"{medium.kind} {medium.name:.200}"
     try:
@@ -103,7 +103,7 @@ def inside(root: Path, where: str, medium: Media) -> Path:
 
 
 def _link_out(root: Path, name: str) -> str:
-    """Which part of a path is a link that leaves the root, and where it leads; nothing if none does."""
+    """The part of a path that is a link out of the root, and its target; empty if there is none."""
     for path in reversed([root / name, *(root / name).parents]):
         if path.is_relative_to(root) and path.is_symlink() and not path.resolve().is_relative_to(root):
             return f"{path.relative_to(root)} is a link to {path.resolve()}, "

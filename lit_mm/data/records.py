@@ -1,18 +1,20 @@
-"""Instruction sets: a raw item as `sources` hands it over -> a validated record.
+"""Turns raw items from `sources` into validated records.
 
-Three formats are read, told apart by their content:
+Three formats are supported, recognized by their fields:
   conversations  LLaVA's {"id", "image", "video", "conversations": [{"from": "human" | "gpt", "value": "…"}]}
   question       {"question_id", "image", "video", "text"}, LLaVA's evaluation files, without answers
-  messages       chat as OpenAI and Hugging Face write it: {"messages": [{"role": "system" | "user" |
+  messages       chat in the format of OpenAI and Hugging Face: {"messages": [{"role": "system" | "user" |
                  "assistant", "content": "…" or a list of parts}]}; a part is {"type": "text", "text": "…"},
-                 {"type": "image"} or {"type": "video"}, with its file in "image", "video", "path", "url" or
-                 {"image_url": {"url": "…"}}, or without one
-The fields image, images, video and videos hold one file or a list: a path below the media root, a
-data URI, bytes, or {"bytes", "path"} as the library datasets stores an image. The k-th <image> of
-the text, or the k-th part of type image without a file of its own, takes the k-th image; videos
-likewise. A field that is null or "" counts as absent: that is how Arrow and some sets write it. The first
-turn of a conversation may be from "system". Where a conversation has a video and no image, <image> marks it.
-Every error names the file, the record, the field, what was found and what was expected. No file is
+                 {"type": "image"} or {"type": "video"}, optionally with its file in "image", "video", "path",
+                 "url" or {"image_url": {"url": "…"}}
+
+The fields image, images, video and videos hold one file or a list: a path below the media root, a data URI,
+bytes, or {"bytes", "path"} as the library datasets stores images. The k-th <image> in the text, or the k-th
+part of type image without its own file, refers to the k-th image; the same goes for videos. Fields that are
+null or "" count as absent, as Arrow and some data sets write them that way. The first turn of a conversation
+may be from "system". In a conversation with a video and no image, <image> refers to the video.
+
+Every error names the file, the record, the field, what was found and what was expected. No media file is
 opened here.
 """
 
@@ -32,23 +34,23 @@ ItemFormat = str
 """`conversations`, `question`, `messages`, or the name that `add_format` was given."""
 
 MARKERS: dict[Kind, str] = {"image": "<image>", "video": "<video>"}
-"""Where an image or a video stands in a turn's text."""
+"""The place of an image or a video in a turn's text."""
 SHOWN_BY: dict[ItemFormat, str] = {"conversations": "conversations", "messages": "messages", "question": "text"}
-"""The field that shows an item's format; the first that holds something decides."""
+"""The field that identifies each format; the first one that is not null decides."""
 TRANSLATED: dict[ItemFormat, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 
 def add_format(name: str, shown_by: str, translate: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Read another format of items, everywhere where the others are read.
+    """Add a format of items that is then supported everywhere.
 
     Args:
-        name: What a set's `items` may call it.
-        shown_by: A field that items of this format have, and no others.
-        translate: An item -> the same as LLaVA writes it (`conversations`, `image`, `id`), which is then
-            checked like any other. What it raises makes the record a bad one.
+        name: The format's name, for a set's `items`.
+        shown_by: A field that only items of this format have.
+        translate: Turns an item into LLaVA's format (`conversations`, `image`, `id`), which is then validated
+            as usual. If it raises, the record is bad.
 
     Raises:
-        ValueError: Another format has the name or the field.
+        ValueError: Another format has the same name or field.
     """
     if name in SHOWN_BY or shown_by in SHOWN_BY.values():
         raise ValueError(f"add_format {name}, shown by {shown_by}: taken by one of {SHOWN_BY}")
@@ -60,16 +62,16 @@ class RecordError(ValueError):
 
     Args:
         where: File and record, such as `train.json, record 17 (id receipt_004)`.
-        reason: What kind of fault it is, the same for all records that share it.
+        reason: The kind of fault, which records are counted by.
         detail: What was found and what was expected.
     """
 
     def __init__(self, where: str, reason: str = "", detail: str = "") -> None:
-        # a loader's worker hands an error over as one text, the traceback within
+        # a loader's worker passes an error on as a single text, which includes the traceback
         super().__init__(f"{where}: {reason}: {detail}" if reason else where)
         self.where, self.reason, self.detail = where, reason, detail
 
-    def __reduce__(self) -> tuple:  # worker processes hand errors over by pickle
+    def __reduce__(self) -> tuple:  # worker processes pickle errors
         return type(self), (self.where, self.reason, self.detail)
 
 
@@ -79,8 +81,8 @@ class Media:
 
     Args:
         kind: `image` or `video`.
-        name: Path below the media root; a label for errors where `data` is given.
-        data: Content of the encoded file, where it stands in the record itself.
+        name: Path below the media root; if `data` is given, only a name for errors.
+        data: The encoded file, if the record itself contains it.
     """
 
     kind: Kind
@@ -95,10 +97,10 @@ class Record:
     Args:
         id: The record's own id, or its place in the file.
         media: Images and videos, in the order of their markers.
-        turns: Texts of user and assistant in turn, user first, each stripped, with a marker where an image or a
-            video stands; if the last is the user's, it is a question to be answered.
+        turns: Stripped texts of user and assistant, alternating, user first, with a marker for each image and
+            video. If the last one is the user's, it is a question to answer.
         where: File and record, for errors.
-        system: The system message that goes ahead of the turns.
+        system: The system message before the turns, if any.
     """
 
     id: str | int
@@ -109,15 +111,15 @@ class Record:
 
     @property
     def exchanges(self) -> Iterator[tuple[str, str | None]]:
-        """Each question with its answer, None where there is none."""
+        """Each question with its answer, or None."""
         return zip_longest(self.turns[::2], self.turns[1::2])
 
 
 class BadRecords:
-    """What to do with bad records: raise, or skip and count.
+    """Raises, or counts, bad records.
 
     Args:
-        policy: `error` raises at the first one; `skip` counts, and `report` tells.
+        policy: `error` raises at the first one; `skip` counts them for `report`.
     """
 
     def __init__(self, policy: Literal["error", "skip"]) -> None:
@@ -132,12 +134,12 @@ class BadRecords:
         self.count(error.reason, str(error))
 
     def count(self, reason: str, example: str) -> None:
-        """Count one skipped record under its reason; the first message is kept as the example."""
+        """Count one skipped record by its reason, and keep each reason's first message as an example."""
         self.counts[reason] += 1
         self.examples.setdefault(reason, example)
 
     def report(self, name: str, total: int) -> str | None:
-        """What was skipped out of `total` records and why; None if nothing."""
+        """How many of `total` records were skipped and why; None if none."""
         if not self.counts:
             return None
         lines = [f"  {count} × {reason}, first: {self.examples[reason]}" for reason, count in self.counts.most_common()]
@@ -145,14 +147,13 @@ class BadRecords:
 
 
 def parse(where: str, item: Any, format: ItemFormat | None = None) -> Record:
-    """One raw item -> Record, by whichever format its fields show, or the one that is named.
+    """One raw item -> Record, in the given format or the one that its fields show.
 
-    The parts of a message become one text, each part stripped and on lines of its own, joined with
-    "\\n": an image before its question reads "<image>\\nWhat?", as LLaVA writes it. Texts that were
-    never in parts stay as they are.
+    The parts of a message are stripped and joined with "\\n", so that an image before its question reads
+    "<image>\\nWhat?", as LLaVA writes it. Texts without parts are not changed.
 
     Raises:
-        RecordError: Anything in it that is not as it should be.
+        RecordError: Anything in the item is invalid.
     """
     readers = {"conversations": _conversation, "question": _question, "messages": _messages}
     name = _format(where, item, format)
@@ -160,14 +161,14 @@ def parse(where: str, item: Any, format: ItemFormat | None = None) -> Record:
         return readers[name](where, item)
     try:
         translated = TRANSLATED[name](item)
-    except Exception as error:  # whatever the reader of a format trips over
+    except Exception as error:  # a format's reader may raise anything
         raise RecordError(where, "malformed item", f"items {name}: {type(error).__name__}: {error}") from error
     return parse(where, translated)
 
 
 def image_first(record: Record) -> Record:
-    """A record of one image with its marker on a line of its own before the turn's text, as LLaVA,
-    ConvLLaVA and M3 rewrite every turn (`preprocess_multimodal`); other records as they are."""
+    """Move the marker of a record's only image to a line of its own before its turn's text, as LLaVA, ConvLLaVA
+    and M3 do (`preprocess_multimodal`); other records are not changed."""
     if [medium.kind for medium in record.media] != ["image"]:
         return record
     marker = MARKERS["image"]
@@ -178,7 +179,7 @@ def image_first(record: Record) -> Record:
 
 
 def id_of(item: Any) -> Any:
-    """What an item calls itself; None if it does not."""
+    """The item's own id, or None."""
     names = [item.get(field) for field in ("id", "question_id")] if isinstance(item, dict) else []
     return next((name for name in names if name is not None), None)
 
@@ -213,7 +214,7 @@ def _conversation(where: str, item: dict[str, Any]) -> Record:
         raise RecordError(where, "no answer", detail)
     columns = _columns(where, item)
     if columns["video"] and not columns["image"] and not any(MARKERS["video"] in text for text in turns):
-        # LLaVA-NeXT's video sets mark a video as <image>
+        # LLaVA-NeXT's video sets mark videos with <image>
         turns = tuple(text.replace(MARKERS["image"], MARKERS["video"]) for text in turns)
     return _record(where, item, turns, columns, system=system)
 
@@ -221,7 +222,7 @@ def _conversation(where: str, item: dict[str, Any]) -> Record:
 def _messages(where: str, item: dict[str, Any]) -> Record:
     raw = _turn_list(where, item, "messages", ("role", "content"), "message")
     in_parts = any(isinstance(message["content"], list) for message in raw)
-    shown: list[tuple[Kind, Media | None]] = []  # of every part that is an image or a video
+    shown: list[tuple[Kind, Media | None]] = []  # for every part that is an image or a video
     texts = []
     for number, message in enumerate(raw):
         field, content = f"messages[{number}].content", message["content"]
@@ -258,7 +259,7 @@ def _dialog(
     names: tuple[str, str],
     answer: str,
 ) -> tuple[str | None, tuple[str, ...]]:
-    """The system message, if there is one, and the texts of the turns after it, whose roles must alternate."""
+    """The system message, if any, and the texts of the turns after it, whose roles must alternate."""
     system = texts[0] if roles[0] == "system" else None
     first = int(system is not None)
     _refuse_markers(where, f"{field}[0].{keys[1]}", system or "", "in a system message", "in a system message")
@@ -276,7 +277,7 @@ def _dialog(
 
 
 def _part(where: str, field: str, part: Any, shown: list[tuple[Kind, Media | None]]) -> str:
-    """Text of a part; an image or a video is appended to `shown`, with its file if the part names one."""
+    """A part's text. An image or a video is appended to `shown`, with its file if the part names one."""
     kinds: dict[Any, Kind] = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}
     found = part.get("type") if isinstance(part, dict) else None
     if found == "text":
@@ -300,7 +301,7 @@ def _part_text(where: str, field: str, value: Any) -> str:
 
 
 def _own_file(where: str, field: str, kind: Kind, part: dict[str, Any]) -> Media | None:
-    """The file that a part names, or None if it leaves that to the columns."""
+    """The file that a part names, or None if it refers to the columns."""
     named = [name for name in (kind, f"{kind}_url", "path", "url") if part.get(name) is not None]
     if not named:
         return None
@@ -323,7 +324,7 @@ def _text(where: str, field: str, value: Any) -> str:
         raise RecordError(where, "empty text", f"{field}: expected text, found {value!r:.60}")
     try:
         value.encode()
-    except UnicodeEncodeError:  # JSON can write halves of surrogate pairs, which are no characters
+    except UnicodeEncodeError:  # JSON can encode lone surrogates, which are not characters
         raise RecordError(where, "not Unicode", f"{field}: expected Unicode text, found half of a character") from None
     return value.strip()
 
@@ -335,7 +336,7 @@ def _refuse_markers(where: str, field: str, text: str, reason: str, place: str) 
 
 
 def _columns(where: str, item: dict[str, Any]) -> dict[Kind, list[Media]]:
-    """What the fields image, images, video and videos hold."""
+    """The contents of the fields image, images, video and videos."""
     columns: dict[Kind, list[Media]] = {kind: [] for kind in MARKERS}
     for kind, column in columns.items():
         fields = [field for field in (kind, f"{kind}s") if item.get(field) not in (None, [], "")]
@@ -354,7 +355,7 @@ def _columns(where: str, item: dict[str, Any]) -> dict[Kind, list[Media]]:
 
 
 def _media(where: str, field: str, kind: Kind, value: Any) -> Media | None:
-    """A path, a data URI, bytes or {"bytes", "path"}; None if it is nothing of that."""
+    """Parse a path, a data URI, bytes or {"bytes", "path"}; None if it is none of these."""
     path, data = value, None
     if isinstance(value, dict):
         path, data = value.get("path"), value.get("bytes")
@@ -388,7 +389,7 @@ def _record(
     carried: Mapping[int, Media] = MappingProxyType({}),
     system: str | None = None,
 ) -> Record:
-    """Each marker takes its own medium where its part carries one, and the next of the columns elsewhere."""
+    """Give each marker the file that its part carries, or else the next file of the columns."""
     kinds = {marker: kind for kind, marker in MARKERS.items()}
     marked = [kinds[marker] for marker in re.findall("|".join(kinds), "\n".join(turns))]
     waiting = Counter(kind for number, kind in enumerate(marked) if number not in carried)

@@ -1,8 +1,8 @@
-"""Which records stand together in a batch, decided by (seed, epoch, rank, step) alone.
+"""Decides which records go into which batch, as a function of (seed, epoch, rank, step) only.
 
-epoch_order    (seed, epoch) -> the records of all sets in a random order
-fill           order + sizes + budget -> batches, step by step for all ranks
-BatchPlans     one rank's share, from any step on: nothing else is needed to resume
+epoch_order    (seed, epoch) -> the records of all sets in random order
+fill           order, sizes and budget -> batches of all ranks, step by step
+BatchPlans     one rank's batches from any step on; resuming needs nothing else
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ NO_LIMIT = np.iinfo(np.int64).max
 
 @dataclass
 class BatchPlan:
-    """What one batch is made of.
+    """The records of one batch.
 
     Args:
         records: Their numbers in the set.
-        epoch: Of the run.
-        step: The batch's number in its epoch, the same on every rank.
+        epoch: The run's epoch.
+        step: The batch's number in the epoch, the same on every rank.
     """
 
     records: list[int]
@@ -36,13 +36,13 @@ class BatchPlan:
 
 @dataclass
 class ScaleDraw:
-    """Which scales take part in a training step.
+    """Draws the scales of each training step.
 
     Args:
-        scales: How many scales the model has, time scales included.
-        per_step: How many take part; `all`: every one in every step, as in M3.
-        keep_finest: Whether the finest always takes part; otherwise it is drawn like the others.
-        seed: Decides the draw, together with the epoch and the step.
+        scales: Number of the model's scales, including time scales.
+        per_step: Number of scales per step; `all`: every scale in every step, as in M3.
+        keep_finest: Whether every step includes the finest scale; otherwise it is drawn like the others.
+        seed: Seed of the draw, together with epoch and step.
     """
 
     scales: int
@@ -57,7 +57,7 @@ class ScaleDraw:
             raise ValueError("scales_per_step 1 with keep_finest would train the finest scale alone")
 
     def __call__(self, epoch: int, step: int) -> list[float]:
-        """Weight of every scale's loss in the step, 0 for those left out; in the mean over steps M3's 1 / scales."""
+        """Coefficient of every scale's loss, 0 for scales not drawn; its mean over steps is 1 / scales, as in M3."""
         if self.per_step in ("all", self.scales):
             return [1 / self.scales] * self.scales
         kept = 1 if self.keep_finest else 0
@@ -70,13 +70,13 @@ class ScaleDraw:
 
 @dataclass
 class RecordSizes:
-    """What n records cost, with T time scales (one without video).
+    """The costs of n records at T time scales (1 without video).
 
     Args:
-        before: [n] positions before the first image; all of them in a text alone.
-        words: [n, T] the other positions but those of images, at each time scale.
+        before: [n] positions before the first image; all positions if there is no image.
+        words: [n, T] text positions after that, at each time scale.
         frames: [n, T] images and sets of frames at each time scale.
-        pixels: [n] of all images and frames, padded to the stride.
+        pixels: [n] pixels of all images and frames, padded to the stride.
     """
 
     before: np.ndarray
@@ -86,17 +86,17 @@ class RecordSizes:
 
     @classmethod
     def of(cls, table: np.ndarray) -> RecordSizes:
-        """Of a table [n, 2 + 2 T]: before, pixels, words at T time scales, frames at T time scales."""
+        """From a table [n, 2 + 2 T]: before, pixels, words at T time scales, frames at T time scales."""
         times = (table.shape[1] - 2) // 2
         return cls(table[:, 0], table[:, 2 : 2 + times], table[:, 2 + times :], table[:, 1])
 
     def video(self, records: np.ndarray) -> np.ndarray:
-        """[m] whether time scales make a difference to the records."""
+        """[m] whether the records differ between time scales."""
         words, frames = self.words[records], self.frames[records]
         return (frames[:, :1] != frames).any(1) | (words[:, :1] != words).any(1)
 
     def tokens(self, records: np.ndarray, drawn: Iterable[int], scales: Sequence[int]) -> np.ndarray:
-        """[m] positions of a packed sequence that m of the records fill at the drawn scales, given by index."""
+        """[m] positions that m of the records take in a packed sequence at the drawn scales (indices)."""
         words, frames, video, seen = self.words[records], self.frames[records], self.video(records), set()
         total = self.before[records].astype(np.int64)
         for number in drawn:
@@ -109,12 +109,12 @@ class RecordSizes:
 
 @dataclass(frozen=True)
 class Budget:
-    """When a batch is full.
+    """The limits of a batch; None: no limit.
 
     Args:
-        records: Most records; None: any number.
-        tokens: Most positions of the packed row; None: any number.
-        pixels: Most pixels of all images; None: any number.
+        records: Maximum records.
+        tokens: Maximum positions of the packed sequence.
+        pixels: Maximum pixels of all images.
     """
 
     records: int | None = None
@@ -123,25 +123,25 @@ class Budget:
 
     @property
     def fixed(self) -> bool:
-        """Whether every batch has as many records as every other."""
+        """Whether all batches have the same number of records."""
         return self.tokens is None and self.pixels is None
 
     def room(self) -> np.ndarray:
-        """[3] how many records, tokens and pixels an empty batch takes."""
+        """[3] limits of records, tokens and pixels."""
         return np.array([NO_LIMIT if limit is None else limit for limit in (self.records, self.tokens, self.pixels)])
 
 
 def epoch_order(counts: Sequence[int], shares: Sequence[float], seed: int, epoch: int) -> np.ndarray:
     """The records of one epoch, numbered over all sets, in random order.
 
-    A set's records come in one random order after another, so that none comes again before all others
-    of its set have come, in whatever epochs that is.
+    Each set is used in one random permutation after another, across epochs, so no record is repeated before
+    all others of its set have been used.
 
     Args:
-        counts: Records of each set.
-        shares: How often each set is gone through in an epoch: 2 twice, 0.5 one half in each.
-        seed: Decides the order, together with the epoch.
-        epoch: Of the run.
+        counts: Number of records in each set.
+        shares: Passes over each set per epoch: 2 uses it twice, 0.5 uses one half per epoch.
+        seed: Seed of the order.
+        epoch: The run's epoch.
     """
     picked, first = [], 0
     for number, (count, share) in enumerate(zip(counts, shares, strict=True)):
@@ -157,7 +157,7 @@ def epoch_order(counts: Sequence[int], shares: Sequence[float], seed: int, epoch
 
 
 Choice = Literal["next", "largest", "alike"]
-"""Which waiting record a batch takes next."""
+"""The rule by which a batch takes its next record."""
 
 
 def fill(
@@ -168,20 +168,20 @@ def fill(
     choice: Choice,
     window: int,
 ) -> Iterator[list]:
-    """Cut an order into steps, each a list of as many batches [m] as there are ranks.
+    """Cut an order into steps, each a list with a batch [m] for every rank.
 
-    A batch begins with the record that waits longest. Of those within the window it then takes the
-    largest that still fits, again and again, which leaves least of the budget unused; or the one
-    nearest in length to the first, for padded batches; or it keeps the order. In the last step some
+    A batch begins with the record that has waited longest. It then repeatedly takes, out of the window, the
+    largest record that still fits (`largest`, which leaves little of the budget unused) or the one closest in
+    length to the first (`alike`, for padded batches), or keeps the order (`next`). In the last step, some
     ranks may get nothing.
 
     Args:
         order: [n] records.
-        sizes: (step, [m] records) -> [m, 3] what each costs of the budget: 1 record, its tokens, its pixels.
-        budget: When a batch is full.
+        sizes: (step, [m] records) -> [m, 3] their costs: 1 record, its tokens, its pixels.
+        budget: Limits of a batch.
         ranks: Batches per step.
-        choice: Which record a batch takes next.
-        window: How many records are looked at ahead.
+        choice: How a batch takes its next record.
+        window: Number of waiting records to choose from.
     """
     waiting, ahead, step = order[:window], window, 0
     while len(waiting):
@@ -196,12 +196,12 @@ def fill(
 
 
 def _taken(sizes: np.ndarray, room: np.ndarray, choice: Choice) -> list[int]:
-    """Which of the waiting records [m, 3] go into a batch with room [3], the first one in any case."""
+    """Indices of the waiting records [m, 3] that go into a batch with limits [3]; the first always does."""
     if choice == "next":
         over: Any = (sizes.cumsum(0) > room).any(1)
         return list(range(max(1, int(over.argmax()) if over.any() else len(over))))
     wanted = -abs(sizes[:, 1] - sizes[0, 1]).astype(float) if choice == "alike" else (sizes / room).max(1)
-    # column by column: this loop decides how soon an epoch of a million records can begin
+    # column by column for speed: with a million records, an epoch cannot begin before this loop is done
     limited = [(column, limit) for column, limit in zip(sizes.T, room.tolist(), strict=True) if limit < NO_LIMIT]
     left, taken = [limit for _, limit in limited], [0]
     wanted[0] = -np.inf
@@ -217,7 +217,7 @@ def _taken(sizes: np.ndarray, room: np.ndarray, choice: Choice) -> list[int]:
 
 
 def shared_out(batches: list[np.ndarray], ranks: int) -> list[np.ndarray]:
-    """A step's batches [m], dealt out anew if some rank has none and there are records enough."""
+    """A step's batches [m]. If some rank has none but there are enough records, they are redistributed."""
     records = np.concatenate(batches)
     if all(len(batch) for batch in batches) or len(records) < ranks:
         return batches
@@ -225,23 +225,23 @@ def shared_out(batches: list[np.ndarray], ranks: int) -> list[np.ndarray]:
 
 
 class BatchPlans(SequentialSampler):
-    """One rank's batches of an epoch, from a step on.
+    """One rank's batches of an epoch, from a given step on.
 
-    (seed, epoch, rank, step) alone decide a batch. Every rank gets as many as the others. In training
-    the fewer than `ranks` records that may be left at the end are left out of the epoch, which is why
-    another epoch has another order; elsewhere they make batches that some ranks have empty.
-    A SequentialSampler by name, or Lightning would put one in its place for `overfit_batches`.
+    A batch depends only on (seed, epoch, rank, step), and every rank gets equally many. In training, up to
+    `ranks` - 1 records may be left over at the end of an epoch and are dropped (other ones in each epoch, as
+    the order changes); otherwise they form batches that are empty on some ranks. This is a SequentialSampler
+    because Lightning would replace any other sampler for `overfit_batches`.
 
     Args:
         order: epoch -> its records.
-        sizes: (epoch, step, [m] records) -> [m, 3] what each costs.
-        budget: When a batch is full.
-        training: Whether a rank must never get nothing.
+        sizes: (epoch, step, [m] records) -> [m, 3] their costs.
+        budget: Limits of a batch.
+        training: Whether no rank may get an empty batch.
         choice: As in `fill`.
-        rank: This process.
-        ranks: Number of processes.
-        epoch: The one to begin with.
-        window: As in `fill`; at least as many records as a batch can hold.
+        rank: Rank of this process.
+        ranks: Number of ranks.
+        epoch: The first epoch.
+        window: As in `fill`; at least as many records as a batch can have.
     """
 
     def __init__(
@@ -263,12 +263,12 @@ class BatchPlans(SequentialSampler):
         self._made: tuple[int, list[np.ndarray]] | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before every epoch; the one that a run resumes in goes on where it was."""
+        """Called by Lightning before every epoch. Keeps `start` if a run resumes within this epoch."""
         if epoch != self.epoch:
             self.epoch, self.start = epoch, 0
 
     def __len__(self) -> int:
-        """Batches of the whole epoch, wherever it begins."""
+        """Number of batches in the whole epoch, even if it is resumed in the middle."""
         return len(self.batches())
 
     def __iter__(self) -> Iterator[BatchPlan]:  # type: ignore[override]
@@ -277,7 +277,7 @@ class BatchPlans(SequentialSampler):
             yield BatchPlan(records.tolist(), epoch, step)
 
     def batches(self) -> list[np.ndarray]:
-        """The epoch's batches of this rank."""
+        """This rank's batches of the epoch."""
         if self._made is None or self._made[0] != self.epoch:
             self._made = self.epoch, list(self._fill())
         return self._made[1]

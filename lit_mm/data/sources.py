@@ -1,11 +1,11 @@
-"""Files of records -> their raw items, one at a time, with flat memory.
+"""Reads raw items from files of records, one at a time, with constant memory.
 
     JSON list, JSON-lines --one scan--> where every record begins and ends --one read--> item
     webdataset shards     --headers---> where every sample begins and ends --one read--> item, media as bytes
     parquet, datasets     --the library datasets--> memory-mapped Arrow    ------------> item, media as bytes
 
-What a scan finds is kept in a cache folder as a table of int64, so that a file is scanned once. `records`
-makes validated records of the items.
+The result of a scan is cached as an int64 table, so that each file is scanned only once. `records` turns
+items into validated records.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from lit_mm.data.records import MARKERS, SHOWN_BY, Kind, RecordError, id_of
 FileFormat = Literal["json", "jsonl", "parquet", "dataset", "tar"]
 
 CHUNK = 1 << 20
-"""Bytes that a scan reads at once."""
+"""Bytes that a scan reads at a time."""
 TWICE = "same key twice"
-"""Why a record is refused that is JSON, but could mean either of two values."""
+"""The reason for refusing JSON objects with a duplicate key, which are ambiguous."""
 HUB_TIMEOUT = 10.0
-"""Seconds in which the hub must answer."""
+"""Seconds to wait for the hub's answer."""
 SUFFIXES: dict[Kind, tuple[str, ...]] = {
     "image": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     "video": (".mp4", ".webm", ".mkv", ".mov", ".avi"),
 }
-"""What a member of a shard is, by its suffix; .json and .txt are text, others are left out."""
+"""Kinds of a shard's members by suffix; .json and .txt are text, all others are ignored."""
 
 
 class Source(ABC):
-    """The raw items of a set by number, each with its place for errors: `(where, item)`.
+    """The raw items of a set by number, as `(where, item)` with the item's place for errors.
 
-    Sources go to worker processes, forked or spawned; each process opens the files for itself.
+    Sources are passed to forked or spawned worker processes; each process opens the files itself.
 
-    Args:
+    Attributes:
         name: The file or files, as the user wrote them.
-        fingerprint: Changes when the content may have changed.
+        fingerprint: Changes whenever the content may have changed.
     """
 
     name: str
@@ -66,9 +66,9 @@ class Source(ABC):
         """Place and raw item of one record.
 
         Raises:
-            IndexError: No such record.
-            RecordError: What stands there is no item: broken JSON, a sample without text.
-            ValueError: The file was changed after it had been opened.
+            IndexError: There is no such record.
+            RecordError: It is not a valid item, such as broken JSON or a sample without text.
+            ValueError: The file changed after it was opened.
         """
         if not 0 <= number < len(self):
             raise IndexError(f"{self.name}: expected a record of 0 to {len(self) - 1}, found {number}")
@@ -82,19 +82,19 @@ class Source(ABC):
 
 
 def open_source(path: str | Sequence[str], cache: Path, format: FileFormat | None = None) -> Source:
-    """The records of a file, of several, or of a data set.
+    """Open a file of records, several files, or a data set.
 
     Args:
         path: A JSON list or a JSON-lines file; parquet files or webdataset shards (a file, a list, a
-            folder of them, a glob, or a range such as `train-{0000..0099}.tar`); a folder that the library
-            datasets saved; or a data set of the hub, `owner/name` or `owner/name:split`.
-        cache: Folder for what a first opening finds out; made when needed.
-        format: What the files hold; None looks at their first bytes.
+            folder of them, a glob, or a range such as `train-{0000..0099}.tar`); a folder saved by the library
+            datasets; or a data set of the hub, `owner/name` or `owner/name:split`.
+        cache: Folder for cached tables; created if needed.
+        format: The files' format; None: detected from their first bytes.
 
     Raises:
-        FileNotFoundError: No such file or folder.
+        FileNotFoundError: A file or folder does not exist.
         ConnectionError: The hub does not answer.
-        ValueError: Not what a format asks for, or no records at all; the message names file and place.
+        ValueError: A file is malformed or has no records; the message names the file and the place.
     """
     cache, named = Path(cache), [path] if isinstance(path, str) else path
     paths = [str(Path(one).expanduser()) if one.startswith("~") else one for one in named]
@@ -124,7 +124,7 @@ def _hub_name(path: str) -> re.Match | None:
 
 
 def _files_of(path: str, format: FileFormat | None) -> list[str]:
-    """Every file that a path stands for: ranges written out, globs and folders looked up."""
+    """All files of a path, with ranges, globs and folders expanded."""
     if Path(path).is_file():
         return [path]
     if Path(path).is_dir():
@@ -134,7 +134,7 @@ def _files_of(path: str, format: FileFormat | None) -> list[str]:
         numbers = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
         found = [file for number in numbers for file in _files_of(path.replace(choice[0], number, 1), format)]
     else:
-        found = sorted(filter(os.path.isfile, glob(path)))  # noqa: PTH207 (Path.glob wants the root apart)
+        found = sorted(filter(os.path.isfile, glob(path)))  # noqa: PTH207 (Path.glob needs the root separately)
     if not found:
         raise FileNotFoundError(f"no instruction file {path}")
     return found
@@ -176,7 +176,7 @@ def _format_of_one(path: str) -> FileFormat:
 
 
 def _head(path: str) -> bytes:
-    """The first bytes of a file, which must not be compressed."""
+    """The first bytes of a file; compressed files are refused."""
     with Path(path).open("rb") as file:
         head = file.read(4096)
     if not head:
@@ -194,7 +194,7 @@ def _head(path: str) -> bytes:
 
 
 Stamp = tuple[str, int, int]
-"""Path, bytes and time of a file: by these a changed one is known."""
+"""Path, size and modification time of a file, to detect changes."""
 
 
 def _stamp(path: str) -> Stamp:
@@ -207,12 +207,12 @@ def _digest(*parts: Any) -> str:
 
 
 class _Scanned(Source):
-    """Records found by one scan over the files; `table` [N, columns] says where each one is.
+    """Records found by scanning the files once; `table` [N, columns] has the place of each.
 
     Args:
         name: The files, as the user wrote them.
-        paths: The files, which must not change in the meantime.
-        cache: Folder that keeps the table.
+        paths: The files, which must not change while they are used.
+        cache: Folder for the table.
     """
 
     columns: int
@@ -229,7 +229,7 @@ class _Scanned(Source):
 
     @cached_property
     def table(self) -> np.ndarray:
-        """int64, memory-mapped from the cache; scans if nothing is there."""
+        """int64, memory-mapped from the cache; scans the files if there is no cached table."""
         file = self.cache / f"{self.fingerprint}.npy"
         table = load_table(file, self.columns)
         if table is None:
@@ -268,7 +268,7 @@ class _Scanned(Source):
 
 
 def load_table(file: Path, columns: int) -> np.ndarray | None:
-    """An int64 table [n, columns] of an earlier start, memory-mapped; None if there is none that can be used."""
+    """The cached int64 table [n, columns], memory-mapped; None if there is no usable one."""
     try:
         table = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
@@ -278,7 +278,7 @@ def load_table(file: Path, columns: int) -> np.ndarray | None:
 
 @contextmanager
 def new_file(file: Path) -> Iterator[IO[bytes]]:
-    """Writes a file that nobody sees before it is complete, whoever else writes it at the same time."""
+    """Write a file atomically, even if other processes write it at the same time."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{uuid4().hex}.tmp")
     try:
@@ -290,7 +290,7 @@ def new_file(file: Path) -> Iterator[IO[bytes]]:
 
 
 class _JsonList(_Scanned):
-    """A JSON list; table [N, 2]: first byte of an element and the one after its last."""
+    """A JSON list; table [N, 2]: start and end (exclusive) byte of each element."""
 
     columns = 2
 
@@ -303,7 +303,7 @@ class _JsonList(_Scanned):
 
 
 class _JsonLines(_Scanned):
-    """One JSON object a line; table [N, 3]: first byte of a line, the one after its last, number of the line."""
+    """One JSON object per line; table [N, 3]: start and end (exclusive) byte of each line, and its number."""
 
     columns = 3
 
@@ -326,7 +326,7 @@ class _JsonLines(_Scanned):
         return _placed(f"{self.name}, record {number}", item)
 
     def _check_lines(self) -> None:
-        """One bad line among good ones is a bad record; if the second is bad too, the file is something else."""
+        """A single bad line is a bad record, but if the first two are bad, the file is not JSON-lines."""
         errors = []
         for number in range(min(2, len(self))):
             try:
@@ -338,7 +338,7 @@ class _JsonLines(_Scanned):
 
 
 class _Shards(_Scanned):
-    """Webdataset shards; table [N, 3]: number of the shard, first byte of a sample and the one after its last."""
+    """Webdataset shards; table [N, 3]: number of the shard, start and end (exclusive) byte of each sample."""
 
     columns = 3
 
@@ -369,7 +369,7 @@ def _parsed(where: str, content: bytes) -> Any:
 
 def _object(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     item = dict(pairs)
-    if len(item) < len(pairs):  # Python's reader would keep the last value and say nothing
+    if len(item) < len(pairs):  # Python would silently keep the last value
         key, times = Counter(key for key, _ in pairs).most_common(1)[0]
         raise RecordError(where, TWICE, f"{key!r:.80}: expected once in an object, found {times} times")
     return item
@@ -384,7 +384,7 @@ def _utf8(where: str, content: bytes) -> str:
 
 
 def _elements(path: str) -> Iterator[tuple[int, int]]:
-    """Byte ranges of the elements of a JSON list, each of them checked."""
+    """Byte ranges of the elements of a JSON list, which are checked for syntax."""
     with Path(path).open("rb") as file:
         text = _JsonText(path, file)
         text.expect("[")
@@ -397,24 +397,24 @@ def _elements(path: str) -> Iterator[tuple[int, int]]:
 
 
 class _JsonText:
-    """JSON in a window that slides over a file.
+    """Parses JSON in a window that slides over a file.
 
-    The window is read as latin-1, where a character is a byte: what JSON is made of is ASCII, which UTF-8
-    leaves as it is. That the bytes are UTF-8 is checked beside it.
+    The window is decoded as latin-1, where every character is one byte; JSON's syntax is ASCII, which is the
+    same in UTF-8. Whether the bytes are valid UTF-8 is checked separately.
     """
 
-    SLACK = 16  # a word, a number's end or an escape that the window cuts is shorter
+    SLACK = 16  # longer than any word, number end or escape that the window may cut
 
     def __init__(self, path: str, file: BinaryIO) -> None:
         self.path, self.file = path, file
         self.start = len(codecs.BOM_UTF8) * (file.read(3) == codecs.BOM_UTF8)
         self.text, self.at, self.ended, self.elements, self.lines = "", 0, False, 0, 0
         self._utf8 = codecs.getincrementaldecoder("utf-8")()
-        self._decoder = json.JSONDecoder(parse_int=str)  # only where an item ends is of interest
+        self._decoder = json.JSONDecoder(parse_int=str)  # values are not needed, only where they end
         file.seek(self.start)
 
     def peek(self) -> str:
-        """The next character that is not white space; empty at the end of the file."""
+        """The next character that is not white space; "" at the end of the file."""
         while True:
             self.at = _WHITE.match(self.text, self.at).end()  # type: ignore[union-attr]
             if self.at < len(self.text) or self.ended:
@@ -422,7 +422,7 @@ class _JsonText:
             self._slide()
 
     def expect(self, *characters: str) -> str:
-        """Step over one of some characters; "" is the end of the file."""
+        """Skip one of these characters; "" means the end of the file."""
         found = self.peek()
         if found not in characters:
             expected = " or ".join(repr(character) if character else "the end" for character in characters)
@@ -431,7 +431,7 @@ class _JsonText:
         return found
 
     def value(self) -> tuple[int, int]:
-        """Step over one value: its first byte in the file, and the one after its last."""
+        """Skip one value; returns its start and end (exclusive) byte in the file."""
         self.peek()
         while True:
             try:
@@ -450,7 +450,7 @@ class _JsonText:
         return span
 
     def _slide(self) -> None:
-        """Leave out what was stepped over and read on; a value that is not complete doubles the window."""
+        """Drop what was skipped and read on; an incomplete value doubles the window."""
         rest = self.text[self.at :]
         chunk = self.file.read(max(CHUNK, len(rest)))
         try:
@@ -469,12 +469,12 @@ class _JsonText:
 
 
 _WHITE = re.compile(r"[ \t\n\r]*")
-_TAR_ERRORS = (tarfile.TarError, OSError, OverflowError)  # the last two: a size that leads nowhere
+_TAR_ERRORS = (tarfile.TarError, OSError, OverflowError)  # the last two: a bad member size
 _SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.[^/]+$")
 
 
 def _samples(path: str) -> Iterator[tuple[int, int]]:
-    """Byte ranges of the samples of a shard: neighbors that share a name up to its first dot."""
+    """Byte ranges of a shard's samples: neighboring members with the same name up to its first dot."""
     seen: set[str] = set()
     for sample, group in groupby(_members(path), key=itemgetter(0)):
         _, names, starts, ends = zip(*group, strict=True)
@@ -486,7 +486,7 @@ def _samples(path: str) -> Iterator[tuple[int, int]]:
 
 
 def _members(path: str) -> Iterator[tuple[str, str, int, int]]:
-    """Sample, name, first byte and the one after the last of the members that belong to samples, by the headers."""
+    """Sample, name, start and end (exclusive) byte of each member that belongs to a sample, from the headers."""
     with Path(path).open("rb") as file:
         try:
             archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
@@ -500,7 +500,7 @@ def _members(path: str) -> Iterator[tuple[str, str, int, int]]:
                 raise ValueError(f"{path}: truncated or damaged before byte {before}: {error}") from None
             if member is None:
                 break
-            archive.members = []  # type: ignore[attr-defined]  # else every header stays in memory
+            archive.members = []  # type: ignore[attr-defined]  # or all headers stay in memory
             if member.issparse() or not (member.isdir() or member.isreg()):
                 expected = "expected a file, found a link, a device or a sparse file"
                 raise ValueError(f"{path}: member {member.name}: {expected}")
@@ -510,7 +510,8 @@ def _members(path: str) -> Iterator[tuple[str, str, int, int]]:
 
 
 def _check_end(path: str, file: BinaryIO, end: int) -> None:
-    """After the last member stand zeros, two blocks at least: a cut archive has none, a joined one goes on."""
+    """An archive ends with at least two blocks of zeros. They are missing in a truncated archive, and more data
+    follows them in concatenated ones."""
     file.seek(end)
     zeros = 0
     while chunk := file.read(CHUNK):
@@ -522,11 +523,11 @@ def _check_end(path: str, file: BinaryIO, end: int) -> None:
 
 
 def _sample(where: str, content: bytes) -> Any:
-    """The item of one sample, its images and videos as `{"bytes", "path"}` in the fields images and videos.
+    """The item of one sample, with its media as `{"bytes", "path"}` in the fields images and videos.
 
-    A .json is the item itself. A .txt is the answer to "Describe the image."; it counts where there is no
-    .json, or one that holds no conversation. The media are in the order in which the .json names them, if
-    it does, and in the shard's order otherwise.
+    A .json is the item itself. A .txt is the answer to "Describe the image."; it is used if there is no
+    .json, or one without a conversation. Media are in the order in which the .json names them, or else in
+    the shard's order.
     """
     members, sample = {}, ""
     with tarfile.open(fileobj=BytesIO(content), mode="r:") as archive:
@@ -550,7 +551,7 @@ def _sample(where: str, content: bytes) -> Any:
 
 
 def _told(where: str, members: dict[str, bytes], media: dict[Kind, list[str]]) -> Any:
-    """What the .json of a sample holds, or the conversation that its .txt makes."""
+    """The sample's .json, or a conversation made from its .txt."""
     told, caption = ([name for name in members if name.lower().endswith(suffix)] for suffix in (".json", ".txt"))
     if not told + caption or len(told) > 1 or len(caption) > 1:
         raise RecordError(where, "no text", f"expected one .json or .txt in a sample, found {list(members)}")
@@ -565,7 +566,7 @@ def _told(where: str, members: dict[str, bytes], media: dict[Kind, list[str]]) -
 
 
 class _Table(Source):
-    """Rows of a dataset. They are read as Arrow has them: images stay the bytes of their files."""
+    """Rows of a dataset, read as Arrow, where images are still the bytes of their files."""
 
     def __init__(self, name: str, dataset: Any, fingerprint: str) -> None:
         self.name, self.fingerprint, self.rows = name, fingerprint, dataset.with_format("arrow")
@@ -587,7 +588,7 @@ def _check_columns(name: str, found: list[str]) -> None:
 
 
 def _parquet(name: str, paths: list[str], cache: Path) -> Source:
-    """Converted to Arrow once, in the cache, and memory-mapped from there."""
+    """Parquet files, converted to Arrow in the cache once and memory-mapped from there."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -658,18 +659,18 @@ def _hub_dataset(path: str, name: str, split: str, cache: Path) -> Source:
 
 
 def _ask_hub(path: str, name: str) -> None:
-    """Raise at once what load_dataset would find out after half a minute of retries."""
+    """Raise immediately the errors that load_dataset raises after half a minute of retries."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
     try:
         HfApi().dataset_info(name, timeout=HUB_TIMEOUT)
     except OfflineModeIsEnabled:
-        return  # what was downloaded before can still be used
+        return  # cached data can still be used
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(f"{path}: no such file or folder, and the hub shows no dataset {name}") from error
-    except Exception as error:  # the hub's HTTP library has changed before, and its errors with it
-        hint = "HF_HUB_OFFLINE=1 takes a dataset that the cache holds"
+    except Exception as error:  # the hub's HTTP library, and so its errors, has changed before
+        hint = "HF_HUB_OFFLINE=1 uses a dataset from the cache"
         raise ConnectionError(
             f"{path}: no such file or folder, and the hub does not answer for {name}: {error} ({hint})"
         ) from error

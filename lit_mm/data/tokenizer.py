@@ -1,4 +1,4 @@
-"""The LLM's tokenizer, with a chat template, equal to the authors' own id for id."""
+"""Loads the LLM's tokenizer with a chat template, such that its ids equal those of the model's authors."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ TEMPLATES: dict[str, str] = {
     ),
 }
 """Named chat templates (Jinja, as in transformers). vicuna_v1 and plain are LLaVA's; bare is the
-conversation as it is, each answer ended by the tokenizer's end token."""
+plain conversation, with the tokenizer's end token after each answer."""
 IN_CHUNKS = (TEMPLATES["vicuna_v1"], TEMPLATES["plain"])
-"""Templates whose authors encode what stands between images apart, each piece as a text of its own
-(LLaVA's `tokenizer_image_token`); the others are encoded as transformers does it."""
+"""Templates whose authors encode each piece of text between images separately (LLaVA's
+`tokenizer_image_token`); all others are encoded as transformers does it."""
 
 
 def load_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:
     """Load the tokenizer with the chat template set.
 
     Raises:
-        ValueError: A random model names no tokenizer, or the template is `own` and there is none.
-        FileNotFoundError: No such folder, GGUF file or package.
+        ValueError: A random model has no tokenizer set, or the template is `own` but the tokenizer has none.
+        FileNotFoundError: A folder, GGUF file or package does not exist.
     """
     if llm.tokenizer is None and is_config_class(llm.name_or_path):
         raise ValueError(f"llm.name_or_path {llm.name_or_path} is a random model: set llm.tokenizer too")
@@ -57,7 +57,7 @@ def load_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:
     if file := model_file(tokenizer):
         config = file.with_name("tokenizer_config.json")
         if not config.is_file() or "legacy" not in json.loads(config.read_text(encoding="utf-8")):
-            # transformers 4, which such folders are from, took True
+            # these folders come from transformers 4, where True was the default
             tokenizer = from_source(AutoTokenizer, llm.tokenizer or llm.name_or_path, legacy=True)
         rank_merges(tokenizer)
     if llm.chat_template != "own":
@@ -72,7 +72,7 @@ def load_tokenizer(llm: LLM) -> PreTrainedTokenizerBase:
 
 
 def model_file(tokenizer: PreTrainedTokenizerBase) -> Path | None:
-    """The `tokenizer.model` that transformers made a tokenizer of, if there was no `tokenizer.json`."""
+    """The `tokenizer.model` that a tokenizer was converted from, if there was no `tokenizer.json`."""
     file = Path(str(tokenizer.init_kwargs.get("vocab_file")))
     is_bpe = isinstance(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), models.BPE)
     alone = file.suffix == ".model" and file.is_file() and not file.with_name("tokenizer.json").is_file()
@@ -80,10 +80,10 @@ def model_file(tokenizer: PreTrainedTokenizerBase) -> Path | None:
 
 
 def rank_merges(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a tokenizer that transformers made of a `tokenizer.model` the merges in SentencePiece's order.
+    """Give a tokenizer converted from a `tokenizer.model` the merges in SentencePiece's order.
 
-    transformers 5 ranks merges by the id of what they make, which puts runs of spaces first: "x  y" would
-    become `▁x ▁▁ y` where SentencePiece, which goes by the pieces' scores, has `▁x ▁ ▁y`.
+    transformers 5 ranks merges by the resulting id, which merges runs of spaces first: "x  y" becomes
+    `▁x ▁▁ y`, while SentencePiece ranks by the pieces' scores and gives `▁x ▁ ▁y`.
     """
     file, backend = model_file(tokenizer), cast(Any, tokenizer).backend_tokenizer
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))

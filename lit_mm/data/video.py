@@ -1,8 +1,8 @@
-"""Video files -> the frames that are shown of them, upright and in RGB.
+"""Reads the chosen frames of a video file, upright and in RGB.
 
-Which frames these are is decided from timestamps, without decoding: those in the file's index where it
-suffices, otherwise those of its packets. Decoding then goes forward from key frame to key frame. FFmpeg,
-through PyAV, reads from a Python file object and can open nothing else.
+Frames are chosen by timestamp without decoding: from the file's index if it is sufficient, otherwise from
+its packets. Decoding then only moves forward, seeking to key frames. FFmpeg (through PyAV) reads from a
+Python file object and cannot open any other file.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from PIL.Image import Transpose
 from lit_mm.data.records import RecordError
 
 CONTAINERS = "mov,mp4,matroska,webm,avi,flv,mpegts,mpeg"
-"""FFmpeg's names of the formats that are read: none of them is a playlist."""
+"""FFmpeg's names of the supported formats; none of them is a playlist."""
 MARKED = ("mp4", "matroska", "avi", "flv")
-"""Those of them that mark the frames from which decoding can start."""
+"""Formats that mark the frames from which decoding can start."""
 SKIPPING = ("h264", "hevc", "mpeg4")
-"""Decoders that can be told anew for each packet whether to leave it out."""
+"""Decoders that can be told for each packet whether to skip it."""
 SLACK = 0.1
-"""Seconds by which a file may end before the duration in its header, which containers round."""
+"""Seconds by which a file may end before its header's duration, which is rounded."""
 MP4_BOXES = (b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"mfra", b"sidx", b"free", b"skip", b"wide", b"uuid")
 MATROSKA_ELEMENTS = (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67")
 TURNS = {
@@ -50,7 +50,7 @@ TURNS = {
     (True, False, True): Transpose.ROTATE_90,
     (True, True, True): Transpose.TRANSVERSE,
 }
-"""Sides swapped, then flipped left to right, then top to bottom -> Pillow's word for it."""
+"""(sides swapped, then flipped left to right, then top to bottom) -> Pillow's transpose operation."""
 SIDEWAYS = {turn for (swapped, _, _), turn in TURNS.items() if swapped}
 
 
@@ -59,14 +59,14 @@ class VideoOptions:
     """Which frames of a video are shown.
 
     Args:
-        choose: `uniform` shows the frames at the middles of max_frames equal spans of the duration;
-            `fps` one frame every 1/fps seconds, the first after half of that, or as `uniform` where
-            these are more than max_frames; `keyframes` the key frames, thinned evenly to max_frames.
+        choose: `uniform` splits the duration into max_frames equal spans and shows the frame at the middle of
+            each; `fps` shows one frame every 1/fps seconds, the first after half of that, or as `uniform` if
+            that gives more than max_frames; `keyframes` shows the key frames, thinned evenly to max_frames.
             No frame is shown twice.
-        max_frames: Most frames of one video; a video that has no more is shown whole by `uniform`.
-        fps: Frames per second of the video's time; only the choice `fps` looks at it.
-        timestamps: Whether each frame's time is written before it, in the prompt.
-        max_pixels: A video with larger frames is refused before it is decoded.
+        max_frames: Maximum frames of one video; `uniform` shows all frames of a video with no more than that.
+        fps: Frames per second of the video's time, for `fps` only.
+        timestamps: Whether the prompt has each frame's time before it.
+        max_pixels: Videos with larger frames are refused before decoding.
     """
 
     choose: Literal["uniform", "fps", "keyframes"] = "uniform"
@@ -84,12 +84,12 @@ class VideoOptions:
 
 @dataclass(frozen=True)
 class Clip:
-    """What is shown of a video.
+    """Size and times of a video's chosen frames.
 
     Args:
-        height: Of every frame in pixels, upright and with square pixels.
-        width: As height.
-        times: When each shown frame appears, in seconds after the video's first frame; rising.
+        height: Height of every frame in pixels, upright and with square pixels.
+        width: Width of every frame, likewise.
+        times: Time of each chosen frame in seconds after the video's first frame, ascending.
     """
 
     height: int
@@ -111,10 +111,11 @@ class Video:
         self.where, self.name, self.source, self.options = where, name, source, options
 
     def clip(self) -> Clip:
-        """Size and times of the frames that `frames` gives; only the first frame is decoded.
+        """Size and times of the frames that `frames` returns; only the first frame is decoded.
 
         Raises:
-            RecordError: Not a video, no video stream, no frames, a truncated video, or too many pixels.
+            RecordError: The file is not a video, has no video stream or no frames, is truncated or has too many
+                pixels.
         """
         with self._open() as stream:
             timeline = self._timeline(stream)
@@ -124,7 +125,7 @@ class Video:
         return Clip(height, width, timeline.seconds(timeline.shown(self.options)))
 
     def frames(self) -> list[Image.Image]:
-        """The frames at the clip's times, RGB images of the clip's size.
+        """The frames at the clip's times, as RGB images of the clip's size.
 
         Raises:
             RecordError: As `clip`, or a frame cannot be decoded.
@@ -189,7 +190,7 @@ class Video:
         if moving[0].codec_context is None:
             self._fail("not a video", "its video stream has a codec that FFmpeg cannot decode")
         self._limit(moving[0])
-        moving[0].codec_context.thread_count = 1  # the loader's workers are the threads
+        moving[0].codec_context.thread_count = 1  # the loader's workers already run in parallel
         return moving[0]
 
     def _limit(self, stream: VideoStream) -> None:
@@ -202,7 +203,7 @@ class Video:
 
     @property
     def _decoder_options(self) -> dict[str, str]:
-        # frames may be larger than the header says; the decoder counts pixels that pad them, too
+        # frames may be larger than the header says, and the decoder also counts its padding
         return {"max_pixels": str(2 * self.options.max_pixels + 2**16)}
 
     def _timeline(self, stream: VideoStream) -> Timeline:
@@ -235,7 +236,7 @@ class Video:
             self._fail("truncated video", f"ends after {end:.2f} s, by its header expected {expected:.2f} s")
 
     def _turn(self, stream: VideoStream) -> Transpose | None:
-        # it stands in the header, but only decoded frames show it
+        # the header has it, but PyAV only gives it with decoded frames
         try:
             first = next(_decoded(stream), None)
         except (av.FFmpegError, OSError) as error:
@@ -245,7 +246,7 @@ class Video:
         return _turn_of(first)
 
     def _sought(self, stream: VideoStream, timeline: Timeline, wanted: list[int]) -> list[Image.Image] | None:
-        """None if a frame is not where its packet's timestamp says."""
+        """The frames at the wanted times, found by seeking; None if one is not where its packet says."""
         reader, size, images = _Reader(stream, timeline.keys, wanted), _square(stream), []
         try:
             for start in wanted:
@@ -258,7 +259,7 @@ class Video:
         return images
 
     def _counted(self, numbers: set[int], total: int) -> list[Image.Image]:
-        """The slow way, for files whose timestamps or key frames mislead: by the frames' numbers."""
+        """The frames by number, decoding all: slow, for files whose timestamps or key frames are wrong."""
         images, count = [], 0
         with self._open() as stream:
             size = _square(stream)
@@ -276,14 +277,14 @@ class Video:
 
 @dataclass(frozen=True)
 class Timeline:
-    """When each frame of a video is on display, in ticks.
+    """When each frame of a video is shown, in ticks.
 
     Args:
-        starts: When each frame appears, rising.
-        end: When the last one goes.
-        keys: When the key frames appear, rising; with those that are decoded but not shown.
-        tick: Seconds.
-        exact: Whether decoded frames bear these times, and every key frame starts anew.
+        starts: Start of each frame, ascending.
+        end: End of the last frame.
+        keys: Start of each key frame, ascending, including frames that are decoded but not shown.
+        tick: Seconds per tick.
+        exact: Whether decoded frames have these times and decoding can start at every key frame.
     """
 
     starts: Sequence[int]
@@ -293,7 +294,7 @@ class Timeline:
     exact: bool
 
     def shown(self, options: VideoOptions) -> list[int]:
-        """The numbers of the frames that the options choose, rising, at least one."""
+        """Numbers of the chosen frames, ascending, at least one."""
         if options.choose == "keyframes":
             keys = sorted(set(self.keys) & set(self.starts)) or self.starts[:1]
             count = options.max_frames
@@ -312,11 +313,11 @@ class Timeline:
         return self._at_middles(Fraction(self.end - self.starts[0], count))
 
     def seconds(self, numbers: Iterable[int]) -> tuple[float, ...]:
-        """When these frames appear, in seconds after the first of all."""
+        """Start of these frames, in seconds after the video's first frame."""
         return tuple(float((self.starts[number] - self.starts[0]) * self.tick) for number in numbers)
 
     def _at_middles(self, span: Fraction) -> list[int]:
-        """The frames on display at 1/2, 3/2, 5/2 … of the span, each once."""
+        """The frames shown at 1/2, 3/2, 5/2, … of the span, each once."""
         length, halves = span.as_integer_ratio()[0], 2 * span.denominator  # exact: middles often meet a start
         numbers = []
         for number, (start, end) in enumerate(pairwise(chain(self.starts, [self.end]))):
@@ -327,7 +328,7 @@ class Timeline:
 
 
 def promised_size(file: BinaryIO) -> int:
-    """How many bytes an MP4, Matroska or AVI file has by its outermost elements; 0 if they do not tell."""
+    """Size of an MP4, Matroska or AVI file according to its outermost elements; 0 if unknown."""
     end = file.seek(0)
     while size := _element_size(file.read(16)):
         end = file.seek(end + size)
@@ -335,7 +336,7 @@ def promised_size(file: BinaryIO) -> int:
 
 
 def _element_size(head: bytes) -> int:
-    """0 for one that is unknown or has no end."""
+    """Size of the element with this head; 0 if unknown or open-ended."""
     if head[4:8] in MP4_BOXES:
         size = int.from_bytes(head[:4])
         return int.from_bytes(head[8:16]) if size == 1 else size
@@ -343,14 +344,14 @@ def _element_size(head: bytes) -> int:
         size = int.from_bytes(head[4:8], "little")
         return size + 8 if size else 0
     if head[:4] in MATROSKA_ELEMENTS and head[4:5] > b"\0":
-        width = 9 - head[4].bit_length()  # bytes of the size, of which one bit each is not its own
+        width = 9 - head[4].bit_length()  # bytes of the size field; one bit of each encodes the width
         size = int.from_bytes(head[4 : 4 + width]) - (1 << 7 * width)
         return 4 + width + size if size + 1 < 1 << 7 * width else 0
     return 0
 
 
 class _Entry(NamedTuple):
-    """What a timeline needs of a packet."""
+    """A packet's timing."""
 
     start: int
     duration: int
@@ -359,18 +360,18 @@ class _Entry(NamedTuple):
 
     @classmethod
     def of(cls, packet: Packet) -> _Entry | None:
-        """None for a packet without a time, as the last one is."""
-        # AVI knows no time but that of decoding
+        """The packet's entry; None if it has no time, like the last one."""
+        # AVI has decoding times only
         start = packet.dts if packet.stream.container.format.name == "avi" else packet.pts
         if start is None:
             return None
-        # VP8 sends frames that are only referred to, in packets of their own: one bit says so
+        # VP8 sends reference frames that are never shown in packets of their own, marked by one bit
         hidden = getattr(packet.stream.codec_context, "name", "") == "vp8" and not memoryview(packet)[0] & 0x10
         return cls(start, packet.duration or 0, packet.is_keyframe, not (packet.is_discard or hidden))
 
 
 def _evenly_indexed(stream: VideoStream) -> Timeline | None:
-    """MP4's index lists every frame; where they are evenly spaced it tells when each is shown."""
+    """The timeline from an MP4's index, if its frames are evenly spaced; otherwise None."""
     entries = list(stream.index_entries) if "mp4" in stream.container.format.name else []
     if len(entries) != stream.frames or len(entries) < 2 or stream.start_time is None:
         return None
@@ -385,7 +386,7 @@ def _evenly_indexed(stream: VideoStream) -> Timeline | None:
 
 
 def _timeline_of(packets: list[_Entry], stream: VideoStream) -> Timeline:
-    """Of packets in the order of decoding; what precedes the first key frame cannot be decoded."""
+    """The timeline from packets in decoding order; frames before the first key frame cannot be decoded."""
     packets = list(dropwhile(lambda packet: not packet.key, packets))
     shown = sorted(packet for packet in packets if packet.shown and packet.start >= packets[0].start)
     if not shown:
@@ -399,12 +400,12 @@ def _timeline_of(packets: list[_Entry], stream: VideoStream) -> Timeline:
 
 
 class _Reader:
-    """Decodes forward to the wanted frames; seeks where a key frame lies between.
+    """Decodes forward to the wanted frames, and seeks if there is a key frame in between.
 
     Args:
-        stream: At its beginning.
-        keys: When the key frames are shown.
-        wanted: When the wanted frames are shown.
+        stream: The stream, at its beginning.
+        keys: Start of each key frame.
+        wanted: Start of each wanted frame.
     """
 
     def __init__(self, stream: VideoStream, keys: Sequence[int], wanted: list[int]) -> None:
@@ -413,9 +414,9 @@ class _Reader:
         self.decoded = _decoded(stream, self.wanted)
 
     def frame(self, start: int) -> VideoFrame | None:
-        """The frame shown from `start` on, later than the one before."""
+        """The frame that starts at `start`; calls must be in ascending order."""
         nearest = bisect_right(self.keys, start)
-        # in an open group of pictures the first frames shown need the key frame before
+        # in an open group of pictures, the first frames need the previous key frame
         for key in reversed(self.keys[max(0, nearest - 2) : nearest]):
             if key > self.position or self.position > start:
                 _container_of(self.stream).seek(key, stream=self.stream)
@@ -435,7 +436,7 @@ class _Reader:
 
 
 def _decoded(stream: VideoStream, wanted: set[int] | None = None) -> Iterator[VideoFrame]:
-    """The frames from the next key frame on, without those that are neither wanted nor referred to."""
+    """The frames from the next key frame on, skipping frames that are neither wanted nor referenced."""
     skip: Literal["NONREF", "DEFAULT"] = "NONREF" if stream.codec_context.name in SKIPPING else "DEFAULT"
     for packet in dropwhile(lambda packet: not packet.is_keyframe, _container_of(stream).demux(stream)):
         stream.codec_context.skip_frame = "DEFAULT" if wanted is None or packet.pts in wanted else skip
@@ -451,7 +452,7 @@ def _tick(stream: VideoStream) -> Fraction:
 
 
 def _square(stream: VideoStream) -> tuple[int, int]:
-    """Width and height with square pixels, before any turn; decoding may change them on the way."""
+    """Width and height with square pixels, before rotation; decoding may change them."""
     return max(1, round(stream.width * (stream.sample_aspect_ratio or 1))), stream.height
 
 
@@ -464,7 +465,7 @@ def _image(frame: VideoFrame, size: tuple[int, int]) -> Image.Image:
 
 
 def _turn_of(frame: VideoFrame) -> Transpose | None:
-    """How the decoded frame becomes upright: its display matrix, to the nearest quarter."""
+    """What makes a decoded frame upright: its display matrix, rounded to a quarter turn."""
     matrix = cast(Any, frame.side_data).get(SideData.DISPLAYMATRIX)
     if matrix is None:
         return None

@@ -124,9 +124,9 @@ def test_template_without_an_end_token_is_refused(tokenizer):
 
 def test_reserved_character_is_refused(tokenizer):
     for text in ("what \ue000?", "what <|end|>?"):
-        with pytest.raises(RecordError, match=r"set\.json, record 0: reserved text: turn 0 holds"):
+        with pytest.raises(RecordError, match=r"set\.json, record 0: reserved text: turn 0 contains"):
             Conversation(tokenizer).encode(record(text, "yes"))
-    with pytest.raises(RecordError, match=r"turn 1 holds '<\|end\|>'"):
+    with pytest.raises(RecordError, match=r"turn 1 contains '<\|end\|>'"):
         Conversation(tokenizer).encode(record("what?", "yes<|end|>no"))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lit_mm.data.clips import (
-    COLOURS,
+    COLORS,
     FRAMES,
     SIZE,
     STEPS,
@@ -103,12 +103,12 @@ def test_answers_follow_from_the_decoded_frames(written):
 
 def coloured(frames):
     """[FRAMES, SIZE, SIZE] where the shape is, in any of its colors."""
-    return np.any([(frames == color).all(-1) for color in COLOURS.values()], axis=0)
+    return np.any([(frames == color).all(-1) for color in COLORS.values()], axis=0)
 
 
 def colors(frames):
     """The shape's color in every frame; None where the dot hides it."""
-    found = [[name for name, color in COLOURS.items() if (frame == color).all(-1).any()] for frame in frames]
+    found = [[name for name, color in COLORS.items() if (frame == color).all(-1).any()] for frame in frames]
     assert all(len(names) <= 1 for names in found)
     return [names[0] if names else None for names in found]
 
@@ -184,7 +184,7 @@ def test_every_answer_is_as_frequent_as_another():
         answers[kind(question)][answer] += 1
     assert set(answers["in"]) == {*STEPS}
     assert set(answers["how"]) == {*"1234"}
-    assert set(answers["which"]) == {*COLOURS}
+    assert set(answers["which"]) == {*COLORS}
     for counts in answers.values():
         expected, free = counts.total() / len(counts), len(counts) - 1
         chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
