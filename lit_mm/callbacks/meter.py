@@ -123,8 +123,8 @@ def counts_in(batch: Batch) -> Counts:
     """
     if batch.counts is None:
         raise ValueError(
-            "TokenEfficiency: expected Batch.counts, found none; whoever makes a batch must set it to "
-            "lit_mm.costs.counts.counts_of(batch, scales), before it goes to a device"
+            "TokenEfficiency: expected Batch.counts, found none; set it to "
+            "lit_mm.costs.counts.counts_of(batch, scales) before the batch goes to a device"
         )
     return batch.counts
 

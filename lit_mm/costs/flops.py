@@ -308,7 +308,7 @@ class LanguageCosts:
         if packing_of(config, "auto") == "padded":
             raise ValueError(
                 f"costs of {config.model_type} with these layers are not known: expected an LLM that can be packed, "
-                "each layer of which attends to all that precedes"
+                "in which every layer attends to all previous tokens"
             )
         heads = config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -121,7 +121,7 @@ class Batches(Dataset):
             found.append(self.samples[(record + further) % count])
             if found[-1].input_ids is not None:
                 return found
-        raise RecordError("data.train", "not one readable record", f"tried all {count}")
+        raise RecordError("data.train", "no readable record", f"tried all {count}")
 
 
 def collate(samples: Sequence[Sample], time_scales: Sequence[int] = ()) -> LoadedBatch:

@@ -135,7 +135,7 @@ class ImageDataModule(LightningDataModule):
             if self.files[split]:
                 self.sets[split] = self.sets.get(split) or self._read(split, split)
             elif stage != "fit" or split == "train":
-                raise ValueError(f"data.{split}: no file of records is named")
+                raise ValueError(f"data.{split}: no file of records is set")
 
     def _read(self, name: str, split: Split) -> Mixture:
         """The sets of a split; the first process of each machine builds their tables."""
@@ -156,7 +156,7 @@ class ImageDataModule(LightningDataModule):
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OSError(f"data.cache: expected a folder that can be written, found {error}") from None
+            raise OSError(f"data.cache: expected a writable folder, found {error}") from None
         source = open_source(subset.path, self.cache, subset.format)
         media = MediaFolder(root, self.image, self.inputs.color, self.video, self.frame, source.fingerprint)
         limits = self.max_length, self.budget, self.image_first, self.on_bad_record
@@ -165,7 +165,7 @@ class ImageDataModule(LightningDataModule):
         if report := made.bad.report(source.name, len(source)):
             rank_zero_warn(report)
         if not len(made):
-            raise ValueError(f"{source.name}: not one usable record\n{report or ''}")
+            raise ValueError(f"{source.name}: no usable record\n{report or ''}")
         self._warn_of_length(source.name, made)
         return made
 
@@ -195,8 +195,8 @@ class ImageDataModule(LightningDataModule):
         if not len(plans):
             mix = self.sets[name]
             raise ValueError(
-                f"data.train: epoch {plans.epoch} has no batch: {len(mix)} records, gone through {mix.shares} times "
-                f"an epoch, for {plans.ranks} ranks"
+                f"data.train: epoch {plans.epoch} has no batch: {len(mix)} records, used {mix.shares} times "
+                f"per epoch, on {plans.ranks} ranks"
             )
         whole = self.budget.fixed and all(share == int(share) for share in self.sets[name].shares)
         differ = self.caption_epochs or not whole

@@ -200,7 +200,8 @@ class InstructionSet(Dataset):
         """
         sample, rows, lengths = self._encoded(self._record(number), decode=True)
         if (found := rows[lengths.argmax()]) != list(cost):
-            detail = f"expected {list(cost)} (positions, pixels, words, frames), found {found}: other images or videos"
+            detail = f"expected {list(cost)} (positions, pixels, words, frames), found {found}"
+            detail += ": its images or videos have changed"
             raise RecordError(sample.where, "changed since the first start", detail)
         return sample
 
@@ -212,7 +213,7 @@ class InstructionSet(Dataset):
         """
         record = self._record(number)
         if self.split != "predict" and len(record.turns) % 2:
-            detail = f"{self.split} needs conversations, found a question alone"
+            detail = f"{self.split} needs conversations, found a question without an answer"
             raise RecordError(record.where, "no answer", detail)
         _, rows, lengths = self._encoded(record, decode=False)
         longest = rows[lengths.argmax()]
@@ -250,7 +251,7 @@ class InstructionSet(Dataset):
         for number, (text, answer) in enumerate(exchanges, 1):
             asked = text if any(marker in text for marker in markers) else "".join(f"{m}\n" for m in markers) + text
             if sum(asked.count(marker) for marker in MARKERS.values()) != len(markers):
-                detail = "expected all images in the first, as each question is asked alone"
+                detail = "expected all images in the first one, as each question is asked separately"
                 raise RecordError(record.where, "images in several questions", detail)
             encoded = self.conversation.prompt(asked, record.where, labels, record.system)
             ids, _, time_scale = encoded.tensors(bool(self.inputs.time_scales))
@@ -282,7 +283,7 @@ class InstructionSet(Dataset):
     def _check_limits(self, record: Record, longest: list[int], lengths: np.ndarray) -> None:
         images = f"with the images at scale {self.inputs.scales[0]}"
         if self.split in ("train", "val") and lengths[0] > self.max_length:
-            raise RecordError(record.where, "too long", f"{lengths[0]} tokens {images}, allowed are {self.max_length}")
+            raise RecordError(record.where, "too long", f"{lengths[0]} tokens {images}, the limit is {self.max_length}")
         known, length = self.inputs.positions, lengths.max()
         if known and known.table and length > known.most:
             new = "" if self.split == "train" else f" and max_new_tokens {self.inputs.max_new_tokens}"
@@ -294,7 +295,7 @@ class InstructionSet(Dataset):
             for name, found, limit in ("tokens", tokens, budget.tokens), ("pixels", longest[1], budget.pixels):
                 if limit is not None and found > limit:
                     detail = f"{found} {name} in a training batch, data.{name}_per_batch allows {limit}"
-                    raise RecordError(record.where, f"more {name} than a batch holds", detail)
+                    raise RecordError(record.where, f"more {name} than a batch allows", detail)
 
     def _most_tokens(self, row: list[int]) -> int:
         """The record's positions at the largest combination of scales that one step can draw."""

@@ -151,10 +151,10 @@ class ImageFile:
         pixels = math.prod(self._filled())
         if max(pixels, math.prod(self.size())) > limit:
             found = f"{height}×{width} (height × width; {self.options.mode}: {pixels} pixels)"
-            raise self._fault("too many pixels", f"{found}, allowed are {limit}")
+            raise self._fault("too many pixels", f"{found}, the limit is {limit}")
         if mode in ("I", "F"):
             raise self._fault(
-                "unsupported pixels", f"mode {mode}, expected 8 or 16 bits a channel: its range is unknown"
+                "unsupported pixels", f"mode {mode}, expected 8 or 16 bits per channel: its range is unknown"
             )
 
     def _fault(self, reason: str, detail: str) -> RecordError:

@@ -234,7 +234,7 @@ def _messages(where: str, item: dict[str, Any]) -> Record:
     roles, names = [message["role"] for message in raw], ("user", "assistant")
     system, turns = _dialog(where, "messages", ("role", "content"), roles, texts, names, "an assistant message")
     if not turns:
-        raise RecordError(where, "empty conversation", "messages: expected a user message, found one of system alone")
+        raise RecordError(where, "empty conversation", "messages: expected a user message, found only a system message")
     carried = {number: own for number, (_, own) in enumerate(shown) if own}
     return _record(where, item, turns, _columns(where, item), carried, system)
 
@@ -325,7 +325,7 @@ def _text(where: str, field: str, value: Any) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:  # JSON can encode lone surrogates, which are not characters
-        raise RecordError(where, "not Unicode", f"{field}: expected Unicode text, found half of a character") from None
+        raise RecordError(where, "not Unicode", f"{field}: expected Unicode text, found a lone surrogate") from None
     return value.strip()
 
 

@@ -54,7 +54,7 @@ class ScaleDraw:
         if self.per_step != "all" and not 1 <= self.per_step <= self.scales:
             raise ValueError(f"scales_per_step: expected all or 1 to {self.scales}, found {self.per_step}")
         if self.keep_finest and self.per_step == 1 < self.scales:
-            raise ValueError("scales_per_step 1 with keep_finest would train the finest scale alone")
+            raise ValueError("scales_per_step 1 with keep_finest would train the finest scale only")
 
     def __call__(self, epoch: int, step: int) -> list[float]:
         """Coefficient of every scale's loss, 0 for scales not drawn; its mean over steps is 1 / scales, as in M3."""

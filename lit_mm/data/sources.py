@@ -169,9 +169,9 @@ def _format_of_one(path: str) -> FileFormat:
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text, nor parquet, nor tar: {error}") from None
+        raise ValueError(f"{path}: neither UTF-8 text nor parquet nor tar: {error}") from None
     raise ValueError(
-        f"{path}: expected a JSON list, or one JSON object a line, or parquet, or tar, found {head[:60]!r}"
+        f"{path}: expected a JSON list, or one JSON object per line, or parquet, or tar, found {head[:60]!r}"
     )
 
 
@@ -180,7 +180,7 @@ def _head(path: str) -> bytes:
     with Path(path).open("rb") as file:
         head = file.read(4096)
     if not head:
-        raise ValueError(f"{path}: holds no records: the file is empty")
+        raise ValueError(f"{path}: contains no records: the file is empty")
     magics = {
         b"\x1f\x8b": "gzip",
         b"BZh": "bzip2",
@@ -189,7 +189,9 @@ def _head(path: str) -> bytes:
         b"PK\x03\x04": "zip",
     }
     if packer := next((name for magic, name in magics.items() if head.startswith(magic)), None):
-        raise ValueError(f"{path}: compressed by {packer}, expected it unpacked: records are read in any order")
+        raise ValueError(
+            f"{path}: compressed by {packer}, expected an uncompressed file, as records are read in random order"
+        )
     return head
 
 
@@ -235,7 +237,7 @@ class _Scanned(Source):
         if table is None:
             table = np.fromiter(self._scan(), np.dtype((np.int64, self.columns)))
             if not len(table):
-                raise ValueError(f"{self.name}: holds no records")
+                raise ValueError(f"{self.name}: contains no records")
             for number, path in enumerate(self.paths):
                 if _stamp(path) != self.stamps[number]:
                     raise self._changed(number)
@@ -334,7 +336,7 @@ class _JsonLines(_Scanned):
             except RecordError as error:
                 errors += [error] if error.reason != TWICE else []
         if len(errors) == min(2, len(self)):
-            raise ValueError(f"{errors[0]}; expected a JSON list, or one JSON object a line")
+            raise ValueError(f"{errors[0]}; expected a JSON list, or one JSON object per line")
 
 
 class _Shards(_Scanned):
@@ -479,7 +481,7 @@ def _samples(path: str) -> Iterator[tuple[int, int]]:
     for sample, group in groupby(_members(path), key=itemgetter(0)):
         _, names, starts, ends = zip(*group, strict=True)
         if sample in seen or len(set(names)) < len(names):
-            expected = "expected its members once and side by side"
+            expected = "expected its members side by side, without duplicates"
             raise ValueError(f"{path}: sample {sample}: {expected}, found {list(names)} again")
         seen.add(sample)
         yield starts[0], ends[-1]
@@ -516,10 +518,12 @@ def _check_end(path: str, file: BinaryIO, end: int) -> None:
     zeros = 0
     while chunk := file.read(CHUNK):
         if chunk.strip(b"\0"):
-            raise ValueError(f"{path}: expected the end of the archive at byte {end}, found a damaged header or more")
+            raise ValueError(
+                f"{path}: expected the end of the archive at byte {end}, found a damaged header or more data"
+            )
         zeros += len(chunk)
     if zeros < 2 * tarfile.BLOCKSIZE:
-        raise ValueError(f"{path}: truncated: it ends at byte {end + zeros} without the blocks that end an archive")
+        raise ValueError(f"{path}: truncated: it ends at byte {end + zeros} without an end-of-archive marker")
 
 
 def _sample(where: str, content: bytes) -> Any:
@@ -572,7 +576,7 @@ class _Table(Source):
         self.name, self.fingerprint, self.rows = name, fingerprint, dataset.with_format("arrow")
         _check_columns(name, dataset.column_names)
         if not len(self):
-            raise ValueError(f"{name}: holds no records")
+            raise ValueError(f"{name}: contains no records")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -600,7 +604,7 @@ def _parquet(name: str, paths: list[str], cache: Path) -> Source:
             raise ValueError(f"{path}: expected {expected}, found {', '.join(found)}")
     filled = [path for path, (_, rows) in zip(paths, shapes, strict=True) if rows]
     if not filled:
-        raise ValueError(f"{name}: holds no records")
+        raise ValueError(f"{name}: contains no records")
     fingerprint = _digest("parquet", [_stamp(path) for path in paths])
     try:
         dataset = load_dataset("parquet", data_files=filled, split="train", cache_dir=str(cache))
@@ -618,7 +622,7 @@ def _shape_of(path: str) -> tuple[list[str], int]:
         footer = read_metadata(path)
         return footer.schema.to_arrow_schema().names, footer.num_rows
     except (ArrowException, OSError) as error:
-        raise ValueError(f"{path}: expected a parquet file, found a damaged one or another: {error}") from None
+        raise ValueError(f"{path}: expected a parquet file, found a damaged or different one: {error}") from None
 
 
 def _dataset(path: str, cache: Path) -> Source:
@@ -626,7 +630,7 @@ def _dataset(path: str, cache: Path) -> Source:
         return _saved_dataset(path)
     if name := _hub_name(path):
         return _hub_dataset(path, name[1], name[2] or "train", cache)
-    raise FileNotFoundError(f"no folder {path}, and the name of a dataset is owner/name or owner/name:split")
+    raise FileNotFoundError(f"no folder {path}, and the hub's datasets are named owner/name or owner/name:split")
 
 
 def _saved_dataset(path: str) -> Source:
@@ -635,7 +639,7 @@ def _saved_dataset(path: str) -> Source:
 
     if (splits := Path(path) / "dataset_dict.json").is_file():
         found = json.loads(splits.read_text())["splits"]
-        raise ValueError(f"{path}: holds the splits {', '.join(found)}, expected one: {Path(path) / found[0]}")
+        raise ValueError(f"{path}: contains the splits {', '.join(found)}, expected one: {Path(path) / found[0]}")
     stamps = [_stamp(str(file)) for file in sorted(Path(path).rglob("*")) if file.is_file()]
     try:
         dataset = load_from_disk(path)
@@ -668,7 +672,7 @@ def _ask_hub(path: str, name: str) -> None:
     except OfflineModeIsEnabled:
         return  # cached data can still be used
     except RepositoryNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file or folder, and the hub shows no dataset {name}") from error
+        raise FileNotFoundError(f"{path}: no such file or folder, and the hub has no dataset {name}") from error
     except Exception as error:  # the hub's HTTP library, and so its errors, has changed before
         hint = "HF_HUB_OFFLINE=1 uses a dataset from the cache"
         raise ConnectionError(

@@ -196,9 +196,9 @@ class Video:
     def _limit(self, stream: VideoStream) -> None:
         limit, (width, height) = self.options.max_pixels, _square(stream)
         if not stream.width or not stream.height:
-            self._fail("no frames", f"expected frames of some size up to {limit} pixels, found none or far larger ones")
+            self._fail("no frames", f"expected frames of up to {limit} pixels, found none or far larger ones")
         if max(width * height, stream.width * stream.height) > limit:
-            self._fail("too many pixels", f"{height}×{width} (height × width) a frame, allowed are {limit} pixels")
+            self._fail("too many pixels", f"{height}×{width} (height × width) per frame, the limit is {limit} pixels")
         stream.codec_context.options = self._decoder_options
 
     @property
@@ -233,7 +233,7 @@ class Video:
     def _check_end(self, stream: VideoStream, end: float) -> None:
         expected = (_container_of(stream).duration or 0) / av.time_base
         if end < expected - SLACK:
-            self._fail("truncated video", f"ends after {end:.2f} s, by its header expected {expected:.2f} s")
+            self._fail("truncated video", f"ends after {end:.2f} s, expected {expected:.2f} s by its header")
 
     def _turn(self, stream: VideoStream) -> Transpose | None:
         # the header has it, but PyAV only gives it with decoded frames

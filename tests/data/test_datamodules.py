@@ -93,7 +93,7 @@ def test_workers_change_nothing(make, workers):
         (
             one(answer="yes " * 300),
             {"max_length": 64},
-            "too long: .* tokens with the images at scale 16, allowed are 64",
+            "too long: .* tokens with the images at scale 16, the limit is 64",
         ),
         (
             one("images/odd.png"),
@@ -124,7 +124,7 @@ def test_skipping_leaves_them_out_and_reports(make, instruction_set):
 
 def test_nothing_usable_is_an_error(make, instruction_set):
     data = make(train=write(instruction_set, [one("images/gone.png")]), on_bad_record="skip")
-    with pytest.raises(ValueError, match="not one usable record"), pytest.warns(UserWarning, match="skipped 1 of 1"):
+    with pytest.raises(ValueError, match="no usable record"), pytest.warns(UserWarning, match="skipped 1 of 1"):
         data.setup("fit")
 
 
@@ -146,7 +146,7 @@ def test_truncated_image_stops_or_is_counted(make, instruction_set):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"train": None}, ValueError, r"data\.train: no file of records is named"),
+        ({"train": None}, ValueError, r"data\.train: no file of records is set"),
         ({"train": "nowhere.json"}, FileNotFoundError, r"no instruction file nowhere\.json"),
         ({"batch_size": 0}, ValueError, r"data\.batch_size: expected a positive number, found 0"),
         ({"image_root": "nowhere"}, FileNotFoundError, r"data\.image_root: no folder nowhere"),

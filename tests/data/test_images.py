@@ -213,7 +213,7 @@ def test_too_many_pixels_is_found_in_the_header(tmp_path):
     noise(30, 20).save(tmp_path / "small.png")
     error = refused(tmp_path, "small.png", max_pixels=599)
     assert error.reason == "too many pixels"
-    assert "20×30 (height × width; keep: 600 pixels), allowed are 599" in error.detail
+    assert "20×30 (height × width; keep: 600 pixels), the limit is 599" in error.detail
 
 
 def test_paths_do_not_leave_the_root(tmp_path):

@@ -182,9 +182,9 @@ def test_batches_keep_to_their_budgets(make):
     [
         (
             {"tokens_per_batch": 60},
-            r"more tokens than a batch holds: \d+ tokens in a training batch, data.tokens_per_b",
+            r"more tokens than a batch allows: \d+ tokens in a training batch, data.tokens_per_b",
         ),
-        ({"pixels_per_batch": 64 * 64}, r"more pixels than a batch holds: (12288|16384) pixels in a training batch"),
+        ({"pixels_per_batch": 64 * 64}, r"more pixels than a batch allows: (12288|16384) pixels in a training batch"),
     ],
 )
 def test_a_record_that_fits_no_batch_is_a_bad_record(make, budget, said):
@@ -333,7 +333,7 @@ def test_media_that_changed_after_the_first_start_are_named(make, sets, name):
     else:
         render(sets / name, times=[250 * n for n in range(25)], width=64, height=64)
     with pytest.raises(
-        RecordError, match=r"record 1.*: changed since the first start: expected .* other images or vid"
+        RecordError, match=r"record 1.*: changed since the first start: expected .* its images or videos"
     ):
         list(data.train_dataloader())
 
@@ -347,7 +347,7 @@ def test_a_spoiled_table_is_made_anew(make):
 
 
 def test_a_cache_that_is_no_folder_is_named(make, sets):
-    with pytest.raises(OSError, match=r"data\.cache: expected a folder that can be written"):
+    with pytest.raises(OSError, match=r"data\.cache: expected a writable folder"):
         make(["text.jsonl"], cache=str(sets / "text.jsonl")).setup("fit")
 
 
@@ -387,7 +387,7 @@ def test_a_still_image_needs_the_room_of_different_scales(make, sets, per_step, 
 def test_an_epoch_without_a_batch_is_refused(make):
     data = make([Subset("text.jsonl", epochs=0.05)])
     data.setup("fit")
-    with pytest.raises(ValueError, match=r"epoch 0 has no batch: 4 records, gone through \[0\.05\] times an epoch"):
+    with pytest.raises(ValueError, match=r"epoch 0 has no batch: 4 records, used \[0\.05\] times per epoch"):
         data.train_dataloader()
 
 

@@ -193,7 +193,7 @@ def uri(header, content):
     [
         (chat(), "empty conversation", "messages: expected a list of messages, found []"),
         ({"messages": "hi"}, "empty conversation", "found 'hi'"),
-        (chat(("system", "a")), "empty conversation", "expected a user message, found one of system alone"),
+        (chat(("system", "a")), "empty conversation", "expected a user message, found only a system message"),
         ({"messages": ["hi"]}, "malformed turn", "messages[0]: expected {'role', 'content'}, found 'hi'"),
         ({"messages": [{"role": "user"}]}, "malformed turn", "messages[0]: expected {'role', 'content'}"),
         (chat(("assistant", "a")), "first turn is not user's", "messages[0].role: expected user, found assistant"),

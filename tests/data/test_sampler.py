@@ -218,7 +218,7 @@ def test_where_nothing_of_a_batch_can_be_read_the_next_readable_record_stands_in
     assert len(make[BatchPlan([0, 1], 0, 0)].input_ids) == 1
     only_asked = Batches(samples, ScaleDraw(3), [16, 4, 1], (), "packed", "branch", training=False)
     assert only_asked[BatchPlan([1], 0, 0)].packed == []
-    with pytest.raises(RecordError, match="not one readable record: tried all 2"):
+    with pytest.raises(RecordError, match="no readable record: tried all 2"):
         Batches(bad, ScaleDraw(3), [16, 4, 1], (), "packed", "branch", training=True)[BatchPlan([1], 0, 0)]
 
 

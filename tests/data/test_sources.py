@@ -112,7 +112,7 @@ def test_a_list_is_refused_exactly_when_json_refuses_it(tmp_path, monkeypatch):
         ('[{"a": "b}]', "not valid JSON: Unterminated string"),
         ("[1] 2", "expected the end, found '2': line 1, byte 4"),
         ("[" * 100_000, "recursion"),
-        ("[]", "holds no records"),
+        ("[]", "contains no records"),
         (b'[{"a": "\xff"}]', "not UTF-8 text: invalid start byte: byte 8"),
         (b'[{"a": "\xc3', "not UTF-8 text: unexpected end of data: byte 8"),
     ],
@@ -138,12 +138,12 @@ def test_the_place_of_an_error_does_not_hang_on_the_window(tmp_path, monkeypatch
     ("content", "message"),
     [
         ('{"a": 1,\n "b": 2}', "line 1: not valid JSON: expected an object, found '{\"a\": 1,' ("),
-        ('{\n "a": 1}\n', "expected a JSON list, or one JSON object a line"),
-        ("", "holds no records: the file is empty"),
-        (" \n\n", "holds no records"),
-        (b"\xff\xfe[\x00", "not UTF-8 text, nor parquet, nor tar"),
-        ("id,text\n1,a", "expected a JSON list, or one JSON object a line, or parquet, or tar, found b'id,text"),
-        (b"\x1f\x8b\x08rest", "compressed by gzip, expected it unpacked"),
+        ('{\n "a": 1}\n', "expected a JSON list, or one JSON object per line"),
+        ("", "contains no records: the file is empty"),
+        (" \n\n", "contains no records"),
+        (b"\xff\xfe[\x00", "neither UTF-8 text nor parquet nor tar"),
+        ("id,text\n1,a", "expected a JSON list, or one JSON object per line, or parquet, or tar, found b'id,text"),
+        (b"\x1f\x8b\x08rest", "compressed by gzip, expected an uncompressed file"),
         (b"(\xb5/\xfdrest", "compressed by zstd"),
     ],
 )
@@ -382,7 +382,7 @@ def test_a_missing_file_in_a_folder_is_not_sought_on_the_hub(tmp_path, monkeypat
     (tmp_path / "data").mkdir()
     with pytest.raises(FileNotFoundError, match="no instruction file data/train"):
         open_source("data/train", tmp_path / "cache")
-    with pytest.raises(FileNotFoundError, match="no folder train, and the name of a dataset is owner/name"):
+    with pytest.raises(FileNotFoundError, match="no folder train, and the hub's datasets are named owner/name"):
         open_source("train", tmp_path / "cache", "dataset")
 
 
@@ -506,8 +506,8 @@ def test_bad_parquet(tmp_path):
             [good, more],
             r"more\.parquet: expected the columns of .*good\.parquet, id, messages, found id, messages, images",
         ),
-        (cut, r"cut\.parquet: expected a parquet file, found a damaged one"),
-        (str(empty), r"empty\.parquet: holds no records"),
+        (cut, r"cut\.parquet: expected a parquet file, found a damaged or different one"),
+        (str(empty), r"empty\.parquet: contains no records"),
     ]:
         with pytest.raises(ValueError, match=message):
             open_source(path, tmp_path / "cache")
@@ -534,7 +534,7 @@ def test_bad_saved_datasets(tmp_path):
     import datasets
 
     datasets.DatasetDict({"train": typed(ROWS), "val": typed(ROWS)}).save_to_disk(tmp_path / "splits")
-    with pytest.raises(ValueError, match=r"splits: holds the splits train, val, expected one: .*/splits/train"):
+    with pytest.raises(ValueError, match=r"splits: contains the splits train, val, expected one: .*/splits/train"):
         open_source(str(tmp_path / "splits"), tmp_path / "cache")
     assert items_of(open_source(str(tmp_path / "splits/train"), tmp_path / "cache")) == with_images(ROWS)
     datasets.Dataset.from_list([{"a": 1}]).save_to_disk(tmp_path / "other")
@@ -737,7 +737,7 @@ def test_damaged_and_joined_shards_are_refused(tmp_path):
         open_source(write(tmp_path / "d.tar", header + whole), tmp_path / "cache")
     with pytest.raises(ValueError, match=r"b\.tar: expected the end of the archive at byte 4096, found"):
         open_source(write(tmp_path / "b.tar", whole + whole), tmp_path / "cache")
-    with pytest.raises(ValueError, match=r"c\.tar: holds no records"):
+    with pytest.raises(ValueError, match=r"c\.tar: contains no records"):
         open_source(write(tmp_path / "c.tar", shard({"README": b"a"})), tmp_path / "cache")
 
 
@@ -746,16 +746,16 @@ def test_compressed_shards_are_refused(tmp_path, mode):
     with tarfile.open(tmp_path / "a.tar", mode) as archive:
         archive.addfile(tarfile.TarInfo("0.txt"))
     for format in (None, "tar"):
-        with pytest.raises(ValueError, match=r"a\.tar: compressed by .*, expected it unpacked"):
+        with pytest.raises(ValueError, match=r"a\.tar: compressed by .*, expected an uncompressed file"):
             open_source(str(tmp_path / "a.tar"), tmp_path / "cache", format)
 
 
 def test_members_of_a_sample_stand_side_by_side(tmp_path):
     apart = {"0.txt": b"a", "1.txt": b"b", "0.jpg": b"c"}
-    with pytest.raises(ValueError, match=r"a\.tar: sample 0: expected its members once and side by side"):
+    with pytest.raises(ValueError, match=r"a\.tar: sample 0: expected its members side by side, without duplicates"):
         open_source(write(tmp_path / "a.tar", shard(apart)), tmp_path / "cache")
     twice = {tarfile.TarInfo("0.txt"): b"a", tarfile.TarInfo("0.txt"): b"b"}
-    with pytest.raises(ValueError, match=r"b\.tar: sample 0: expected its members once"):
+    with pytest.raises(ValueError, match=r"b\.tar: sample 0: expected its members side by side, without duplicates"):
         open_source(write(tmp_path / "b.tar", shard(twice)), tmp_path / "cache")
 
 
