@@ -1,21 +1,20 @@
-"""What feeding costs: the DataModule against bare decoding and resizing, and how full its batches are.
+"""The speed of the DataModule compared with plain decoding and resizing, and how full its batches are.
 
     python experiments/benchmarks/data_loading.py [--images FOLDER] [--videos FOLDER] [--json FILE]
-    python experiments/benchmarks/data_loading.py --records 1000000     # a start on a large set, too
+    python experiments/benchmarks/data_loading.py --records 1000000     # also the start on a large data set
 
-- loader: samples/s of ImageDataModule (records, encoding, decoding, collating, packing) against a
-  loop that only decodes and resizes the same files on the same number of processes, once with this
-  package's own functions (`loader_ratio`) and once as LLaVA does it, with Pillow (`loader_ratio_pillow`).
-- video: frames/s of VideoDataModule against bare PyAV (`video_ratio`): a loop that seeks to the key
-  frame before each wanted frame, or decodes the whole file, whichever is faster for a file, and
-  resizes with the same function.
-- padding: unused positions of batches that fill 16,384 positions, and of padded batches of 16 grouped
-  by length, on 100,000 records with lengths like those of LLaVA's mixture (a random model of it: shares
-  of its sources, log-normal lengths; the text is not read).
-- start: seconds and memory of a first and of a second start on so many records of text.
+- loader: samples/s of ImageDataModule (reading records, encoding, decoding, collating, packing) compared with a
+  loop that only decodes and resizes the same files with the same number of processes, once with the functions
+  of this package (`loader_ratio`) and once with Pillow, as LLaVA does (`loader_ratio_pillow`).
+- video: frames/s of VideoDataModule compared with plain PyAV (`video_ratio`): a loop that seeks to the key frame
+  before each selected frame, or decodes the whole file, whichever is faster for the file, and resizes with the
+  same function.
+- padding: unused positions of batches that fill 16,384 positions, and of padded batches of 16 grouped by length,
+  on 100,000 records with random lengths like those of LLaVA's mixture (its shares of sources, log-normal lengths).
+- start: seconds and memory of a first and a second start on the given number of text records.
 
-Each figure is a median of alternating repetitions, in one process with one thread unless --workers.
-Without a folder of images or videos, some are rendered.
+Each figure is a median of alternating repetitions, in one process with one thread unless --workers is given.
+If no folder of images or videos is given, some are rendered.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""The five-stage trunk against timm's own four stages and Hugging Face's ConvNext of the same five.
+"""The five-stage encoder compared with timm's four stages and Hugging Face's ConvNext with the same five stages.
 
     python experiments/benchmarks/encoder.py
     python experiments/benchmarks/encoder.py --device cuda --backbone convnext_large --width 3072 --depth 6
 
-timm has four stages only, so its time is multiplied by the operations of five stages over those of
-four (counted by torch on the meta device): what timm would take if stage 5 ran at the speed of the
-others. timm is timed in both memory formats, Hugging Face's in its own. `ours / other` below 1 means
-that this package is faster. Times are medians of repetitions in alternating order after one warm-up.
-Figures that cannot be are refused, and nothing is written: a forward pass that takes longer than the same with
-its backward pass, by more than a tenth.
+timm has only four stages. Its time is multiplied by the ratio of the operations of five stages to those of four
+(counted by torch on the meta device): the time it would take if stage 5 ran as fast as the others. timm is timed in
+both memory formats, Hugging Face in its own. `ours / other` below 1 means that this package is faster. Times are
+medians of repetitions in alternating order after one warm-up. The script fails without writing anything if the figures
+are impossible: if a forward pass takes over a tenth longer than a forward and backward pass.
 """
 
 from __future__ import annotations

@@ -1,26 +1,25 @@
-"""Theory against measurement: does an answer's time follow its FLOPs, and where is the floor?
+"""Theory and measurement: does the time of an answer follow its FLOPs, and what is the minimum?
 
     python experiments/benchmarks/latency.py                     # CPU sizes
     python experiments/benchmarks/latency.py --size balanced     # encoder and LLM in ConvLLaVA-7B's proportion
     python experiments/benchmarks/latency.py --device cuda --size 7b --dtype bfloat16 --pixels 1536
 
-A five-stage ConvNeXt and a Llama with random weights answer one question about one square image, at
-every scale of its grid and without any visual token, greedily and with a KV cache. Timed apart:
+A five-stage ConvNeXt and a Llama with random weights answer one question about one square image, at every scale of
+its grid and without visual tokens, with greedy decoding and a KV cache. Timed separately:
 
-- encode: pixels to nested tokens, encoder and projector, the same at every scale;
-- prefill: the LLM over visual tokens and prompt, up to the first new token;
-- decode: one further token, the mean over the answer.
+- encode: encoder and projector, from pixels to nested tokens, the same at every scale;
+- prefill: the LLM on visual tokens and prompt, up to the first new token;
+- decode: one further token, averaged over the answer.
 
-The roof is measured on the same device in the same alternation: FLOP/s of a large matrix product in
-the same dtype, and bytes/s of a large copy or of a matrix times a vector, whichever is faster. No part
-can take less than FLOPs / (FLOP/s), nor than bytes / (bytes/s), the larger of which is its limit.
-FLOPs are those of `lit_mm.costs.flops`; bytes are the weights, read once, and the KV cache; an
-encoder's activations are left out, so that its limit is a low one. A straight line through the prefills,
-by least squares, tells the FLOP/s that they reach and what they take beside it.
+The roofline is measured on the same device in the same alternation: FLOP/s of a large matrix product in the same
+dtype, and bytes/s of a large copy or a matrix-vector product, whichever is faster. The limit of a part is the larger of
+FLOPs / (FLOP/s) and bytes / (bytes/s). FLOPs are those of `lit_mm.costs.flops`; bytes are the weights, read once, and
+the KV cache. The activations of the encoder are not counted, so its limit is optimistic. A least-squares line through
+the prefills gives their FLOP/s and their constant time.
 
-Times are medians of repetitions in alternating order after one warm-up. On a machine that others use
-too, OMP_NUM_THREADS=1 and --cpu-time count only the time that the process was given: what it waits for
-a core is left out, what others take of caches and memory is not.
+Times are medians of repetitions in alternating order after one warm-up. On a shared machine, use OMP_NUM_THREADS=1 and
+--cpu-time to count only the CPU time of the process. This leaves out waiting for a core, but not the effects of others
+on caches and memory.
 """
 
 from __future__ import annotations

@@ -1,25 +1,26 @@
-"""What one training step on nested scales costs, against one on the finest scale alone.
+"""The cost of a training step on nested scales, compared with a step on the finest scale only.
 
     python experiments/benchmarks/nested_step.py                     # CPU sizes
     python experiments/benchmarks/nested_step.py --device cuda --size 1b --dtype bfloat16
 
-Ways, each a forward and backward pass (no optimizer):
+Methods, each a forward and backward pass without an optimizer:
 
-- single: the finest scale alone on padded samples, plainly (no packing, no chunks), logits only where
-  there is a target. All ratios are to it.
-- authors: as in M3's public code: for every scale anew the encoder, the projector, the embedding and
-  the LLM on padded samples, float32 logits of every position, all graphs alive until one backward.
-- reference: this package's plain loop: encoder once, the LLM once per scale, padded, target logits only.
-- packed-…: one packed sequence, by each attention mechanism; packed-sequential: a sequence a scale.
+- single: the finest scale only, on padded samples, without packing or chunks, logits only at targets. All ratios are
+  relative to it.
+- authors: as in M3's public code: encoder, projector, embedding and LLM on padded samples for each scale, float32
+  logits at every position, and all graphs kept until one backward pass.
+- reference: this package's plain loop: encoder once, LLM once per scale, padded samples, logits only at targets.
+- packed-…: one packed sequence with each attention; packed-sequential: one sequence per scale.
 
-Parts: `llm` (embeddings of images given) and `model` (images to loss). Times are medians of
-repetitions in alternating order, after one warm-up; peak memory is taken in a process of its own for each way.
-`limit` is the arithmetic bound of a packed step: its floating point operations over those of single,
-counted from shapes (linear layers, attention's causal pairs, the head at targets, the encoder once);
-for `authors` and `reference` it is that of a packed step too, as no way needs more than that.
+Parts: `llm` (from image embeddings) and `model` (from images to loss). Times are medians of repetitions in alternating
+order after one warm-up; peak memory is measured in a separate process for each method. `limit` is the arithmetic
+limit of a packed step: its floating point operations over those of single, counted from shapes (linear layers, causal
+pairs of attention, the head at targets, the encoder once). It applies to `authors` and `reference` too, because no
+method needs more operations.
 
-Figures that cannot be are refused, and nothing is written: an LLM part that runs the encoder, or takes longer than
-the whole model, or on a CPU less than its operations take at the speed of single (which leaves a GPU half idle).
+The script fails without writing anything if the figures are impossible: if the LLM part runs the encoder, takes longer
+than the whole model, or, on a CPU, takes less time than its operations need at the speed of single (which leaves a GPU
+half idle).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What the TokenEfficiency callback costs a training step: runs with and without it, in turn.
+"""The overhead of the TokenEfficiency callback in a training step, from alternating runs with and without it.
 
 python experiments/benchmarks/watching.py [--steps 60] [--repetitions 5] [--json out.json]
 
-Reported are the median of the steps' times in each kind of run, and what the callback's own hooks and the
-counting of batches take, which tells more than the difference of two noisy medians.
+It reports the median step time of each kind of run, and the time of the callback's hooks and of counting batches,
+which is more precise than the difference of two noisy medians.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What watches a run."""
+"""Callbacks: metrics of token efficiency, progress, answer files, stopping and advice."""

@@ -1,1 +1,1 @@
-"""What it costs, from shapes: FLOPs and KV cache; devices and timing."""
+"""Costs from shapes (FLOPs, KV cache, token counts), and devices and timing."""

@@ -1,1 +1,1 @@
-"""What feeds: files of records, images and video to packed batches."""
+"""From files of records, images and video to packed batches."""

@@ -1,1 +1,1 @@
-"""What judges: metrics, and accuracy against tokens."""
+"""Metrics, and accuracy against tokens."""

@@ -1,1 +1,1 @@
-"""What answers: generation at any scale."""
+"""Generation of answers at any of the scales."""

@@ -1,1 +1,1 @@
-"""What computes: pixels and tokens to losses. Plain PyTorch; imports nothing else of this package."""
+"""The model in plain PyTorch, from pixels and tokens to losses. It imports no other part of this package."""

@@ -1,1 +1,1 @@
-"""`python -m lit_mm profile`: what configured models cost, before they exist."""
+"""`python -m lit_mm profile`: the costs of the models in configs, without weights."""
