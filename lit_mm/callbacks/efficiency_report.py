@@ -59,14 +59,14 @@ class Evaluation:
         self.numbers = {name: sum(numbers[name] for _, numbers in shares) for name in shares[0][1]}
 
     def result(self, trainer: Trainer, peak: float | None) -> Result:
-        """All figures, as `accuracy_tokens.json` holds them; accuracies in 0..1, finest scale first.
+        """All figures, as in `accuracy_tokens.json`; accuracies in 0..1, finest scale first.
 
         Args:
             trainer: The trainer, at the end of the validation or test.
             peak: The device's peak FLOP/s, if known.
         """
         cached = None  # bytes per token in the KV cache
-        if self.lit.costs is not None:  # also under autocast of the weights' type; FSDP casts shards before it computes
+        if self.lit.costs is not None:  # the weights' dtype, even under autocast, or what FSDP casts them to
             half = self.lit.vlm.sharded and arithmetic_of(str(trainer.precision)) == "half"
             cached = self.lit.costs.language.cached * (2 if half else self.lit.vlm.llm.dtype.itemsize)
         asked = {str(scale) for scale in self.lit.asked_scales}

@@ -62,7 +62,7 @@ def answers_table(experiments: Sequence[Figures]) -> Table:
 
 def training_table(experiments: Sequence[Figures]) -> Table:
     """One sample's training FLOPs at all scales in a packed sequence, compared with the finest scale alone."""
-    names = ["experiment", "image", "tokens", "encoder", "projector", "LLM", "head", "all", "again", "÷ finest"]
+    names = ["experiment", "image", "tokens", "encoder", "projector", "LLM", "head", "total", "recompute", "÷ finest"]
     rows = _table("Training on one such sample: FLOPs of all scales in a packed sequence", names, left=2)
     for own, at in _sizes(experiments):
         cost = at["training"]

@@ -55,7 +55,7 @@ def test_ctrl_c_before_the_first_batch(monkeypatch):
     def interrupted(arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lit_mm.__main__.start", interrupted)
+    monkeypatch.setattr("lit_mm.cli.LitMMCLI", interrupted)
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--config", "some.yaml"])
     assert stopped.value.code == 130
