@@ -277,7 +277,11 @@ class Decoder:
         llm: Any = self.vlm.llm
         ends = {"eos_token_id": self.ends, "pad_token_id": self.ends[0], "stop_strings": None}
         self.config.update(**ends, output_logits=True, return_dict_in_generate=True)
-        for number in self.numbers:
+        rounds = torch.tensor(len(self.numbers), device=self.device)
+        if self.vlm.sharded:  # all ranks must generate equally often: those with fewer prompts repeat their last one
+            dist.all_reduce(rounds, dist.ReduceOp.MAX)
+        for place in range(int(rounds)):
+            number = self.numbers[min(place, len(self.numbers) - 1)]
             embeddings = embed(self.vlm, self.nested, self.codes[number].to(self.device))[None]  # [1, T, D]
             mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=self.device)
             with without_own_settings(llm), torch.random.fork_rng(devices=[]):
@@ -288,7 +292,8 @@ class Decoder:
                     generation_config=self.config,
                     synced_gpus=self.vlm.sharded,
                 )
-            self._note(number, output)
+            if place < len(self.numbers):
+                self._note(number, output)
 
     def _note(self, number: int, output: Any) -> None:
         """Take an answer over from transformers."""
