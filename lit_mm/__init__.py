@@ -22,6 +22,8 @@ _HOMES = {
     "VideoShapesDataModule": "data.clips",
     "VideoDataModule": "data.datamodules",
     "VideoOptions": "data.video",
+    "Model": "inference.answering",
+    "load": "hub.loading",
     "LitMatryoshka": "training.module",
     "FSDP": "training.strategies",
     "FSDP1": "training.strategies",  # gone, says so

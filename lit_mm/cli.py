@@ -39,9 +39,9 @@ from lit_mm.data.datamodules import ImageDataModule, VideoDataModule
 from lit_mm.data.easy_vqa import EasyVQADataModule
 from lit_mm.renamed import accept_old_names, with_new_arguments
 from lit_mm.training import strategies  # noqa: F401 (registers --trainer.strategy fsdp)
-from lit_mm.training.checkpoints import SHARDED, InitFrom, check_new, export, is_of_fsdp1, start_from
+from lit_mm.training.checkpoints import InitFrom, check_new, export, is_of_fsdp1, start_from
 from lit_mm.training.module import LitMatryoshka
-from lit_mm.training.saving import WholeFiles, check_readable, check_room, is_remote
+from lit_mm.training.saving import SHARDED, WholeFiles, check_readable, check_room, find_checkpoint, is_remote
 
 PROGRAM = "python -m lit_mm"
 DATA_MODULES = (ImageDataModule, VideoDataModule, EasyVQADataModule, VideoShapesDataModule)  # for `--data NAME`
@@ -302,55 +302,6 @@ class LitMMCLI(LightningCLI):
             if new and folder is not None and not trained and self.trainer.is_global_zero:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-
-
-def find_checkpoint(asked: str, root: Path) -> Path:
-    """The checkpoint that `--ckpt_path` refers to.
-
-    Args:
-        asked: `last` or `best` of the newest run below the root, a run's folder (its last.ckpt), or a checkpoint.
-        root: `trainer.default_root_dir`.
-
-    Raises:
-        FileNotFoundError: There is none.
-    """
-    if asked in ("last", "best"):
-        return newest_checkpoint(root, asked)
-    path = Path(asked).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"--ckpt_path: no checkpoint {path} (expected a file, a run's folder, last or best)")
-    if path.is_file() or (path / SHARDED).is_file():
-        return path
-    return newest_checkpoint(path, "last")
-
-
-def newest_checkpoint(root: Path, asked: str = "last") -> Path:
-    """The newest last.ckpt below a folder, or the best checkpoint of its run.
-
-    Raises:
-        FileNotFoundError: There is none.
-    """
-    folders = ("", "checkpoints/", "*/checkpoints/", "*/*/checkpoints/")
-    found = [file for folder in folders for file in root.glob(f"{folder}last.ckpt")]
-    if not found:
-        raise FileNotFoundError(f"--ckpt_path {asked}: no checkpoints/last.ckpt below {root}: run fit first")
-    newest = max(found, key=lambda file: file.stat().st_mtime)
-    return newest if asked == "last" else best_beside(newest)
-
-
-def best_beside(last: Path) -> Path:
-    """The best checkpoint of the run that wrote a last.ckpt, by its `checkpoint.monitor`.
-
-    Raises:
-        FileNotFoundError: The run monitored nothing, or the file is gone.
-    """
-    check_readable(last)
-    states = {} if last.is_dir() else torch.load(last, weights_only=True, mmap=True, map_location="cpu")["callbacks"]
-    paths = [Path(state["best_model_path"]) for state in states.values() if state.get("best_model_score") is not None]
-    here = [last.parent / path.name for path in paths]
-    if not here or not here[0].exists():
-        raise FileNotFoundError(f"--ckpt_path best: the run of {last} has none: set checkpoint.monitor in its fit")
-    return here[0]
 
 
 def run_of(checkpoint: Path, root: Path) -> str | None:

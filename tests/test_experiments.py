@@ -13,6 +13,7 @@ from lit_mm.__main__ import main
 from lit_mm.cli import LitMMCLI
 from tests.helpers.command_line import lit_mm
 from tests.helpers.environment import ROOT, TOKENIZER, installed
+from tests.helpers.media import draw
 
 EXPERIMENTS = sorted({*ROOT.glob("experiments/*.yaml")} - {ROOT / "experiments/base.yaml"})
 
@@ -69,6 +70,11 @@ def test_the_readmes_commands_run(tmp_path, monkeypatch):
         if "experiments/smollm2.yaml" in command:
             continue  # test_smollm2_trains runs it as it stands
         verb = command[0] if command else ""
+        if verb == "ask":  # the reader's photo
+            draw(tmp_path / "photo.jpg", (64, 64), "red")
+            own = {"last": str(tmp_path), "photo.jpg": str(tmp_path / "photo.jpg")}
+            assert "visual tokens" in lit_mm(*(own.get(word, word) for word in command))
+            continue
         if verb not in SHORTENED or any("help" in word or word == "--print_config" for word in command):
             assert ends_well(command, monkeypatch), command
             continue

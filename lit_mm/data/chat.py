@@ -90,27 +90,50 @@ class Conversation:
         Raises:
             RecordError: The text contains a special token, or the template fails or drops a turn.
         """
-        made, shown = Encoded(), iter([[""]] * len(record.media) if media is None else media)
-        prompts = self._prompts(record.where, record.turns, record.system)
-        for text, answer in zip(prompts, record.turns[1::2], strict=False):
-            prompt = self._pieces(text.removesuffix(" "), shown, first=not made.ids)
-            reply = self._pieces(" " + answer if text.endswith(" ") else answer, shown)
-            # A later prompt begins with the end token of the answer before it, which is a label.
-            if made.ids and prompt.ids[0] != self.end_id:
-                raise RecordError(record.where, "chat template", f"expected the end token first in {text!r}")
-            end = [self.end_id] * bool(made.ids)
-            made.add(prompt, end + [IGNORE_INDEX] * (len(prompt.ids) - len(end)))
-            made.add(reply, reply.ids)
+        shown = iter([[""]] * len(record.media) if media is None else media)
+        made = self._dialog(record.where, record.turns, record.system, shown)
         made.add(Encoded([self.end_id], [self._always]), [self.end_id])
         return made
 
     def prompt(
-        self, text: str, where: str = "question", media: Sequence[Frames] | None = None, system: str | None = None
+        self,
+        text: str,
+        where: str = "question",
+        media: Sequence[Frames] | None = None,
+        system: str | None = None,
+        history: Sequence[str] = (),
     ) -> Encoded:
-        """Token ids of one question, up to where the answer begins."""
-        rendered = self._prompts(where, [text, ""], system)[0]
-        markers = sum(text.count(marker) for marker in MARKERS.values())
-        return self._pieces(rendered.removesuffix(" "), iter([[""]] * markers if media is None else media), first=True)
+        """Token ids of a question up to where its answer begins.
+
+        Args:
+            text: The question, with a marker for each of its images and videos.
+            where: What errors call it.
+            media: Images and videos of history and question, in order; None: all of them are still images.
+            system: The system message.
+            history: Earlier questions and answers in turn.
+
+        Raises:
+            RecordError: As `encode`.
+        """
+        turns = [*history, text]
+        markers = sum(turn.count(marker) for turn in turns for marker in MARKERS.values())
+        return self._dialog(where, turns, system, iter([[""]] * markers if media is None else media))
+
+    def _dialog(self, where: str, turns: Sequence[str], system: str | None, shown: Iterator[Frames]) -> Encoded:
+        """Questions and answers in turn; a last question without its answer ends where the answer begins."""
+        made = Encoded()
+        prompts = self._prompts(where, turns if len(turns) % 2 == 0 else [*turns, ""], system)
+        for text, number in zip(prompts, range(0, len(turns), 2), strict=False):
+            prompt = self._pieces(text.removesuffix(" "), shown, first=not made.ids)
+            # A later prompt opens with the end token of the answer before it, which is a label.
+            if made.ids and prompt.ids[0] != self.end_id:
+                raise RecordError(where, "chat template", f"expected the end token first in {text!r}")
+            end = [self.end_id] * bool(made.ids)
+            made.add(prompt, end + [IGNORE_INDEX] * (len(prompt.ids) - len(end)))
+            for answer in turns[number + 1 : number + 2]:
+                reply = self._pieces(" " + answer if text.endswith(" ") else answer, shown)
+                made.add(reply, reply.ids)
+        return made
 
     @property
     def _always(self) -> int:

@@ -29,13 +29,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_mm.model.llm import LLM
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.parts import PARTS, PartName, merge_adapters, start_adapters
-from lit_mm.training.saving import load_tensors
+from lit_mm.training.saving import SHARDED, load_tensors
 
 Readers = dict[str, Callable[[], Tensor]]
 """Functions that read one tensor each, by the tensor's name."""
-
-SHARDED = ".metadata"
-"""The file that makes a folder a sharded checkpoint (torch.distributed.checkpoint)."""
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -36,6 +37,7 @@ from lit_mm.training.checkpoints import InitFrom, Weights, expected_names, llm_w
 from lit_mm.training.optim import FusedAdamW, MuonAdamW
 from lit_mm.training.parts import Parts, apply_parts, parameter_groups, parts_table, with_parameters
 from lit_mm.training.resume import Place, check_model, check_order, seed_step, write_place
+from lit_mm.training.saving import is_remote
 from lit_mm.training.schedule import WarmupCosine
 from lit_mm.training.steps import clip, refuse_hidden_scale, refuse_not_finite, refuse_unknown_metrics, set_options
 from lit_mm.training.strategies import FSDP1, is_sharded, shard
@@ -217,7 +219,10 @@ class LitMatryoshka(LightningModule):
             raise ValueError("model.packing sequential: sharded ranks would run the LLM a different number of times")
         self.divisor: Tensor | None = None
         self.checked = False
+        folder = self.trainer.log_dir  # asked on every rank
         if self.trainer.is_global_zero:
+            if folder and self.trainer.logger and not is_remote(folder):
+                self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
             print_whole(self.table)
             rank_zero_info(f"packing: {self.packing} ({type(self.vlm.llm).__name__})")
         self.on_test_start()
@@ -299,8 +304,15 @@ class LitMatryoshka(LightningModule):
             checkpoint.pop("hyper_parameters", None)
         if self._trainer is not None and "loops" in checkpoint:
             checkpoint["order"], checkpoint["trained"] = self._order(), self._trained()
-            checkpoint["identity"] = self._identity()
+            checkpoint["identity"], checkpoint["answering"] = self._identity(), self._answering()
             write_place(checkpoint, self.place, int(self.trainer.num_training_batches))
+
+    def _answering(self) -> dict[str, Any]:
+        """How the data module brings images and videos to size, for whoever answers with this checkpoint later."""
+        data = getattr(self.trainer, "datamodule", None)
+        options = {name: getattr(data, name, None) for name in ("image", "video", "frame")}
+        told: dict[str, Any] = {name: vars(own) if own else None for name, own in options.items()}
+        return {"image_first": bool(getattr(data, "image_first", False)), **{n: v for n, v in told.items() if v}}
 
     def _identity(self) -> dict[str, Any]:
         """The settings that change what the same weights compute."""

@@ -14,6 +14,9 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
+SHARDED = ".metadata"
+"""The file that makes a folder a sharded checkpoint (torch.distributed.checkpoint)."""
+
 
 class WholeFiles(TorchCheckpointIO):
     """Writes single-file checkpoints so that a killed run leaves either the previous file or the new one.
@@ -117,3 +120,53 @@ def check_readable(path: Path) -> None:
     saved = load_tensors(path, "--ckpt_path: ")
     if not isinstance(saved, dict) or "state_dict" not in saved:
         raise ValueError(f"--ckpt_path: {path} is not a checkpoint of a run; --model.init_from takes weights alone")
+
+
+def find_checkpoint(asked: str, root: Path, option: str = "--ckpt_path") -> Path:
+    """The checkpoint that `--ckpt_path` refers to.
+
+    Args:
+        asked: `last` or `best` of the newest run below the root, a run's folder (its last.ckpt), or a checkpoint.
+        root: `trainer.default_root_dir`.
+        option: What errors call the first.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    if asked in ("last", "best"):
+        return newest_checkpoint(root, asked)
+    path = Path(asked).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{option}: no checkpoint {path} (expected a file, a run's folder, last or best)")
+    if path.is_file() or (path / SHARDED).is_file():
+        return path
+    return newest_checkpoint(path, "last")
+
+
+def newest_checkpoint(root: Path, asked: str = "last") -> Path:
+    """The newest last.ckpt below a folder, or the best checkpoint of its run.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    folders = ("", "checkpoints/", "*/checkpoints/", "*/*/checkpoints/")
+    found = [file for folder in folders for file in root.glob(f"{folder}last.ckpt")]
+    if not found:
+        raise FileNotFoundError(f"--ckpt_path {asked}: no checkpoints/last.ckpt below {root}: run fit first")
+    newest = max(found, key=lambda file: file.stat().st_mtime)
+    return newest if asked == "last" else best_beside(newest)
+
+
+def best_beside(last: Path) -> Path:
+    """The best checkpoint of the run that wrote a last.ckpt, by its `checkpoint.monitor`.
+
+    Raises:
+        FileNotFoundError: The run monitored nothing, or the file is gone.
+    """
+    check_readable(last)
+    states = {} if last.is_dir() else torch.load(last, weights_only=True, mmap=True, map_location="cpu")["callbacks"]
+    paths = [Path(state["best_model_path"]) for state in states.values() if state.get("best_model_score") is not None]
+    here = [last.parent / path.name for path in paths]
+    if not here or not here[0].exists():
+        raise FileNotFoundError(f"--ckpt_path best: the run of {last} has none: set checkpoint.monitor in its fit")
+    return here[0]

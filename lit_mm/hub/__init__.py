@@ -1,0 +1,1 @@
+"""Models come in and go out: trained runs as models that answer."""

@@ -1,0 +1,83 @@
+"""Trained runs -> models that answer, without the config that trained them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import instantiate_module
+
+from lit_mm.data.images import ImageOptions
+from lit_mm.data.video import VideoOptions
+from lit_mm.inference.answering import Model
+from lit_mm.renamed import with_new_names
+from lit_mm.training.checkpoints import InitFrom, start_from
+from lit_mm.training.module import LitMatryoshka
+from lit_mm.training.saving import SHARDED, find_checkpoint, load_tensors
+
+TOKENIZER = "tokenizer"
+"""The folder in a run's folder that holds the tokenizer with its chat template."""
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    image: ImageOptions | None = None,
+    video: VideoOptions | None = None,
+) -> Model:
+    """Open a trained model.
+
+    Args:
+        path: A run's folder, a folder of runs (its newest), or a checkpoint, sharded or not.
+        device: Where it computes; None: a GPU if there is one.
+        dtype: Type of its weights; None: as configured.
+        image: How images are brought to size; None: as in training.
+        video: Which frames of a video are shown; None: as in training.
+
+    Returns:
+        A model that answers; see `Model.answer`.
+
+    Raises:
+        FileNotFoundError: No such checkpoint, or a tokenizer or LLM config that is not at hand.
+        ValueError: The checkpoint does not describe its model, or holds more than tensors.
+    """
+    checkpoint = find_checkpoint(str(path), Path("runs"), "load")
+    sharded = (checkpoint / SHARDED).is_file()
+    saved = load_tensors(checkpoint / "meta.pt" if sharded else checkpoint, "load: ")
+    if not isinstance(saved, dict) or "_instantiator" not in saved.get("hyper_parameters", {}):
+        raise ValueError(
+            f"load: {checkpoint} does not describe its model, as it was not trained by the command line: "
+            "build a lit_mm.Model from its parts instead"
+        )
+    lit = _module(saved["hyper_parameters"], checkpoint.parent.parent / TOKENIZER)
+    lit.configure_model()
+    start_from(lit.vlm, InitFrom(str(checkpoint)))
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    given: dict[str, Any] = saved.get("answering", {})
+    own_video = VideoOptions(**given["video"]) if given.get("video") else None
+    return Model(
+        lit.vlm.to(target, dtype),
+        lit.tokenizer,
+        image or ImageOptions(**given.get("image", {})),
+        video or own_video,
+        ImageOptions(**given["frame"]) if given.get("frame") else None,
+        given.get("image_first", False),
+        lit.max_new_tokens,
+        lit.decoding,
+    )
+
+
+def _module(hyper_parameters: dict[str, Any], tokenizer: Path) -> LitMatryoshka:
+    """The module of a checkpoint, without weights of its own from elsewhere."""
+    config = {name: value for name, value in hyper_parameters.items() if name != "_instantiator"}
+    config = with_new_names({"model": config})["model"]
+    config["init_from"] = None
+    config["llm"] = {**config["llm"], "quantize": None}
+    if config["parts"]["llm"].get("lora"):  # adapters are merged as the checkpoint is read
+        config["parts"]["llm"]["lora"] = None
+    if tokenizer.is_dir():
+        config["llm"] |= {"tokenizer": str(tokenizer), "chat_template": "own"}
+    return instantiate_module(LitMatryoshka, config)

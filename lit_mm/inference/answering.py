@@ -1,0 +1,331 @@
+"""A trained model that answers questions about images and videos: `lit_mm.load(…).answer("photo.jpg", "…")`."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from lightning_utilities.core.apply_func import apply_to_collection
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lit_mm.data.chat import Conversation
+from lit_mm.data.collate import Sample, collate
+from lit_mm.data.images import ImageOptions
+from lit_mm.data.media import MediaFolder
+from lit_mm.data.records import MARKERS, Kind, Media, Record, RecordError
+from lit_mm.data.video import VideoOptions
+from lit_mm.inference.decoding import Decoding, settings
+from lit_mm.inference.generation import Generated, generate
+from lit_mm.model.batch import Question
+from lit_mm.model.scales import Scale
+from lit_mm.model.vlm import MatryoshkaVLM
+
+Picture = str | Path | bytes | Image.Image | np.ndarray | Tensor
+"""An image or a video: a path, an encoded file's bytes, a PIL image, or an RGB array: uint8 [H, W, 3] of numpy or
+uint8 [3, H, W] of torch."""
+VIDEOS = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v"}
+
+
+@dataclass
+class Ask:
+    """One question.
+
+    Args:
+        question: Its text. `<image>` and `<video>` mark where images and videos stand; without markers they
+            stand in front.
+        images: Images and videos of the history and of the question, in order.
+        history: Earlier questions and answers in turn.
+        system: System message.
+    """
+
+    question: str
+    images: Sequence[Picture] = ()
+    history: Sequence[str] = ()
+    system: str | None = None
+
+
+@dataclass
+class Answer:
+    """One answer.
+
+    Args:
+        text: The answer.
+        scale: The scale at which it was given.
+        visual_tokens: Visual tokens in its prompt.
+        ids: Its token ids, without the end token.
+        logprobs: Log-probability of each id, and of the end token if there is one.
+        finish: `stop` at an end token or stop string, `length` at max_new_tokens, `dropped` or `error`.
+        first_token_seconds: From the call to the first token, encoding included.
+        seconds: From the call to the last token.
+    """
+
+    text: str
+    scale: Scale
+    visual_tokens: int
+    ids: list[int]
+    logprobs: list[float]
+    finish: Literal["stop", "length", "dropped", "error"]
+    first_token_seconds: float
+    seconds: float
+
+    @property
+    def logprob(self) -> float:
+        """Log-probability of the whole answer."""
+        return sum(self.logprobs)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Model:
+    """A trained model with its tokenizer and the way it takes images.
+
+    Args:
+        vlm: In evaluation mode, on its device.
+        tokenizer: With its chat template set.
+        image: How images are brought to size.
+        video: Which frames of a video are shown; None: videos are refused.
+        frame: How frames are brought to size; None: as images.
+        image_first: Whether the marker of an only image goes before its turn's text.
+        max_new_tokens: The longest answer, unless a call says otherwise.
+        decoding: greedy, or own for the settings of the LLM's generation_config.
+    """
+
+    def __init__(
+        self,
+        vlm: MatryoshkaVLM,
+        tokenizer: PreTrainedTokenizerBase,
+        image: ImageOptions,
+        video: VideoOptions | None = None,
+        frame: ImageOptions | None = None,
+        image_first: bool = False,
+        max_new_tokens: int = 64,
+        decoding: Decoding = "greedy",
+    ) -> None:
+        self.vlm, self.tokenizer, self.image_first = vlm.eval(), tokenizer, image_first
+        self.max_new_tokens, self.decoding = max_new_tokens, decoding
+        self.conversation = Conversation(tokenizer, vlm.time_scales)
+        red, green, blue = (int(255 * value) for value in vlm.encoder.mean)
+        self.media = MediaFolder(Path(), image, (red, green, blue), video, frame)
+
+    @property
+    def scales(self) -> list[Scale]:
+        """What the model answers at, finest first."""
+        return self.vlm.all_scales
+
+    def scales_of(self, tokens: int | str | Scale | None) -> list[Scale]:
+        """The scales that `tokens` names.
+
+        Raises:
+            ValueError: It names none; the message lists those that there are.
+        """
+        known = {str(scale): scale for scale in self.scales}
+        if tokens is None:
+            return self.scales[:1]
+        if tokens == "all":
+            return self.scales
+        if str(tokens) not in known:
+            raise ValueError(f"tokens {tokens}: expected all or one of the model's scales {', '.join(known)}")
+        return [known[str(tokens)]]
+
+    def answer(
+        self,
+        images: Picture | Sequence[Picture] | None,
+        question: str,
+        tokens: int | str | Scale | None = None,
+        history: Sequence[str] = (),
+        system: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """Answer one question.
+
+        Args:
+            images: An image or a video, or several; None for a question about text.
+            question: See `Ask`.
+            tokens: The scale: 36, or "8x16" for a model with time scales; "all" answers at every scale in one
+                batch; None is the finest.
+            history: Earlier questions and answers in turn.
+            system: System message.
+            options: seed, and settings of `decoding.settings`: max_new_tokens, temperature, num_beams, ….
+
+        Returns:
+            An `Answer`; for "all" a dict with one for each scale, by its name.
+
+        Raises:
+            ValueError: No such scale or setting, an empty question, or logits that are not finite.
+            RecordError: Images that cannot be read, or that do not match the question's markers.
+        """
+        shown = _listed(images)
+        [answers] = self.answers([Ask(question, shown, history, system)], tokens, **options)
+        if broken := [answer for answer in answers.values() if answer.finish == "error"]:
+            raise ValueError(f"the model's logits at scale {broken[0].scale} are not finite")
+        return answers if tokens == "all" else next(iter(answers.values()))
+
+    def answers(
+        self,
+        asks: Sequence[Ask],
+        tokens: int | str | Scale | Sequence[int | str | Scale] | None = None,
+        seed: int = 0,
+        emit: Callable[[int, Scale, Generated, bool], bool | None] | None = None,
+        **options: Any,
+    ) -> list[dict[str, Answer]]:
+        """Answer many questions in one batch; equal images are encoded once.
+
+        Args:
+            asks: The questions.
+            tokens: As for `answer`, or several scales, at each of which every question is answered.
+            seed: Of sampling.
+            emit: Called after every token with the question's number, the scale, the answer so far, and whether
+                that is all. Returning False drops this answer.
+            options: As for `answer`.
+
+        Returns:
+            For each question its answers by the name of the scale.
+        """
+        start = time.perf_counter()
+        named: list[Any] = tokens if isinstance(tokens, list) else [tokens]
+        scales = list(dict.fromkeys(scale for each in named for scale in self.scales_of(each)))
+        config = settings(self.vlm.llm, self.decoding, **{"max_new_tokens": self.max_new_tokens, **options})
+        batch = collate([self._sample(ask, number) for number, ask in enumerate(asks)], self.vlm.time_scales)
+        device = next(self.vlm.projector.parameters()).device
+        images, questions = apply_to_collection((batch.images, batch.questions), Tensor, Tensor.to, device)
+        times: dict[int, list[float]] = {}
+
+        def note(number: int, answer: Generated, is_all: bool) -> bool | None:
+            times.setdefault(number, []).append(time.perf_counter() - start)
+            return emit(number // len(scales), scales[number % len(scales)], answer, is_all) if emit else None
+
+        ends, place = [self.conversation.end_id], len(scales)
+        found = generate(self.vlm, images, questions, scales, config, ends, self.tokenizer, seed=seed, emit=note)
+        return [
+            {
+                str(scale): _answer(answer, scale, times[number * place + own])
+                for own, (scale, answer) in enumerate(zip(scales, answers, strict=True))
+            }
+            for number, answers in enumerate(found)
+        ]
+
+    def chat(self, images: Picture | Sequence[Picture] | None = None, system: str | None = None) -> Chat:
+        """A conversation, whose earlier turns are part of every further question."""
+        return Chat(self, _listed(images), system=system)
+
+    def _sample(self, ask: Ask, number: int) -> Sample:
+        where = f"question {number + 1}"
+        if not ask.question.strip():
+            raise ValueError(f"{where}: expected some text, found {ask.question!r}")
+        media = [_medium(picture, place) for place, picture in enumerate(ask.images, 1)]
+        turns = self._with_markers([*ask.history, ask.question], media, where)
+        record = Record(where, tuple(media), tuple(turns), where, ask.system)
+        visuals = [
+            replace(visual, key=hashlib.blake2b(medium.data or b"", digest_size=16).digest())
+            for visual, medium in zip(self.media.visuals(record), media, strict=True)
+        ]
+        labels = [visual.labels for visual in visuals]
+        made = self.conversation.prompt(turns[-1], where, labels, ask.system, turns[:-1])
+        ids, _, time_scale = made.tensors(bool(self.vlm.time_scales))
+        index = list(range(sum(len(visual.pixels) for visual in visuals)))
+        return Sample(visuals, questions=[Question(where, ask.question, ids, index, time_scale=time_scale)])
+
+    def _with_markers(self, turns: list[str], media: Sequence[Media], where: str) -> list[str]:
+        """Turns in which every image and video has its marker; without any they stand in front of the first."""
+        found = [kind for turn in turns for kind in _marked(turn)]
+        if not found and media:
+            first = "".join(f"{MARKERS[medium.kind]}\n" for medium in media) + turns[0].strip()
+            return [first, *turns[1:]]
+        if found != [medium.kind for medium in media]:
+            given = ", ".join(medium.kind for medium in media) or "none"
+            detail = f"the text has markers for {', '.join(found) or 'none'}, given are {given}"
+            raise RecordError(where, "markers and images differ", detail)
+        if self.image_first and found == ["image"]:
+            marker = MARKERS["image"]
+            return [f"{marker}\n{t.replace(marker, '').strip()}".strip() if marker in t else t for t in turns]
+        return turns
+
+
+@dataclass
+class Chat:
+    """A conversation about images.
+
+    Args:
+        model: Who answers.
+        images: Images and videos so far.
+        turns: Questions and answers so far.
+        system: System message.
+    """
+
+    model: Model
+    images: list[Picture]
+    turns: list[str] = field(default_factory=list)
+    system: str | None = None
+
+    def ask(
+        self, question: str, images: Sequence[Picture] = (), tokens: int | str | Scale | None = None, **options: Any
+    ) -> Answer:
+        """Answer the next question; `images` are new ones, in front of it unless it marks their places."""
+        kinds = [_medium(picture, place).kind for place, picture in enumerate(images, 1)]
+        new = [] if self.turns else [_medium(picture, place).kind for place, picture in enumerate(self.images, 1)]
+        if not _marked(question):
+            question = "".join(f"{MARKERS[kind]}\n" for kind in [*new, *kinds]) + question
+        shown = [*self.images, *images]
+        if tokens == "all":
+            raise ValueError("tokens all: a conversation goes on from one answer, name one scale")
+        answer: Answer = self.model.answer(shown, question, tokens, self.turns, self.system, **options)
+        self.images, self.turns = shown, [*self.turns, question, answer.text]
+        return answer
+
+
+def _listed(images: Any) -> list[Picture]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def _answer(made: Generated, scale: Scale, times: Sequence[float]) -> Answer:
+    told = made.text, scale, made.visual_tokens, made.ids, made.logprobs, made.finish
+    return Answer(*told, first_token_seconds=times[0], seconds=times[-1])
+
+
+def _marked(text: str) -> list[Kind]:
+    """The kinds of the markers in a text, in order."""
+    found = sorted((place, kind) for kind, marker in MARKERS.items() for place in _places(text, marker))
+    return [kind for _, kind in found]
+
+
+def _places(text: str, marker: str) -> list[int]:
+    return [place for place in range(len(text)) if text.startswith(marker, place)]
+
+
+def _medium(picture: Picture, number: int) -> Media:
+    """An image or a video as an encoded file.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: An array or tensor that is not RGB in uint8.
+    """
+    if isinstance(picture, str | Path):
+        file = Path(picture).expanduser()
+        if not file.is_file():
+            raise FileNotFoundError(f"image {number}: no file {file}")
+        kind: Kind = "video" if file.suffix.lower() in VIDEOS else "image"
+        return Media(kind, str(file), file.read_bytes())
+    if isinstance(picture, bytes):
+        kind = "video" if picture[4:8] == b"ftyp" or picture[:4] == b"\x1aE\xdf\xa3" else "image"
+        return Media(kind, f"image {number}", picture)
+    if isinstance(picture, Tensor):
+        picture = picture.cpu().movedim(0, -1).numpy()
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
+            found = f"{picture.dtype} {list(picture.shape)}"
+            raise ValueError(f"image {number}: expected uint8 [height, width, 3], found {found}")
+        picture = Image.fromarray(picture)
+    encoded = BytesIO()
+    picture.save(encoded, "PNG")
+    return Media("image", f"image {number}", encoded.getvalue())

@@ -1,0 +1,159 @@
+"""python -m lit_mm ask: questions about images and videos from the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lit_mm.data.records import RecordError
+from lit_mm.hub.loading import load
+from lit_mm.inference.answering import Answer, Chat, Model
+from lit_mm.inference.generation import Generated
+
+PROGRAM = "python -m lit_mm ask"
+USAGE = f"""{PROGRAM} --ckpt_path last photo.jpg "What is it?"
+       {PROGRAM} --ckpt_path runs/mine --tokens all a.jpg b.jpg "What differs?"
+       {PROGRAM} --ckpt_path last photo.jpg - < questions.txt      one question a line
+       {PROGRAM} --ckpt_path last photo.jpg                        a conversation"""
+HELP = "/tokens 9 changes the scale, /image FILE adds an image, /new begins again, /quit or Ctrl-D ends"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Answer what the command line asks.
+
+    Raises:
+        ValueError: A wrong option, scale or setting.
+        FileNotFoundError: No such checkpoint, image or video.
+    """
+    options = _parser().parse_args(arguments)
+    files, questions = _split(options.words)
+    settings = {
+        name: getattr(options, name)
+        for name in ("max_new_tokens", "temperature", "top_p", "num_beams", "seed")
+        if getattr(options, name) is not None
+    }
+    model = load(options.ckpt_path, options.device)
+    tokens = options.tokens or str(model.scales[0])
+    model.scales_of(tokens)  # a wrong one is named before a question is typed
+    if questions is None:
+        converse(model, files, tokens, settings)
+        return
+    for question in questions:
+        answers = model.answer(files, question, tokens, **settings)
+        show(question, answers if tokens == "all" else {tokens: answers}, options.json)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(PROGRAM, USAGE, allow_abbrev=False)
+    parser.add_argument("words", nargs="*", metavar="FILE … QUESTION", help="images, videos, and the question; - reads")
+    parser.add_argument("--ckpt_path", default="last", help="a checkpoint, a run's folder, or last: the newest in runs")
+    parser.add_argument("--tokens", help="visual tokens per image, such as 36 or 8x16, or all (default: the finest)")
+    parser.add_argument("--json", action="store_true", help="one JSON object per question")
+    parser.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
+    parser.add_argument("--max_new_tokens", type=int, help="length of the longest answer (default: the model's)")
+    parser.add_argument("--temperature", type=float, help="sample with this temperature; default: the likeliest token")
+    parser.add_argument("--top_p", type=float, help="sample from the likeliest tokens of this total probability")
+    parser.add_argument("--num_beams", type=int, help="beam search")
+    parser.add_argument("--seed", type=int, help="of sampling (0)")
+    return parser
+
+
+def _split(words: Sequence[str]) -> tuple[list[Path | str], Iterator[str] | None]:
+    """Images and videos, and the questions; None for a conversation."""
+    files: list[Path | str] = [word for word in words if word != "-" and Path(word).expanduser().is_file()]
+    others = [word for word in words if word not in files]
+    if len(others) > 1:
+        raise FileNotFoundError(f"ask: {others[0]!r} is not a file, and the question is {others[-1]!r}")
+    if not others:
+        return files, None
+    return files, (line.strip() for line in sys.stdin if line.strip()) if others == ["-"] else iter(others)
+
+
+def show(question: str, answers: dict[str, Answer], as_json: bool) -> None:
+    """Print the answers to one question, by scale."""
+    if as_json:
+        rows = {scale: _figures(answer) for scale, answer in answers.items()}
+        print(json.dumps({"question": question, "answers": rows}, ensure_ascii=False), flush=True)
+        return
+    if len(answers) == 1:
+        [answer] = answers.values()
+        print(answer.text, flush=True)
+        print(f"({_cost(answer)})", file=sys.stderr, flush=True)
+        return
+    table = Table(title=question, title_justify="left")
+    for name in ("scale", "visual tokens", "first token", "whole answer"):
+        table.add_column(name, justify="right")
+    table.add_column("answer", overflow="fold")
+    for scale, answer in answers.items():
+        times = (f"{1000 * seconds:.0f} ms" for seconds in (answer.first_token_seconds, answer.seconds))
+        table.add_row(scale, str(answer.visual_tokens), *times, answer.text)
+    Console().print(table)
+
+
+def _figures(answer: Answer) -> dict[str, Any]:
+    figures = {"text": answer.text, "visual_tokens": answer.visual_tokens, "tokens": len(answer.ids)}
+    times = {"first_token_ms": 1000 * answer.first_token_seconds, "ms": 1000 * answer.seconds}
+    return {**figures, "logprob": answer.logprob, "finish": answer.finish} | {n: round(t, 1) for n, t in times.items()}
+
+
+def _cost(answer: Answer) -> str:
+    return f"{answer.visual_tokens} visual tokens, {1000 * answer.seconds:.0f} ms"
+
+
+def converse(model: Model, files: Sequence[Path | str], tokens: str, settings: dict[str, Any]) -> None:
+    """A conversation in the terminal, with answers as they are made."""
+    print(f"{HELP}; scales: {', '.join(map(str, model.scales))}", file=sys.stderr)
+    chat, new = model.chat(list(files)), list[str]()
+    while (line := _read()) is not None:
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return
+        try:
+            if command == "/tokens":
+                model.scales_of(rest if rest != "all" else "")
+                tokens = rest
+            elif command == "/image":
+                new = [*new, str(_existing(rest))]
+            elif command == "/new":
+                chat, new = model.chat(list(files)), []
+            elif command.startswith("/"):
+                print(HELP, file=sys.stderr)
+            elif line:
+                chat, new = _turn(chat, line, new, tokens, settings), []
+        except (ValueError, RecordError, FileNotFoundError) as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def _turn(chat: Chat, question: str, new: list[str], tokens: str, settings: dict[str, Any]) -> Chat:
+    written = 0
+
+    def write(number: int, scale: Any, answer: Generated, is_all: bool) -> None:
+        nonlocal written
+        ready = answer.text.lstrip() if is_all else answer.text.lstrip().removesuffix("\ufffd")  # half a character
+        print(ready[written:], end="", flush=True)
+        written = max(written, len(ready))
+
+    answer = chat.ask(question, new, tokens, emit=write, **settings)
+    print(f"\n({_cost(answer)})", file=sys.stderr, flush=True)
+    return chat
+
+
+def _read() -> str | None:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return None
+
+
+def _existing(name: str) -> Path:
+    file = Path(name).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}")
+    return file

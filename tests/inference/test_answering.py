@@ -1,0 +1,170 @@
+"""A trained run, opened without its config, answers about files, arrays and videos, in Python and in the terminal."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lit_mm import load
+from lit_mm.data.records import RecordError
+from lit_mm.inference.answering import Ask
+from tests.helpers.command_line import CONFIG, forked, lit_mm
+from tests.helpers.environment import ROOT
+from tests.helpers.records import write_instruction_set
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """An instruction set and a run that was trained on it by the command line."""
+    folder = write_instruction_set(tmp_path_factory.mktemp("set").resolve())
+    config = yaml.safe_load(CONFIG)
+    config["trainer"]["default_root_dir"] = str(folder / "runs")
+    files = {split: str(folder / f"{split}.json") for split in ("train", "val")}
+    config["data"]["init_args"] |= {**files, "predict": str(folder / "ask.jsonl"), "image_root": str(folder)}
+    (folder / "exp.yaml").write_text(yaml.safe_dump(config))
+    lit_mm("fit", "--config", str(folder / "exp.yaml"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def picture(folder) -> Path:
+    return sorted(folder.rglob("*.png"))[0]
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load(folder / "runs/version_0")
+
+
+def test_answers_are_those_of_predict(folder, model, picture):
+    asked = {"question_id": 1, "image": str(picture.relative_to(folder)), "text": "what is this?"}
+    (folder / "ask.jsonl").write_text(json.dumps(asked) + "\n")
+    lit_mm("predict", "--config", str(folder / "exp.yaml"), "--ckpt_path", "last")
+    [written] = (folder / "runs/version_0").glob("answers_*/answers.jsonl")
+    lines = {line["scale"]: line for line in map(json.loads, written.read_text().splitlines())}
+    answers = model.answer(picture, "what is this?", tokens="all")
+    assert list(answers) == list(lines) == ["16", "4", "1"]
+    for scale, answer in answers.items():
+        assert answer.text == lines[scale]["text"]
+        assert answer.logprob == pytest.approx(lines[scale]["logprob"], abs=1e-4)
+        assert answer.visual_tokens == lines[scale]["visual_tokens"]
+        assert 0 < answer.first_token_seconds <= answer.seconds
+
+
+def test_every_kind_of_picture_is_the_same_picture(model, picture):
+    opened = Image.open(picture).convert("RGB")
+    array = np.array(opened)
+    kinds = [picture, str(picture), picture.read_bytes(), opened, array, torch.from_numpy(array).permute(2, 0, 1)]
+    answers = [model.answer(kind, "what is this?", tokens=4, temperature=2.0, seed=7) for kind in kinds]
+    assert len({tuple(answer.ids) for answer in answers}) == 1
+    assert {answer.visual_tokens for answer in answers} == {4}
+
+
+def test_equal_pictures_are_encoded_once(model, picture):
+    sizes = []
+    handle = model.vlm.encoder.register_forward_hook(lambda _, pixels, __: sizes.append(len(pixels[0])))
+    found = model.answers([Ask(text, [picture]) for text in ("a?", "b?", "c?")], ["16", 1])
+    handle.remove()
+    assert sizes == [1]
+    assert [list(own) for own in found] == [["16", "1"]] * 3
+    assert [own["1"].text for own in found] == [model.answer(picture, text, 1).text for text in ("a?", "b?", "c?")]
+
+
+def test_a_conversation_repeats_its_turns(model, picture):
+    chat = model.chat(picture)
+    first = chat.ask("what is this?", tokens=4)
+    second = chat.ask("and the color?", [picture], tokens=4)
+    turns = ["<image>\nwhat is this?", first.text, "<image>\nand the color?"]
+    assert chat.turns == [*turns, second.text]
+    again = model.answer([picture, picture], turns[2], 4, history=turns[:2])
+    assert (again.ids, again.visual_tokens) == (second.ids, 8)
+
+
+def test_text_alone_and_tokens_by_default(model):
+    assert model.answer(None, "hello?").visual_tokens == 0
+    assert {answer.text for answer in model.answer(None, "hello?", "all").values()} == {
+        model.answer(None, "hello?").text
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (("what?", 5), {}, ValueError, "tokens 5: expected all or one of the model's scales 16, 4, 1"),
+        ((" ", 4), {}, ValueError, "question 1: expected some text"),
+        (("<image> or <image>?", 4), {}, RecordError, "markers for image, image, given are image"),
+        (("what?", 4), {"temprature": 1.0}, ValueError, "temprature: not a setting"),
+        (("what?", 4), {"max_new_tokens": -1}, ValueError, "max_new_tokens"),
+        (("<|end|>", 4), {}, RecordError, "reserved text"),
+    ],
+)
+def test_mistakes_are_named(model, picture, arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        model.answer(picture, *arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        ("nowhere.png", FileNotFoundError, "image 1: no file nowhere.png"),
+        (np.zeros((4, 4)), ValueError, r"expected uint8 \[height, width, 3\], found float64 \[4, 4\]"),
+        (b"no image", RecordError, "not an image"),
+    ],
+)
+def test_bad_pictures_are_named(model, image, error, message):
+    with pytest.raises(error, match=message):
+        model.answer(image, "what?")
+
+
+def test_a_run_is_opened_without_what_trained_it(folder, model, picture, tmp_path):
+    """Neither its config nor the tokenizer's folder is needed."""
+    shutil.copytree(folder / "runs/version_0", tmp_path / "version_0")
+    (tmp_path / "version_0/config.yaml").unlink()
+    file = tmp_path / "version_0/checkpoints/last.ckpt"
+    saved = torch.load(file, weights_only=True)
+    saved["hyper_parameters"]["llm"]["tokenizer"] = "gone"
+    torch.save(saved, file)
+    moved = load(tmp_path / "version_0")
+    assert moved.media.image == model.media.image and moved.media.image.mode == "keep"
+    assert moved.answer(picture, "what is this?", 1).ids == model.answer(picture, "what is this?", 1).ids
+
+
+def test_the_readmes_ten_lines(folder, model, picture, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    [code] = [block for block in blocks if "import load" in block]
+    exec(code.replace("runs/quickstart", str(folder / "runs")).replace("photo.jpg", str(picture)), {})
+    first, *lines = capsys.readouterr().out.splitlines()
+    asked = "what color is the shape?"
+    assert first.startswith(model.answer(picture, asked, 4).text)
+    assert lines[:3] == [f"{scale} {own.text}" for scale, own in model.answer(picture, asked, "all").items()]
+
+
+def test_what_is_no_run_is_refused(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="load: no checkpoint"):
+        load(tmp_path / "nowhere")
+    torch.save({"state_dict": {}}, tmp_path / "bare.ckpt")
+    with pytest.raises(ValueError, match="does not describe its model"):
+        load(tmp_path / "bare.ckpt")
+    torch.save({"state_dict": Path}, tmp_path / "pickled.ckpt")
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        load(tmp_path / "pickled.ckpt")
+
+
+def test_ask_in_the_terminal(folder, model, picture, tmp_path):
+    run = ["ask", "--ckpt_path", str(folder / "runs")]
+    status, printed = forked([*run, "--tokens", "all", "--json", str(picture), "what is this?"], tmp_path / "log")
+    told = json.loads(printed.splitlines()[-1])
+    expected = model.answer(picture, "what is this?", "all")
+    assert status == 0 and {scale: own["text"] for scale, own in told["answers"].items()} == {
+        scale: answer.text for scale, answer in expected.items()
+    }
+    status, printed = forked([*run, "--tokens", "7", str(picture), "what?"], tmp_path / "log")
+    assert status and "expected all or one of the model's scales 16, 4, 1" in printed
+    status, printed = forked([*run, "nowhere.png", "what?"], tmp_path / "log")
+    assert status and "'nowhere.png' is not a file" in printed
