@@ -24,7 +24,8 @@ from lit_mm.data.records import MARKERS, Kind, Media, Record, RecordError
 from lit_mm.data.video import VideoOptions
 from lit_mm.inference.decoding import Decoding, settings
 from lit_mm.inference.generation import Generated, generate
-from lit_mm.model.batch import Question
+from lit_mm.inference.scoring import score
+from lit_mm.model.batch import Images, Question
 from lit_mm.model.scales import Scale
 from lit_mm.model.vlm import MatryoshkaVLM
 
@@ -194,9 +195,8 @@ class Model:
         named: list[Any] = tokens if isinstance(tokens, list) else [tokens]
         scales = list(dict.fromkeys(scale for each in named for scale in self.scales_of(each)))
         config = settings(self.vlm.llm, self.decoding, **{"max_new_tokens": self.max_new_tokens, **options})
-        batch = collate([self._sample(ask, number) for number, ask in enumerate(asks)], self.vlm.time_scales)
-        device = next(self.vlm.projector.parameters()).device
-        images, questions = apply_to_collection((batch.images, batch.questions), Tensor, Tensor.to, device)
+        records = [self._record(ask, number) for number, ask in enumerate(asks)]
+        images, questions = self._on_device([self._sample(record) for record in records])
         times: dict[int, list[float]] = {}
 
         def note(number: int, answer: Generated, is_all: bool) -> bool | None:
@@ -213,26 +213,71 @@ class Model:
             for number, answers in enumerate(found)
         ]
 
+    def score(
+        self,
+        images: Picture | Sequence[Picture] | None,
+        question: str,
+        answers: Sequence[str],
+        tokens: int | str | Scale | None = "all",
+        history: Sequence[str] = (),
+        system: str | None = None,
+    ) -> dict[str, list[float]]:
+        """Log-likelihoods of given answers, their end tokens included, from one run of the LLM.
+
+        Args:
+            images: As for `answer`.
+            question: As for `answer`.
+            answers: Possible answers, such as the options of a multiple choice.
+            tokens: A scale, or "all".
+            history: Earlier questions and answers in turn.
+            system: System message.
+
+        Returns:
+            For each scale, by its name, the log-likelihood of every answer.
+
+        Raises:
+            ValueError: As `answer`.
+            RecordError: As `answer`.
+        """
+        scales, record = self.scales_of(tokens), self._record(Ask(question, _listed(images), history, system))
+        sample = self._sample(record)
+        shown, questions = self._on_device([sample])
+        labels, length = [visual.labels for visual in sample.visuals], len(questions[0].input_ids)
+        replies = [replace(record, turns=(*record.turns, answer)) for answer in answers]
+        ids = [self.conversation.encode(reply, labels).ids[length:] for reply in replies]
+        [found] = score(self.vlm, shown, questions, [ids], scales)
+        return {str(scale): [float(own.sum()) for own in each] for scale, each in zip(scales, found, strict=True)}
+
     def chat(self, images: Picture | Sequence[Picture] | None = None, system: str | None = None) -> Chat:
         """A conversation, whose earlier turns are part of every further question."""
         return Chat(self, _listed(images), system=system)
 
-    def _sample(self, ask: Ask, number: int) -> Sample:
+    def _record(self, ask: Ask, number: int = 0) -> Record:
+        """A question with its media and with markers where they stand."""
         where = f"question {number + 1}"
         if not ask.question.strip():
             raise ValueError(f"{where}: expected some text, found {ask.question!r}")
-        media = [_medium(picture, place) for place, picture in enumerate(ask.images, 1)]
+        media = tuple(_medium(picture, place) for place, picture in enumerate(ask.images, 1))
         turns = self._with_markers([*ask.history, ask.question], media, where)
-        record = Record(where, tuple(media), tuple(turns), where, ask.system)
+        return Record(where, media, tuple(turns), where, ask.system)
+
+    def _sample(self, record: Record) -> Sample:
         visuals = [
             replace(visual, key=hashlib.blake2b(medium.data or b"", digest_size=16).digest())
-            for visual, medium in zip(self.media.visuals(record), media, strict=True)
+            for visual, medium in zip(self.media.visuals(record), record.media, strict=True)
         ]
         labels = [visual.labels for visual in visuals]
-        made = self.conversation.prompt(turns[-1], where, labels, ask.system, turns[:-1])
+        *history, text = record.turns
+        made = self.conversation.prompt(text, record.where, labels, record.system, history)
         ids, _, time_scale = made.tensors(bool(self.vlm.time_scales))
         index = list(range(sum(len(visual.pixels) for visual in visuals)))
-        return Sample(visuals, questions=[Question(where, ask.question, ids, index, time_scale=time_scale)])
+        return Sample(visuals, questions=[Question(record.id, text, ids, index, time_scale=time_scale)])
+
+    def _on_device(self, samples: Sequence[Sample]) -> tuple[Images, list[Question]]:
+        """The samples' images, equal ones once, and their questions."""
+        batch = collate(samples, self.vlm.time_scales)
+        device = next(self.vlm.projector.parameters()).device
+        return apply_to_collection((batch.images, batch.questions), Tensor, Tensor.to, device)
 
     def _with_markers(self, turns: list[str], media: Sequence[Media], where: str) -> list[str]:
         """Turns in which every image and video has its marker; without any they stand in front of the first."""
