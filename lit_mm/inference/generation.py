@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -206,9 +207,9 @@ class Decoder:
         if token in self.ends:
             return self._end(number, "stop")
         answer.ids.append(token)
-        if self.stops or self.emit:
+        if self.emit:
             answer.text = self._text(answer.ids)
-        if any(stop in answer.text for stop in self.stops):
+        if self._has_stop(answer.ids):
             return self._end(number, "stop")
         if self._told(number, False):
             return self._end(number, "dropped")
@@ -227,6 +228,12 @@ class Decoder:
         asked = [n for n, first in enumerate(self.first) if first == number]
         replies = [self.emit(n, self.answers[number], is_all) for n in asked]
         return all(reply is False for reply in replies)
+
+    def _has_stop(self, ids: Sequence[int]) -> bool:
+        if not self.stops or self.tokenizer is None:
+            return False
+        text = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return any(stop in text for stop in self.stops)
 
     def _text(self, ids: Sequence[int]) -> str:
         if self.tokenizer is None:
@@ -273,44 +280,58 @@ class Decoder:
         return logits_of(self.vlm, output.last_hidden_state[:, -1])
 
     def _by_transformers(self) -> None:
-        """One prompt after another through transformers' own `generate`."""
+        """Groups of prompts through transformers' own `generate`."""
         llm: Any = self.vlm.llm
-        ends = {"eos_token_id": self.ends, "pad_token_id": self.ends[0], "stop_strings": None}
-        self.config.update(**ends, output_logits=True, return_dict_in_generate=True)
-        rounds = torch.tensor(len(self.numbers), device=self.device)
-        if self.vlm.sharded:  # all ranks must generate equally often: those with fewer prompts repeat their last one
+        config, ends = deepcopy(self.config), {"eos_token_id": self.ends, "pad_token_id": self.ends[0]}
+        config.update(**ends, stop_strings=None, output_logits=True, return_dict_in_generate=True)
+        groups = self._groups()
+        rounds = torch.tensor(len(groups), device=self.device)
+        if self.vlm.sharded:  # all ranks must generate equally often: those with fewer groups repeat their last one
             dist.all_reduce(rounds, dist.ReduceOp.MAX)
+        left: Any = {"batch_first": True, "padding_side": "left"}
         for place in range(int(rounds)):
-            number = self.numbers[min(place, len(self.numbers) - 1)]
-            embeddings = embed(self.vlm, self.nested, self.codes[number].to(self.device))[None]  # [1, T, D]
-            mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=self.device)
+            group = groups[min(place, len(groups) - 1)]
+            codes = pad_sequence([self.codes[n] for n in group], **left).to(self.device)  # [B, T]
+            mask = pad_sequence([torch.ones_like(self.codes[n]) for n in group], **left).to(self.device)
             with without_own_settings(llm), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.generators[number].initial_seed())
+                torch.manual_seed(self.generators[group[0]].initial_seed())
                 output = llm.generate(
-                    inputs_embeds=embeddings,
+                    inputs_embeds=embed(self.vlm, self.nested, codes),
                     attention_mask=mask,
-                    generation_config=self.config,
+                    generation_config=config,
                     synced_gpus=self.vlm.sharded,
                 )
-            if place < len(self.numbers):
-                self._note(number, output)
+            if place < len(groups):
+                for row, number in enumerate(group):
+                    self._note(number, output, row)
 
-    def _note(self, number: int, output: Any) -> None:
-        """Take an answer over from transformers."""
-        ids = output.sequences[0].tolist()
-        answer = self.answers[number]
+    def _groups(self) -> list[list[int]]:
+        """Prompts of similar length for greedy answers; each alone for sampling, whose seed is its own, and for beam
+        search, which does not give the same answers in a padded batch."""
+        if self.config.do_sample or (self.config.num_beams or 1) > 1:
+            return [[number] for number in self.numbers]
+        groups: list[list[int]] = []
+        for number in sorted(self.numbers, key=lambda n: len(self.codes[n]), reverse=True):
+            if groups and 2 * len(self.codes[number]) >= len(self.codes[groups[-1][0]]):
+                groups[-1].append(number)
+            else:
+                groups.append([number])
+        return groups
+
+    def _note(self, number: int, output: Any, row: int) -> None:
+        """Take an answer over from a row of transformers' output."""
+        ids, answer = output.sequences[row].tolist(), self.answers[number]
         ended = next((place for place, token in enumerate(ids) if token in self.ends), None)
-        answer.ids, answer.finish = ids[:ended], "length" if ended is None else "stop"
-        if getattr(output, "beam_indices", None) is None:
-            rows = [logits[0].float().log_softmax(-1) for logits in output.logits]
-            answer.logprobs = [float(own[token]) for own, token in zip(rows, ids, strict=False)]
-        else:
-            beams = output.beam_indices[0].tolist()
-            steps = [each for each in zip(output.logits, beams, ids, strict=False) if each[1] >= 0]
-            answer.logprobs = [float(own[beam].float().log_softmax(-1)[token]) for own, beam, token in steps]
-        if any(stop in str(self.tokenizer and self.tokenizer.decode(answer.ids)) for stop in self.stops):
-            answer.finish = "stop"
-        self._end(number, answer.finish)
+        answer.ids, finish = ids[:ended], "length" if ended is None else "stop"
+        beams = [row] * len(ids)
+        if getattr(output, "beam_indices", None) is not None:
+            beams = [beam for beam in output.beam_indices[row].tolist() if beam >= 0]
+        told = ids if ended is None else ids[: ended + 1]
+        for logits, beam, token in zip(output.logits, beams, told, strict=False):
+            answer.logprobs.append(float(logits[beam].float().log_softmax(-1)[token]))
+        if any(math.isnan(each) for each in answer.logprobs):
+            finish = "error"
+        self._end(number, "stop" if finish == "length" and self._has_stop(answer.ids) else cast(Any, finish))
 
 
 def each_layer(cache: DynamicCache, change: Callable[[Tensor], Tensor]) -> DynamicCache:

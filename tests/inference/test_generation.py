@@ -184,6 +184,23 @@ def test_an_answer_that_ended_leaves_the_batch():
             assert new.ids == old.ids[:cut]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stop_string_ends_an_answer_before_it(kind, tokenizer):
+    vlm = KINDS[kind]()
+    groups = group_by_size([image[None] for image in pictures()])
+    config = settings(vlm.llm, max_new_tokens=8)
+    [[free]] = generate(vlm, groups, questions()[:1], [4], config, [347], tokenizer)
+    texts = [tokenizer.decode(free.ids[:count], skip_special_tokens=True) for count in range(9)]
+    stop = texts[5][len(texts[4]) :]
+    first = next(count for count, text in enumerate(texts) if stop in text)
+    config = settings(vlm.llm, max_new_tokens=8, stop_strings=[stop, "never said"])
+    [[answer]] = generate(vlm, groups, questions()[:1], [4], config, [347], tokenizer)
+    assert (answer.finish, answer.text) == ("stop", texts[8][: texts[8].index(stop)].strip())
+    assert len(answer.ids) == (first if kind == "packed" else 8)
+    with pytest.raises(ValueError, match="without a tokenizer"):
+        generate(vlm, groups, questions()[:1], [4], config, [347])
+
+
 def test_a_prompt_is_dropped_when_its_asker_gives_up():
     vlm = packing_vlm64()
     free, told = answered(vlm, max_new_tokens=8), []
