@@ -27,6 +27,7 @@ bench: install ## Time training steps, encoder, data loading and answers against
 	$(RUN) experiments/benchmarks/data_loading.py
 	$(RUN) experiments/benchmarks/latency.py
 	$(RUN) experiments/benchmarks/watching.py
+	$(RUN) experiments/benchmarks/answering.py
 
 notebooks: install ## Rerun the notebooks and save their outputs, and redraw the README's picture
 	$(RUN) notebooks/run.py

@@ -265,3 +265,76 @@ def test_cpu_time_is_refused_with_several_threads(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         bench.parsed(["--cpu-time"])
     assert "2 threads, expected one thread" in capsys.readouterr().err
+
+
+@pytest.fixture
+def answering(nested_step, monkeypatch):
+    return benchmark("answering", monkeypatch)
+
+
+TRIAL = ["--size", "tiny", "--questions", "3", "--new-tokens", "4", "--repetitions", "1"]
+
+
+def test_answers_take_the_operations_that_torch_counts(answering):
+    """All linear layers of every run: the packed prompts, each further token, the heads; a run that computed a shared
+    beginning again, other scales or further tokens would not agree."""
+    arguments = answering.parsed(TRIAL)
+    made = answering.Answering(arguments, "llm")
+    for name, calls in answering.runs_of(arguments).items():
+        with FlopCounterMode(display=False) as counter:
+            made.run(calls)
+        products = sum(n for operator, n in counter.get_flop_counts()["Global"].items() if "mm" in str(operator))
+        attention = 4 * 64 * sum(pairs_by_hand(call) for call in calls)
+        assert products == sum(made.operations(call) for call in calls) - attention, name
+
+
+def pairs_by_hand(call):
+    """Causal pairs of a prefix of 35, an image and 29 further tokens, and of an answer after them."""
+    own = sum(sum(range(64 + s + 1, 64 + s + call.new_tokens)) + sum(range(36, 65 + s)) for s in call.scales)
+    shared = 35
+    if len(call.scales) == call.images == 1:
+        shared += call.scales[0]
+        own -= sum(range(36, shared + 1))
+    return own * call.questions + sum(range(shared + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("alone")
+def test_answering_writes_its_figures(answering, nested_step, tmp_path, monkeypatch):
+    monkeypatch.setattr(answering, "times_of", nested_step.times_of)
+    file = tmp_path / "out.json"
+    answering.main([*TRIAL, "--json", str(file)])
+    made = json.loads(file.read_text())
+    assert {"hardware", "versions", "command", "rows"} <= set(made)
+    llm, model = ([row for row in made["rows"] if row["part"] == part] for part in ("llm", "model"))
+    assert [row["case"] for row in llm] == [row["case"] for row in model]
+    assert len(llm) == 10
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in made["rows"])
+    one_image, firsts = model[2], llm[4:]
+    assert 1 / 3 < one_image["limit"] < one_image["ratio"] < 0.8  # one image is encoded instead of three
+    assert [row["limit"] for row in firsts[:5]] == sorted((row["limit"] for row in firsts[:5]), reverse=True)
+    assert 1 < firsts[5]["limit"] < (35 + 766 + 5 * 29) / (35 + 576 + 29)  # by tokens, but attention sees fewer pairs
+
+
+def test_answers_about_images_encoded_again_are_refused(answering, monkeypatch):
+    arguments = answering.parsed(TRIAL)
+    made = answering.Answering(arguments, "llm")
+    made.check("one", [answering.Call(questions=3, new_tokens=4)])
+    generate = answering.generate
+    monkeypatch.setattr(answering, "generate", lambda *words, nested: generate(*words, nested=None))
+    with pytest.raises(RuntimeError, match=r"one, llm: expected .* \(\[1\], 0\), found \(\[1\], 1\)"):
+        made.check("one", [answering.Call()])
+
+
+def test_answers_that_cannot_be_are_refused(answering):
+    """Answers decoded together can be below the ratio of their operations, but not below the operations' own time."""
+
+    def row(ratio, least, bounded, most):
+        return answering.Row("a", "llm", "b", 1.0, 1.0 / ratio, ratio, 1.5, least, bounded, most)
+
+    assert answering.impossible([row(1.0, 0.5, False, 1.0), row(1.0, 0.5, True, 1.3)], "cpu") == []  # noise explains it
+    [limit] = answering.impossible([row(1.0, 0.5, True, 1.1)], "cpu")
+    assert limit == "a, llm: 0.67 of the arithmetic limit relative to b"
+    [least] = answering.impossible([row(1.0, 1.5, False, 1.0)], "cpu")
+    assert least == "a, llm: 1 s, its operations alone take 1.5 s"
+    assert answering.impossible([row(1.0, 1.5, True, 1.0)], "cuda") == []

@@ -227,8 +227,8 @@ def decoded_together(calls: Sequence[Call]) -> int:
 
 
 def impossible(rows: Sequence[Row], device: str) -> list[str]:
-    """What is wrong with figures by more than their noise and a fifth. On a GPU, small work does not use all of the device, and the
-    matrix product that is timed need not be the fastest."""
+    """What is wrong with figures by more than their noise and a fifth. On a GPU, small work does not use all of the
+    device, and the matrix product that is timed need not be the fastest."""
     found = []
     for row in rows if device == "cpu" else ():
         name = f"{row.case}, {row.part}:"
