@@ -21,7 +21,7 @@ demo: install ## Train on easy-VQA on two CPU cores and test with 16, 4 and 1 vi
 	$(RUN) -m lit_mm fit --config experiments/quickstart.yaml
 	$(RUN) -m lit_mm test --config experiments/quickstart.yaml --ckpt_path last
 
-bench: install ## Time training steps, encoder, data loading and answers against alternatives and limits (about 25 min)
+bench: install ## Time training steps, encoder, data loading and answers against alternatives and limits (about 30 min)
 	$(RUN) experiments/benchmarks/nested_step.py
 	$(RUN) experiments/benchmarks/encoder.py
 	$(RUN) experiments/benchmarks/data_loading.py
