@@ -19,10 +19,12 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from lit_mm.inference.decoding import end_ids, processors
 from lit_mm.inference.prompts import embed, logits_of, pack_prompts, prompt_codes, run
@@ -334,9 +336,30 @@ class Decoder:
         self._end(number, "stop" if finish == "length" and self._has_stop(answer.ids) else cast(Any, finish))
 
 
-def each_layer(cache: DynamicCache, change: Callable[[Tensor], Tensor]) -> DynamicCache:
-    """A cache with every layer's keys and values changed."""
-    return DynamicCache([(change(layer.keys), change(layer.values)) for layer in cast(Any, cache).layers])
+class RoomyLayer(DynamicLayer):
+    """Keys and values [B, heads, T, d] in buffers with room for more; DynamicLayer copies all for every new token."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.buffers, self.length = [keys, values], keys.shape[-2]
+        self.keys, self.values = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add tokens; return all keys and values."""
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        if self.length > self.buffers[0].shape[-2]:
+            room = self.length - start + max(32, self.length // 4)
+            self.buffers = [F.pad(buffer[:, :, :start], (0, 0, 0, room)) for buffer in self.buffers]
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start : self.length] = new
+        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
+        return self.keys, self.values
+
+
+def each_layer(cache: Cache, change: Callable[[Tensor], Tensor]) -> Cache:
+    """A cache with every layer's keys and values changed, and with room for more tokens."""
+    return Cache(layers=[RoomyLayer(change(layer.keys), change(layer.values)) for layer in cast(Any, cache).layers])
 
 
 @contextmanager
