@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from lit_mm.model.attention import FlexLayout, Layout, Segment, layout_of
+from lit_mm.model.attention import Layout, Segment, layout_of
 from lit_mm.model.batch import IMAGE, Images, Question
 from lit_mm.model.loss import logit_factor
 from lit_mm.model.scales import Scale
@@ -127,8 +127,6 @@ def embed(vlm: MatryoshkaVLM, nested: Tensor, codes: Tensor) -> Tensor:
 
 def run(vlm: MatryoshkaVLM, nested: Tensor, packed: PackedPrompts, cache: DynamicCache | None = None) -> Tensor:
     """Last hidden states [L, D] of packed prompts; a cache is filled with the keys and values of all positions."""
-    if isinstance(packed.layout, FlexLayout):
-        packed.layout.prepare()
     embeddings = embed(vlm, nested, packed.codes)[None]  # [1, L, D]
     output = vlm.llm.base_model(
         inputs_embeds=embeddings,

@@ -11,7 +11,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -422,9 +422,13 @@ class LitMatryoshka(LightningModule):
         """Generated answers to each of the batch's questions, at each of the asked scales, all in one batch."""
         nested = self.vlm.encode(batch.images, self._encodings(batch))
         config = settings(self.vlm.llm, self.decoding, max_new_tokens=self.max_new_tokens)
-        return generate(
+        answers = generate(
             self.vlm, batch.images, batch.questions, self.asked_scales, config, [self.end_id], self.tokenizer, nested
         )
+        asked = zip(batch.questions, answers, strict=True)
+        if broken := [str(q.record) for q, own in asked if any(answer.finish == "error" for answer in own)]:
+            rank_zero_warn(f"logits that are not finite, answers count as wrong: questions {', '.join(broken)}")
+        return answers
 
     def _judge(self, split: Literal["val", "test"], batch: Batch) -> None:
         expected, answers = [question.answer or "" for question in batch.questions], self.answers(batch)
