@@ -41,8 +41,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_mm.data.datamodules import ImageDataModule, VideoDataModule
-from lit_mm.data.dataset import ModelInputs
 from lit_mm.data.images import ImageFile, ImageOptions, to_pixels
+from lit_mm.data.inputs import ModelInputs
 from lit_mm.data.sampler import Budget, RecordSizes, fill
 from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.data.video import Video, VideoOptions

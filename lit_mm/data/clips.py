@@ -14,7 +14,6 @@ guess from one frame is right in 34 to 42 % of the clips instead of 25 %. Videos
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from lit_mm.data.datamodules import VideoDataModule
-from lit_mm.data.dataset import ModelInputs
 from lit_mm.data.images import ImageOptions
+from lit_mm.data.inputs import ModelInputs
 from lit_mm.data.video import VideoOptions
+from lit_mm.data.writing import conversation, write_records
 
 SIZE, FRAMES, FPS = 32, 8, 4
 COLORS = {
@@ -153,18 +153,8 @@ def write_clips(root: Path, train: int, val: int, test: int, seed: int = 0) -> N
             file = root / video_name(split, number, seed)
             if not file.is_file():
                 write_video(file, render(make_clip(split, number, seed)))
-        _write_records(root / f"{split}.json", records(split, count, seed))
-    _write_records(root / "captions.json", captions("train", train, seed))
-
-
-def _write_records(file: Path, items: list[dict[str, Any]]) -> None:
-    """Write a file unless it already has this content, as another run may be reading it."""
-    text = json.dumps(items, indent=1)
-    if file.is_file() and file.read_text() == text:
-        return
-    part = file.with_suffix(".part")
-    part.write_text(text)
-    part.replace(file)
+        write_records(root / f"{split}.json", records(split, count, seed))
+    write_records(root / "captions.json", captions("train", train, seed))
 
 
 def records(split: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -178,9 +168,7 @@ def captions(split: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def _record(split: str, number: int, seed: int, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    turns = [{"from": role, "value": text} for pair in pairs for role, text in zip(("human", "gpt"), pair, strict=True)]
-    turns[0]["value"] = f"<video>\n{turns[0]['value']}"
-    return {"id": f"{split}_{number}", "video": video_name(split, number, seed), "conversations": turns}
+    return conversation(f"{split}_{number}", "video", video_name(split, number, seed), pairs)
 
 
 def video_name(split: str, number: int, seed: int) -> str:

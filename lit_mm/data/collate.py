@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lit_mm.costs.counts import counts_of
+from lit_mm.data.inputs import ModelInputs
 from lit_mm.data.records import RecordError
-from lit_mm.data.sampler import BatchPlan, ScaleDraw
-from lit_mm.model.attention import Attention
+from lit_mm.data.sampler import BatchPlan
 from lit_mm.model.batch import Batch, FrameSets, Images, Question
-from lit_mm.model.packing import Packing, pack
+from lit_mm.model.packing import pack
 from lit_mm.model.scales import set_starts
 
 
@@ -80,37 +80,24 @@ class Batches(Dataset):
 
     Args:
         samples: Dataset of `Sample`s.
-        draw: Draws each step's scales.
-        scales: Visual tokens per image, finest first.
-        time_scales: Sets of frames per video, finest first, if any.
-        packing: As `model.packing`.
-        attention: As `model.attention`.
-        training: Whether every batch needs something to train on. If none of its records can be read, it
-            gets the next readable record of the set.
+        inputs: The model's properties: its scales, and how batches are packed.
+        training: Whether scales are drawn, and every batch needs something to train on. If none of its records
+            can be read, it gets the next readable record of the set.
+        seed: Seed of the drawn scales.
     """
 
-    def __init__(
-        self,
-        samples: Dataset[Sample],
-        draw: ScaleDraw,
-        scales: Sequence[int],
-        time_scales: Sequence[int],
-        packing: Packing,
-        attention: Attention,
-        training: bool,
-    ) -> None:
-        self.samples, self.draw, self.training = samples, draw, training
-        self.packing, self.attention = packing, attention
-        self.scales, self.time_scales = list(scales), list(time_scales)
+    def __init__(self, samples: Dataset[Sample], inputs: ModelInputs, training: bool, seed: int = 0) -> None:
+        self.samples, self.inputs, self.training = samples, inputs, training
+        self.draw = inputs.draw(training, seed)
 
     def __getitem__(self, plan: BatchPlan) -> LoadedBatch:
-        samples = [self.samples[record] for record in plan.records]
+        inputs, samples = self.inputs, [self.samples[record] for record in plan.records]
         if self.training and all(sample.input_ids is None for sample in samples):
             samples += self._stand_in(plan.records[-1])
-        batch = collate(samples, self.time_scales)
+        batch = collate(samples, inputs.time_scales)
         batch.scale_weights = self.draw(plan.epoch, plan.step)
-        batch.packed = pack(batch, self.scales, self.packing, self.attention)
-        batch.counts = counts_of(batch, self.scales)
+        batch.packed = pack(batch, inputs.scales, inputs.packing, inputs.attention)
+        batch.counts = counts_of(batch, inputs.scales)
         return batch
 
     def _stand_in(self, record: int) -> list[Sample]:

@@ -19,8 +19,9 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_mm.data.collate import Batches, LoadedBatch
-from lit_mm.data.dataset import InstructionSet, Mixture, ModelInputs, Split, Subset, shares_of
+from lit_mm.data.dataset import InstructionSet, Mixture, Split, Subset, shares_of
 from lit_mm.data.images import ImageOptions
+from lit_mm.data.inputs import ModelInputs
 from lit_mm.data.loader import ResumableLoader, leave_signals_to_the_trainer
 from lit_mm.data.media import MediaFolder
 from lit_mm.data.records import BadRecords
@@ -262,15 +263,11 @@ class ImageDataModule(LightningDataModule):
         return BatchPlans(order, sizes, budget, training, choice, rank, ranks, epoch)
 
     def _loader(self, name: str, plans: BatchPlans, training: bool) -> ResumableLoader:
-        inputs = self.inputs
-        draw = inputs.draw(training, self.seed)
         place = "train" if training else name
         if place in self.loaders:
             self.loaders[place].close()
         self.loaders[place] = ResumableLoader(
-            Batches(
-                self.sets[name], draw, inputs.scales, inputs.time_scales, inputs.packing, inputs.attention, training
-            ),
+            Batches(self.sets[name], self.inputs, training, self.seed),
             sampler=plans,
             batch_size=None,  # the sampler yields whole batches
             num_workers=self.num_workers,

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_mm.data.datamodules import ImageDataModule
-from lit_mm.data.dataset import ModelInputs
 from lit_mm.data.images import ImageOptions
+from lit_mm.data.inputs import ModelInputs
+from lit_mm.data.writing import conversation, write_records
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -79,11 +80,8 @@ class EasyVQADataModule(ImageDataModule):
             "val": records("train", dict(list(train.items())[first_val:])),
             "test": records("test", test),
         }
-        self.root.mkdir(parents=True, exist_ok=True)
         for split, items in splits.items():
-            file, text = self.root / f"{split}.json", json.dumps(items, indent=1)
-            if not file.is_file() or file.read_text() != text:  # another run may be reading it
-                file.write_text(text)
+            write_records(self.root / f"{split}.json", items)
 
 
 def package_data() -> Path:
@@ -130,9 +128,7 @@ def captions(split: str, by_image: Questions) -> list[dict[str, Any]]:
 
 
 def _record(name: str, split: str, image: int, pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    turns = [{"from": role, "value": text} for pair in pairs for role, text in zip(("human", "gpt"), pair, strict=True)]
-    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
-    return {"id": name, "image": f"{split}/images/{image}.png", "conversations": turns}
+    return conversation(name, "image", f"{split}/images/{image}.png", pairs)
 
 
 def caption(pairs: list[tuple[str, str]]) -> str | None:

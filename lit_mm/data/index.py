@@ -18,7 +18,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from lit_mm.data.records import BadRecords, RecordError
-from lit_mm.data.sources import load_table, new_file
+from lit_mm.data.sources.base import load_table, new_file
 
 VERSION = 3
 """Version of the table's layout; tables of other versions are rebuilt."""

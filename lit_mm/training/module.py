@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lit_mm.costs.flops import Costs
 from lit_mm.data.chat import Conversation
-from lit_mm.data.dataset import ModelInputs
+from lit_mm.data.inputs import ModelInputs
 from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.evaluation.metrics import ExactMatch
 from lit_mm.evaluation.pictures import print_whole

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lit_mm.data.datamodules import ImageDataModule
-from lit_mm.data.dataset import ModelInputs
 from lit_mm.data.images import ImageOptions
+from lit_mm.data.inputs import ModelInputs
 from lit_mm.data.records import RecordError
 from lit_mm.model.batch import IMAGE
 from tests.helpers.media import draw, truncate

@@ -14,8 +14,9 @@ from datasets import Dataset as HFDataset
 from PIL import Image
 
 from lit_mm.data.datamodules import ImageDataModule, VideoDataModule
-from lit_mm.data.dataset import InstructionSet, ModelInputs, Subset, shares_of
+from lit_mm.data.dataset import InstructionSet, Subset, shares_of
 from lit_mm.data.images import ImageOptions
+from lit_mm.data.inputs import ModelInputs
 from lit_mm.data.records import RecordError
 from lit_mm.data.video import VideoOptions
 from lit_mm.model.batch import IMAGE
@@ -396,7 +397,7 @@ def test_a_program_without_a_trainer_ends_at_once(sets):
 import time
 
 from lit_mm.data.datamodules import ImageDataModule
-from lit_mm.data.dataset import ModelInputs
+from lit_mm.data.inputs import ModelInputs
 from lit_mm.data.tokenizer import load_tokenizer
 from tests.helpers.models import tiny_llm
 inputs = ModelInputs(load_tokenizer(tiny_llm()), 16, [16, 4, 1], (0, 0, 0))

@@ -4,14 +4,17 @@ import multiprocessing
 import random
 import tempfile
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lit_mm.data.chat import Encoded
 from lit_mm.data.collate import Batches, Sample, Visual, collate, frames_in_sets, group_by_size
 from lit_mm.data.dataset import positions
+from lit_mm.data.inputs import ModelInputs
 from lit_mm.data.loader import ResumableLoader
 from lit_mm.data.records import RecordError
 from lit_mm.data.sampler import BatchPlan, BatchPlans, Budget, RecordSizes, ScaleDraw, epoch_order
@@ -204,6 +207,11 @@ def test_unreadable_records_are_named_not_lost():
     assert collate([skipped, Sample()]).records == 2
 
 
+def inputs_of(**options) -> ModelInputs:
+    """Of a model with three scales; its tokenizer is of no use here."""
+    return ModelInputs(cast(PreTrainedTokenizerBase, None), 16, [16, 4, 1], (0, 0, 0), **options)
+
+
 def readable(value=1) -> Sample:
     return Sample(shown(picture(4, 4, 1)), torch.tensor([5, IMAGE, value]), torch.tensor([-100, -100, value]))
 
@@ -211,20 +219,20 @@ def readable(value=1) -> Sample:
 def test_where_nothing_of_a_batch_can_be_read_the_next_readable_record_stands_in():
     bad = [Sample(skipped=[RecordError("w", "gone", str(number))]) for number in range(2)]
     samples = [readable(7), *bad, readable(8)]
-    make = Batches(samples, ScaleDraw(3), [16, 4, 1], (), "packed", "branch", training=True)
+    make = Batches(samples, inputs_of(), training=True)
     batch = make[BatchPlan([1], 0, 0)]
     assert [ids[-1] for ids in batch.input_ids] == [8]
     assert [message for _, message in batch.skipped] == ["w: gone: 0", "w: gone: 1"]
     assert len(make[BatchPlan([0, 1], 0, 0)].input_ids) == 1
-    only_asked = Batches(samples, ScaleDraw(3), [16, 4, 1], (), "packed", "branch", training=False)
+    only_asked = Batches(samples, inputs_of(), training=False)
     assert only_asked[BatchPlan([1], 0, 0)].packed == []
     with pytest.raises(RecordError, match="no readable record: tried all 2"):
-        Batches(bad, ScaleDraw(3), [16, 4, 1], (), "packed", "branch", training=True)[BatchPlan([1], 0, 0)]
+        Batches(bad, inputs_of(), training=True)[BatchPlan([1], 0, 0)]
 
 
 def test_a_batch_is_packed_at_its_drawn_scales():
     draw = ScaleDraw(3, 2, keep_finest=True)
-    make = Batches([readable()], draw, [16, 4, 1], (), "packed", "branch", training=True)
+    make = Batches([readable()], inputs_of(scales_per_step=2, keep_finest=True), training=True)
     batch = make[BatchPlan([0, 0], epoch=3, step=5)]
     assert batch.scale_weights == draw(3, 5)
     [row] = batch.packed
@@ -252,11 +260,12 @@ def random_encoded(generator: random.Random, times: list[int]) -> tuple[Encoded,
 def test_costs_are_the_lengths_of_packed_rows(times, per_step):
     generator = random.Random(0)
     scales, draw = [16, 4, 1], ScaleDraw(3 * max(1, len(times)), per_step)
+    inputs = inputs_of(time_scales=times, scales_per_step=per_step)
     for step in range(60):
         encoded, visuals = random_encoded(generator, times)
         before, words, frames = positions(np.array(encoded.ids), np.array(encoded.time_scale), max(1, len(times)))
         ids, labels, kept = encoded.tensors(bool(times))
-        make = Batches([Sample(visuals, ids, labels, kept)], draw, scales, times, "packed", "branch", training=True)
+        make = Batches([Sample(visuals, ids, labels, kept)], inputs, training=True)
         [row] = make[BatchPlan([0], 0, step)].packed
         costs = RecordSizes(np.array([before]), np.array([words]), np.array([frames]), np.array([0]))
         drawn = np.flatnonzero(draw(0, step))

@@ -18,9 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from torch.utils.data import DataLoader
 
-from lit_mm.data import sources
 from lit_mm.data.records import BadRecords, RecordError, parse
-from lit_mm.data.sources import open_source
+from lit_mm.data.sources import json_files, open_source
 from tests.helpers.environment import ROOT
 from tests.helpers.records import conversation, kept_of
 
@@ -54,7 +53,7 @@ def many(count):
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1 << 20])
 @pytest.mark.parametrize("layout", [{}, {"indent": 3}, {"ensure_ascii": False}, {"separators": (",", ":")}])
 def test_json_list(tmp_path, monkeypatch, chunk, layout):
-    monkeypatch.setattr(sources, "CHUNK", chunk)
+    monkeypatch.setattr(json_files, "CHUNK", chunk)
     text = json.dumps(VARIED, **layout)
     plain = open_source(write(tmp_path / "a.json", text), tmp_path / "cache")
     marked = open_source(write(tmp_path / "b.json", "\ufeff \r\n" + text + "\n\t "), tmp_path / "cache")
@@ -66,7 +65,7 @@ def test_json_list(tmp_path, monkeypatch, chunk, layout):
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1 << 20])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n \t\n\n"])
 def test_json_lines(tmp_path, monkeypatch, chunk, end):
-    monkeypatch.setattr(sources, "CHUNK", chunk)
+    monkeypatch.setattr(json_files, "CHUNK", chunk)
     lines = [json.dumps(item, ensure_ascii=False) for item in VARIED]
     whole = open_source(write(tmp_path / "a.jsonl", end.join(lines) + end), tmp_path / "cache")
     marked = open_source(write(tmp_path / "b.txt", "\ufeff\n \n" + end.join(lines)), tmp_path / "cache")
@@ -83,7 +82,7 @@ def spoiled(text, seed):
 
 
 def test_a_list_is_refused_exactly_when_json_refuses_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK", 8)
+    monkeypatch.setattr(json_files, "CHUNK", 8)
     good = json.dumps([*VARIED[:2], 1.5e-7, -12, "tail", None, True], ensure_ascii=False).encode()
     outcomes = []
     for seed in range(600):
@@ -127,7 +126,7 @@ def test_bad_lists_name_the_place(tmp_path, content, message):
 
 @pytest.mark.parametrize("chunk", [4, 1 << 20])
 def test_the_place_of_an_error_does_not_hang_on_the_window(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(sources, "CHUNK", chunk)
+    monkeypatch.setattr(json_files, "CHUNK", chunk)
     text = json.dumps(many(20), indent=1) + "é"
     with pytest.raises(ValueError, match="after 20 whole records") as caught:
         open_source(write(tmp_path / "bad.json", text), tmp_path / "cache")
@@ -228,7 +227,7 @@ def test_memory_stays_flat(tmp_path, kind):
     assert all(read)
     assert len(source) == 20_000
     assert peak < whole / 3
-    assert peak < 8 * sources.CHUNK
+    assert peak < 8 * json_files.CHUNK
 
 
 def test_a_second_opening_does_not_scan(tmp_path):
@@ -282,13 +281,13 @@ def test_a_file_cut_while_it_is_read(tmp_path):
 
 def test_a_file_that_changes_during_the_scan_leaves_no_table(tmp_path, monkeypatch):
     path = write(tmp_path / "a.json", json.dumps(VARIED))
-    scan = sources._JsonList._scan
+    scan = json_files.JsonList._scan
 
     def slow_scan(self):
         yield from scan(self)
         os.utime(path, (1, 1))
 
-    monkeypatch.setattr(sources._JsonList, "_scan", slow_scan)
+    monkeypatch.setattr(json_files.JsonList, "_scan", slow_scan)
     with pytest.raises(ValueError, match=r"a\.json: changed since it was opened"):
         open_source(path, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*"))
