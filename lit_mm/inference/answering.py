@@ -23,10 +23,10 @@ from lit_mm.data.media import MediaFolder
 from lit_mm.data.records import MARKERS, Kind, Media, Record, RecordError
 from lit_mm.data.video import VideoOptions
 from lit_mm.inference.decoding import Decoding, settings
-from lit_mm.inference.generation import Generated, generate
+from lit_mm.inference.generation import Asked, Generated, generate_each
 from lit_mm.inference.scoring import score
 from lit_mm.model.batch import Images, Question
-from lit_mm.model.scales import Scale
+from lit_mm.model.scales import Scale, nested_shapes
 from lit_mm.model.vlm import MatryoshkaVLM
 
 Picture = str | Path | bytes | Image.Image | np.ndarray | Tensor
@@ -51,6 +51,21 @@ class Ask:
     images: Sequence[Picture] = ()
     history: Sequence[str] = ()
     system: str | None = None
+
+
+@dataclass
+class Prompt:
+    """A question that is ready to be answered.
+
+    Args:
+        sample: Its images in pixels and its text in ids.
+        scales: Where it is answered.
+        seed: Of sampling.
+    """
+
+    sample: Sample
+    scales: list[Scale]
+    seed: int = 0
 
 
 @dataclass
@@ -194,24 +209,73 @@ class Model:
         start = time.perf_counter()
         named: list[Any] = tokens if isinstance(tokens, list) else [tokens]
         scales = list(dict.fromkeys(scale for each in named for scale in self.scales_of(each)))
+        prompts = [self.prompt(ask, scales, seed, f"question {number}") for number, ask in enumerate(asks, 1)]
+        return self.answers_to(prompts, emit, start, **options)
+
+    def prompt(
+        self, ask: Ask, scales: Sequence[Scale] | None = None, seed: int = 0, where: str = "question 1"
+    ) -> Prompt:
+        """Make a question ready to be answered: decode its images, encode its text.
+
+        Args:
+            ask: The question.
+            scales: Where it will be answered; None: at the finest scale.
+            seed: Of sampling.
+            where: What errors call it.
+
+        Raises:
+            ValueError: An empty question, or an image that the scales do not fit.
+            RecordError: Images that cannot be read, or that do not match the question's markers.
+        """
+        sample = self._sample(self._record(ask, where))
+        for visual in sample.visuals:
+            self.grids(*visual.pixels.shape[-2:])
+        return Prompt(sample, list(scales or self.scales[:1]), seed)
+
+    def grids(self, height: int, width: int) -> dict[str, tuple[int, int]]:
+        """Rows and columns of the visual tokens of an image of height × width pixels, by the name of the scale.
+
+        Raises:
+            ValueError: One of the scales does not fit.
+        """
+        projector, grid = self.vlm.projector, self.vlm.encoder.grid(height, width)
+        shapes = nested_shapes(*grid, tuple(projector.scales), projector.sampling, projector.pooling)
+        return {str(scale): shapes[number % len(shapes)] for number, scale in enumerate(self.scales)}
+
+    def answers_to(
+        self,
+        prompts: Sequence[Prompt],
+        emit: Callable[[int, Scale, Generated, bool], bool | None] | None = None,
+        start: float | None = None,
+        **options: Any,
+    ) -> list[dict[str, Answer]]:
+        """Answer prompts in one batch, each at its own scales.
+
+        Args:
+            prompts: As `prompt` makes them.
+            emit: As for `answers`.
+            start: Where times begin, by `time.perf_counter`; None: now.
+            options: As for `answer`.
+
+        Returns:
+            For each prompt its answers by the name of the scale.
+        """
+        start = time.perf_counter() if start is None else start
         config = settings(self.vlm.llm, self.decoding, **{"max_new_tokens": self.max_new_tokens, **options})
-        records = [self._record(ask, number) for number, ask in enumerate(asks)]
-        images, questions = self._on_device([self._sample(record) for record in records])
-        times: dict[int, list[float]] = {}
+        images, questions = self._on_device([prompt.sample for prompt in prompts])
+        places = [(number, scale) for number, prompt in enumerate(prompts) for scale in prompt.scales]
+        asked = [Asked(questions[number], scale, prompts[number].seed) for number, scale in places]
+        times: list[list[float]] = [[] for _ in asked]
 
-        def note(number: int, answer: Generated, is_all: bool) -> bool | None:
-            times.setdefault(number, []).append(time.perf_counter() - start)
-            return emit(number // len(scales), scales[number % len(scales)], answer, is_all) if emit else None
+        def note(place: int, answer: Generated, is_all: bool) -> bool | None:
+            times[place].append(time.perf_counter() - start)
+            return emit(*places[place], answer, is_all) if emit else None
 
-        ends, place = [self.conversation.end_id], len(scales)
-        found = generate(self.vlm, images, questions, scales, config, ends, self.tokenizer, seed=seed, emit=note)
-        return [
-            {
-                str(scale): _answer(answer, scale, times[number * place + own])
-                for own, (scale, answer) in enumerate(zip(scales, answers, strict=True))
-            }
-            for number, answers in enumerate(found)
-        ]
+        found = generate_each(self.vlm, images, asked, config, [self.conversation.end_id], self.tokenizer, emit=note)
+        answers: list[dict[str, Answer]] = [{} for _ in prompts]
+        for (number, scale), answer, own in zip(places, found, times, strict=True):
+            answers[number][str(scale)] = _answer(answer, scale, own)
+        return answers
 
     def score(
         self,
@@ -252,9 +316,8 @@ class Model:
         """A conversation, whose earlier turns are part of every further question."""
         return Chat(self, _listed(images), system=system)
 
-    def _record(self, ask: Ask, number: int = 0) -> Record:
+    def _record(self, ask: Ask, where: str = "question 1") -> Record:
         """A question with its media and with markers where they stand."""
-        where = f"question {number + 1}"
         if not ask.question.strip():
             raise ValueError(f"{where}: expected some text, found {ask.question!r}")
         media = tuple(_medium(picture, place) for place, picture in enumerate(ask.images, 1))

@@ -59,7 +59,6 @@ Emit = Callable[[int, Generated, bool], bool | None]
 """Called with a prompt's number, its answer so far and whether that is all; returning False drops the prompt."""
 
 
-@torch.no_grad()  # tensors of inference mode do not work with sharded parameters
 def generate(
     vlm: MatryoshkaVLM,
     images: Images,
@@ -92,22 +91,48 @@ def generate(
     Raises:
         ValueError: The model does not have one of the scales, or no end token is known.
     """
-    if not questions and not vlm.sharded:
-        return []
-    if unknown := [str(scale) for scale in scales if scale not in vlm.all_scales]:
-        raise ValueError(f"scale {unknown[0]} is not one of the model's {', '.join(map(str, vlm.all_scales))}")
-    nested = vlm.encode(images) if nested is None else nested
-    all_ends = end_ids(vlm.llm, ends)
-    asked = list(questions) or [Question("", "", torch.tensor([all_ends[0]], device=nested.device), [])]
-    codes = [torch.from_numpy(prompt_codes(vlm, images, question, scale)) for question in asked for scale in scales]
-    seeds = [_seed_of(seed, question, scale) for question in asked for scale in scales]
-    decoder = Decoder(vlm, nested, codes, seeds, config, all_ends, tokenizer, emit)
-    answers = vlm.run(lambda _: decoder.run())
+    asked = [Asked(question, scale, seed) for question in questions for scale in scales]
+    answers = generate_each(vlm, images, asked, config, ends, tokenizer, nested, emit)
     return [answers[n * len(scales) : (n + 1) * len(scales)] for n in range(len(questions))]
 
 
-def _seed_of(seed: int, question: Question, scale: Scale) -> int:
-    told = f"{seed} {scale} {question.input_ids.tolist()}"
+@dataclass
+class Asked:
+    """A question at one scale, with the seed of its sampling."""
+
+    question: Question
+    scale: Scale
+    seed: int = 0
+
+
+@torch.no_grad()  # tensors of inference mode do not work with sharded parameters
+def generate_each(
+    vlm: MatryoshkaVLM,
+    images: Images,
+    asked: Sequence[Asked],
+    config: GenerationConfig,
+    ends: Sequence[int] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    nested: Tensor | None = None,
+    emit: Emit | None = None,
+) -> list[Generated]:
+    """Answer questions in one batch, each at its own scale; otherwise like `generate`."""
+    if not asked and not vlm.sharded:
+        return []
+    if unknown := [str(own.scale) for own in asked if own.scale not in vlm.all_scales]:
+        raise ValueError(f"scale {unknown[0]} is not one of the model's {', '.join(map(str, vlm.all_scales))}")
+    nested = vlm.encode(images) if nested is None else nested
+    all_ends = end_ids(vlm.llm, ends)
+    nothing = Question("", "", torch.tensor([all_ends[0]], device=nested.device), [])
+    decoded = list(asked) or [Asked(nothing, vlm.all_scales[0])]
+    codes = [torch.from_numpy(prompt_codes(vlm, images, own.question, own.scale)) for own in decoded]
+    decoder = Decoder(vlm, nested, codes, list(map(_seed_of, decoded)), config, all_ends, tokenizer, emit)
+    return vlm.run(lambda _: decoder.run())[: len(asked)]
+
+
+def _seed_of(asked: Asked) -> int:
+    scale = asked.scale if asked.question.image_index else None  # a text is the same prompt at every scale
+    told = f"{asked.seed} {scale} {asked.question.input_ids.tolist()}"
     return int.from_bytes(hashlib.blake2b(told.encode(), digest_size=7).digest(), "big")
 
 
@@ -141,8 +166,9 @@ class Decoder:
         if self.stops and tokenizer is None:
             raise ValueError("stop_strings: without a tokenizer nothing can be compared with them")
         # equal prompts, such as a text at every scale, are decoded once
-        firsts: dict[bytes, int] = {}
-        self.first = [firsts.setdefault(own.numpy().tobytes(), number) for number, own in enumerate(codes)]
+        firsts: dict[tuple[bytes, int], int] = {}
+        prompts = [(own.numpy().tobytes(), seed) for own, seed in zip(codes, seeds, strict=True)]
+        self.first = [firsts.setdefault(prompt, number) for number, prompt in enumerate(prompts)]
         self.codes, self.numbers = codes, sorted(set(self.first))
         self.answers = [Generated(visual_tokens=int((own < 0).sum())) for own in codes]
         self.generators = {n: torch.Generator(self.device).manual_seed(seeds[n]) for n in self.numbers}
@@ -179,8 +205,11 @@ class Decoder:
         cache = DynamicCache()
         hidden = run(self.vlm, self.nested, packed, cache)
         left: Any = {"batch_first": True, "padding_side": "left"}
-        index = pad_sequence(packed.index, **left).to(self.device)  # [B, T] positions in the packed sequence
         self.mask = pad_sequence([torch.ones_like(own) for own in packed.index], **left).to(self.device)  # [B, T]
+        # [B, T] positions in the packed sequence; padding repeats the prompt's own first one, as the keys and values
+        # of another prompt could be NaN, and 0 × NaN is NaN
+        index = pad_sequence([own - own[0] for own in packed.index], **left)
+        index = (index + torch.stack([own[0] for own in packed.index])[:, None]).to(self.device)
         self.cache = each_layer(cache, lambda x: x[0][:, index].transpose(0, 1))  # [1, heads, L, d] -> [B, heads, T, d]
         return logits_of(self.vlm, hidden[index[:, -1]])
 

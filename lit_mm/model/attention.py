@@ -270,7 +270,7 @@ def _grouped(segments: Sequence[Segment], apart: float = 0.85) -> list[list[Segm
 
 def _slots(pieces: Sequence[tuple[np.ndarray, int]]) -> Slots:
     """Each piece of positions, padded to its width."""
-    positions = np.concatenate([np.pad(own, (0, width - len(own))) for own, width in pieces])
+    positions = np.concatenate([np.pad(own, (0, width - len(own)), mode="edge") for own, width in pieces])
     real = np.flatnonzero(np.concatenate([np.arange(width) < len(own) for own, width in pieces]))
     home = real[np.unique(positions[real], return_index=True)[1]]
     copies = np.setdiff1d(real, home, assume_unique=True)

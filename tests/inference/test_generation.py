@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from lit_mm.data.collate import group_by_size
 from lit_mm.inference.decoding import processors, settings
-from lit_mm.inference.generation import generate
+from lit_mm.inference.generation import Asked, generate, generate_each
 from lit_mm.inference.prompts import pack_prompts, prompt_codes
 from lit_mm.model.batch import IMAGE, Images, Question
 from tests.helpers.batches import SCALES, picture, slow_sequence
@@ -155,6 +155,21 @@ def test_sampling_is_by_the_tempered_distribution_and_repeatable():
     assert generate(vlm, groups, [question], [4], long, [], seed=6)[0][0].ids != alone
 
 
+@pytest.mark.parametrize("chosen", [{}, {"temperature": 2.0}], ids=["greedy", "sampling"])
+def test_questions_at_scales_and_with_seeds_of_their_own(chosen):
+    """Equal questions with different seeds and texts at several scales included."""
+    vlm, groups = packing_vlm64(), group_by_size([image[None] for image in pictures()])
+    text = Question("t", "", torch.tensor([5, 9, 2]), [])
+    asked = [Asked(question, SCALES[n % 3], n % 2) for n, question in enumerate(questions())]
+    asked += [Asked(questions()[0], 4, seed) for seed in (7, 8)] + [Asked(text, scale, 3) for scale in SCALES]
+    config = settings(vlm.llm, max_new_tokens=6, **chosen)
+    together = generate_each(vlm, groups, asked, config, [347])
+    alone = [generate_each(vlm, groups, [own], config, [347])[0] for own in asked]
+    assert [own.ids for own in together] == [own.ids for own in alone]
+    assert (together[-5].ids != together[-4].ids) == bool(chosen)
+    assert together[-1].ids == together[-2].ids == together[-3].ids
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_every_end_token_of_a_list_ends_an_answer(own):
     """Of the data's, and of the LLM's own settings."""
@@ -227,6 +242,19 @@ def test_logits_that_are_no_numbers_end_their_answer_alone():
     answers = generate(vlm, groups, questions(), SCALES, config, [347], nested=nested)
     assert [answers[n][0].finish for n in (1, 3, 4)] == ["error"] * 3
     assert [own.ids for n in (0, 2, 5) for own in answers[n]] == [own.ids for n in (0, 2, 5) for own in free[n]]
+
+
+def test_logits_that_are_no_numbers_at_the_very_beginning_end_their_answer_alone():
+    """Though the shorter prompts are padded with something."""
+    vlm, groups = packing_vlm64(), group_by_size([image[None] for image in pictures()])
+    asked = [Question(n, "", torch.tensor([IMAGE, *range(n, 4 * n)]), [int(n > 1)]) for n in (1, 2, 3)]
+    nested = vlm.encode(groups)
+    config = settings(vlm.llm, max_new_tokens=6)
+    free = generate(vlm, groups, asked, SCALES, config, [], nested=nested)
+    nested[0] = float("nan")
+    answers = generate(vlm, groups, asked, SCALES, config, [], nested=nested)
+    assert {own.finish for own in answers[0]} == {"error"}
+    assert [own.ids for own in answers[1] + answers[2]] == [own.ids for own in free[1] + free[2]]
 
 
 @pytest.mark.parametrize(
