@@ -48,8 +48,8 @@ class Evaluation:
         self.asked = Asked(lit.all_scales)
 
     def add(self, batch: Batch) -> None:
-        """Count a batch's questions and keep the expected answers."""
-        self.expected += [question.answer or "" for question in batch.questions]
+        """Count a batch's questions and keep the first accepted answer of each."""
+        self.expected += [question.references[0] if question.references else "" for question in batch.questions]
         self.asked.add(counts_in(batch), len(batch.questions))
 
     def gather(self, trainer: Trainer) -> None:

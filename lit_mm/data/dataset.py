@@ -151,8 +151,10 @@ class InstructionSet(Dataset):
             RecordError: The record is unusable, as far as this is known without decoding images.
         """
         record = self._record(number)
-        if self.split != "predict" and len(record.turns) % 2:
-            detail = f"{self.split} needs conversations, found a question without an answer"
+        answered = len(record.turns) % 2 == 0 or (self.split == "test" and record.references)
+        if self.split != "predict" and not answered:
+            needed = "conversations or references" if self.split == "test" else "conversations"
+            detail = f"{self.split} needs {needed}, found a question without an answer"
             raise RecordError(record.where, "no answer", detail)
         _, rows, lengths = self._encoded(record, decode=False)
         longest = rows[lengths.argmax()]
@@ -187,7 +189,7 @@ class InstructionSet(Dataset):
         several, a number is appended to the record's id."""
         markers = [MARKERS[medium.kind] for medium in record.media]
         exchanges, questions = list(record.exchanges), []
-        for number, (text, answer) in enumerate(exchanges, 1):
+        for number, (text, references) in enumerate(exchanges, 1):
             asked = text if any(marker in text for marker in markers) else "".join(f"{m}\n" for m in markers) + text
             if sum(asked.count(marker) for marker in MARKERS.values()) != len(markers):
                 detail = "expected all images in the first one, as each question is asked separately"
@@ -196,7 +198,8 @@ class InstructionSet(Dataset):
             ids, _, time_scale = encoded.tensors(bool(self.inputs.time_scales))
             id = record.id if len(exchanges) == 1 else f"{record.id}#{number}"
             plain = re.sub("|".join(MARKERS.values()), "", text).strip()
-            questions.append(Question(id, plain, ids, list(range(sum(map(len, labels)))), answer, time_scale))
+            index, kinds = list(range(sum(map(len, labels)))), (record.type, record.group)
+            questions.append(Question(id, plain, ids, index, references, *kinds, time_scale))
         return questions
 
     def _row(self, pixels: int, ids: Tensor, time_scale: Tensor | None, new_tokens: int = 0) -> list[int]:

@@ -2,7 +2,7 @@
 
 Three formats are supported, recognized by their fields:
   conversations  LLaVA's {"id", "image", "video", "conversations": [{"from": "human" | "gpt", "value": "…"}]}
-  question       {"question_id", "image", "video", "text"}, LLaVA's evaluation files, without answers
+  question       {"question_id", "image", "video", "text"}, LLaVA's evaluation files
   messages       chat in the format of OpenAI and Hugging Face: {"messages": [{"role": "system" | "user" |
                  "assistant", "content": "…" or a list of parts}]}; a part is {"type": "text", "text": "…"},
                  {"type": "image"} or {"type": "video"}, optionally with its file in "image", "video", "path",
@@ -13,6 +13,9 @@ bytes, or {"bytes", "path"} as the library datasets stores images. The k-th <ima
 part of type image without its own file, refers to the k-th image; the same goes for videos. Fields that are
 null or "" count as absent, as Arrow and some data sets write them that way. The first turn of a conversation
 may be from "system". In a conversation with a video and no image, <image> refers to the video.
+
+Items may have three fields for evaluation: `references`, a list of accepted answers (without it, the assistant's
+turn is the only one), `type`, the type of the question, and `group`, which questions are scored together.
 
 Every error names the file, the record, the field, what was found and what was expected. No media file is
 opened here.
@@ -101,6 +104,9 @@ class Record:
             video. If the last one is the user's, it is a question to answer.
         where: File and record, for errors.
         system: The system message before the turns, if any.
+        references: Accepted answers of a record with one question, if the item lists them.
+        type: The question's type, or "".
+        group: What the question is scored together with, or "".
     """
 
     id: str | int
@@ -108,11 +114,15 @@ class Record:
     turns: tuple[str, ...]
     where: str
     system: str | None = None
+    references: tuple[str, ...] = ()
+    type: str = ""
+    group: str = ""
 
     @property
-    def exchanges(self) -> Iterator[tuple[str, str | None]]:
-        """Each question with its answer, or None."""
-        return zip_longest(self.turns[::2], self.turns[1::2])
+    def exchanges(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Each question with its accepted answers: the listed ones, or else the assistant's turn, if any."""
+        for text, answer in zip_longest(self.turns[::2], self.turns[1::2]):
+            yield text, self.references or (() if answer is None else (answer,))
 
 
 class BadRecords:
@@ -405,4 +415,27 @@ def _record(
         raise RecordError(where, "malformed id", detail)
     if name is not None and not isinstance(name, str | int):  # parquet has dates, numbers and UUIDs
         name = name.isoformat() if hasattr(name, "isoformat") else str(name)
-    return Record(where if name is None else name, media, turns, where, system)
+    told = {field: _label(where, item, field) for field in ("type", "group")}
+    references = _references(where, item, questions=(len(turns) + 1) // 2)
+    return Record(where if name is None else name, media, turns, where, system, references, **told)
+
+
+def _references(where: str, item: dict[str, Any], questions: int) -> tuple[str, ...]:
+    """The accepted answers of an item with one question."""
+    found = item.get("references")
+    if found is None:
+        return ()
+    if not isinstance(found, list) or not found or not all(isinstance(answer, str) for answer in found):
+        detail = f"references: expected a list of accepted answers as text, found {found!r:.80}"
+        raise RecordError(where, "malformed references", detail)
+    if questions > 1:
+        detail = f"references: expected one question, found {questions}"
+        raise RecordError(where, "references of several questions", detail)
+    return tuple(found)
+
+
+def _label(where: str, item: dict[str, Any], field: str) -> str:
+    found = item.get(field)
+    if found is not None and not isinstance(found, str | int):
+        raise RecordError(where, f"malformed {field}", f"{field}: expected text or a number, found {found!r:.80}")
+    return "" if found is None else str(found)

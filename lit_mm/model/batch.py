@@ -70,7 +70,9 @@ class Question:
         text: The question as asked, for reports.
         input_ids: [T] the prompt, with one IMAGE for each image.
         image_index: The batch's images that these mean, in order.
-        answer: The expected answer; None where there is none (predict).
+        references: The accepted answers; empty where there are none (predict).
+        type: The question's type, by which accuracies are broken down; may be "".
+        group: Questions of the same group are scored together (MME); may be "".
         time_scale: [T] as in a Batch; None without time scales.
     """
 
@@ -78,7 +80,9 @@ class Question:
     text: str
     input_ids: Tensor
     image_index: list[int]
-    answer: str | None = None
+    references: tuple[str, ...] = ()
+    type: str = ""
+    group: str = ""
     time_scale: Tensor | None = None
 
 

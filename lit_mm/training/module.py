@@ -431,7 +431,8 @@ class LitMatryoshka(LightningModule):
         return answers
 
     def _judge(self, split: Literal["val", "test"], batch: Batch) -> None:
-        expected, answers = [question.answer or "" for question in batch.questions], self.answers(batch)
+        expected = [question.references[0] if question.references else "" for question in batch.questions]
+        answers = self.answers(batch)
         for place, scale in enumerate(self.asked_scales):
             metric = cast(ExactMatch, self.accuracy[f"{split}_{scale}"])
             metric.update([own[place].text for own in answers], expected)

@@ -52,9 +52,9 @@ def test_validation_asks_every_question_alone(make):
     data = make()
     data.setup("validate")
     questions = [question for batch in data.val_dataloader() for question in batch.questions]
-    assert [(q.record, q.text, q.answer) for q in questions[:2]] == [
-        ("0#1", "what color is the shape?", "red"),
-        ("0#2", "is there a circle?", "yes"),
+    assert [(q.record, q.text, q.references) for q in questions[:2]] == [
+        ("0#1", "what color is the shape?", ("red",)),
+        ("0#2", "is there a circle?", ("yes",)),
     ]
     assert len(questions) == 8
     assert all((question.input_ids == IMAGE).sum() == 1 for question in questions)
@@ -70,8 +70,23 @@ def test_prediction_reads_questions_without_answers(make, instruction_set):
     data = make(predict=str(instruction_set / "ask.jsonl"))
     data.setup("predict")
     [batch] = data.predict_dataloader()
-    assert [(q.record, q.answer, q.image_index) for q in batch.questions] == [(5, None, [0]), (6, None, [])]
+    assert [(q.record, q.references, q.image_index) for q in batch.questions] == [(5, (), [0]), (6, (), [])]
     assert batch.input_ids == []
+
+
+def test_a_test_asks_questions_with_lists_of_accepted_answers(make, instruction_set):
+    listed = {"references": ["red", "scarlet"], "type": "color", "group": 3}
+    question = {"question_id": 5, "image": "images/1.png", "text": "what color is the shape?", **listed}
+    data = make(test=write(instruction_set, [question, one() | {"references": ["this", "that"]}, one()]))
+    data.setup("test")
+    [batch] = data.test_dataloader()
+    assert [(q.references, q.type, q.group) for q in batch.questions] == [
+        (("red", "scarlet"), "color", "3"),
+        (("this", "that"), "", ""),
+        (("this",), "", ""),
+    ]
+    with pytest.raises(RecordError, match="no answer: val needs conversations, found a question"):
+        make(val=data.files["test"]).setup("validate")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -37,10 +37,10 @@ def test_captions_agree_with_every_question_of_the_image(root):
     captioned = [(by_image[record.media], record) for record in records(root, "captions")]
     assert len(captioned) > 3000
     for questions, told in captioned:
-        [(_, text)] = told.exchanges
+        [(_, [text])] = told.exchanges
         words = text.replace("<image>", "").split()
         assert len(words) == 3
-        for question, answer in questions.exchanges:
+        for question, [answer] in questions.exchanges:
             asked = question.removeprefix("<image>\n").rstrip("?").split()
             if answer in ("yes", "no"):
                 negated = bool({"no", "not"} & set(asked))

@@ -32,13 +32,22 @@ def test_several_images_and_text_only():
     pair = conversation(("<image> and <image>?", "Yes."))
     assert names(parse("w", item(image=["a.png", "b.png"], conversations=pair))) == ["a.png", "b.png"]
     text = {"id": 7, "conversations": conversation(("Hi", "Ho"), ("And?", "So."))}
-    assert list(parse("w", text).exchanges) == [("Hi", "Ho"), ("And?", "So.")]
+    assert list(parse("w", text).exchanges) == [("Hi", ("Ho",)), ("And?", ("So.",))]
 
 
 def test_evaluation_question():
     record = parse("w", {"question_id": 3, "image": "a.png", "text": "What?"})
     assert record.id == 3
-    assert list(record.exchanges) == [("<image>\nWhat?", None)]
+    assert list(record.exchanges) == [("<image>\nWhat?", ())]
+
+
+def test_accepted_answers_and_the_labels_of_a_question():
+    listed = {"references": ["red", ""], "type": "color", "group": 4}
+    record = parse("w", {"question_id": 3, "text": "What?"} | listed)
+    assert (list(record.exchanges), record.type, record.group) == ([("What?", ("red", ""))], "color", "4")
+    assert list(parse("w", item(references=["That.", "It."])).exchanges) == [("<image>\nWhat?", ("That.", "It."))]
+    record = parse("w", item(references=None, type=None))
+    assert ([answers for _, answers in record.exchanges], record.type, record.group) == ([("This.",)], "", "")
 
 
 def turns(*pairs):
@@ -74,6 +83,15 @@ def turns(*pairs):
         (item(image=None), "image count disagrees", "1 <image> in the text, 0 in"),
         (item(conversations=conversation(("What?", "This."))), "image count disagrees", "0 <image> in the text, 1"),
         (item(conversations=conversation(("What?", "<image>"))), "image in an answer", "conversations[1].value"),
+        (item(references="This."), "malformed references", "references: expected a list of accepted answers as text"),
+        (item(references=[3]), "malformed references", "found [3]"),
+        (item(references=[]), "malformed references", "found []"),
+        (
+            item(references=["a"], conversations=conversation(("<image>", "a"), ("b", "c"))),
+            "references of several questions",
+            "references: expected one question, found 2",
+        ),
+        (item(type=["a"]), "malformed type", "type: expected text or a number, found ['a']"),
         (item(image=3), "malformed image path", "image: expected a relative path or a list, found 3"),
         (item(image=[""]), "malformed image path", "found ['']"),
         ({"a": 1}, "unknown format", "an object with ['a']"),
@@ -135,7 +153,7 @@ def test_chat_of_plain_texts():
     messages = [("system", " Be brief. "), ("user", "<image>\nWhat?"), ("assistant", "This."), ("user", "Sure?")]
     record = parse("f, record 0", chat(*messages, images=["a.png"], id=7))
     assert (record.id, record.system, names(record)) == (7, "Be brief.", ["a.png"])
-    assert list(record.exchanges) == [("<image>\nWhat?", "This."), ("Sure?", None)]
+    assert list(record.exchanges) == [("<image>\nWhat?", ("This.",)), ("Sure?", ())]
 
 
 def test_chat_of_typed_parts():
@@ -262,9 +280,9 @@ def test_bad_chats_and_media(bad, reason, detail):
 
 def test_a_field_that_is_null_is_absent():
     empty = {"id": None, "conversations": None, "messages": None, "text": None, "images": None, "videos": []}
-    assert list(parse("w", empty | {"text": "What?"}).exchanges) == [("What?", None)]
-    assert list(parse("w", empty | chat(("user", "Why?"))).exchanges) == [("Why?", None)]
-    assert list(parse("w", empty | {"conversations": conversation(("a", "b"))}).exchanges) == [("a", "b")]
+    assert list(parse("w", empty | {"text": "What?"}).exchanges) == [("What?", ())]
+    assert list(parse("w", empty | chat(("user", "Why?"))).exchanges) == [("Why?", ())]
+    assert list(parse("w", empty | {"conversations": conversation(("a", "b"))}).exchanges) == [("a", ("b",))]
     assert parse("w, record 0", empty | {"text": "What?"}).id == "w, record 0"
     assert parse("w", empty | {"text": "What?", "question_id": 0}).id == 0
     assert (id_of(empty), id_of([1]), id_of({"question_id": 3})) == (None, None, 3)

@@ -114,7 +114,7 @@ def packed_of(numbers: list[int], packing: Packing, ask: bool = False) -> Batch:
     first = 0
     for ids, _, images in samples if ask else []:
         index = list(range(first, first + len(images)))
-        batch.questions.append(Question(first, "", torch.tensor(ids), index, "a"))
+        batch.questions.append(Question(first, "", torch.tensor(ids), index, ("a",)))
         first += len(images)
     batch.counts = counts_of(batch, SCALES)
     return batch
