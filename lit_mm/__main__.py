@@ -15,6 +15,7 @@ lit_mm trains and studies large multimodal models with elastic visual tokens.
   python -m lit_mm test     --config … --ckpt_path last                accuracy at every scale
   python -m lit_mm predict  --config … --ckpt_path last                write answers to files
   python -m lit_mm ask      --ckpt_path last photo.jpg "What is it?"   an answer, or a conversation
+  python -m lit_mm serve    --ckpt_path last [--port 8000]             a server for OpenAI's clients, and a page
   python -m lit_mm export   --config … --ckpt_path last --to FOLDER    plain weights, a Hugging Face LLM
   python -m lit_mm profile  --config … [--sizes 768 1024]              what every visual token costs, without weights
 
@@ -26,7 +27,7 @@ lit_mm trains and studies large multimodal models with elastic visual tokens.
 """
 INTERRUPTED = 130
 """The exit status of shells for Ctrl-C."""
-VERBS = ("fit", "validate", "test", "predict", "ask", "export", "profile")
+VERBS = ("fit", "validate", "test", "predict", "ask", "serve", "export", "profile")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if arguments[0] not in VERBS:
         sys.exit(f"{HELP}\nerror: unknown command {arguments[0]!r}, expected one of {', '.join(VERBS)}")
-    if len(arguments) == 1 and arguments[0] != "ask":
+    if len(arguments) == 1 and arguments[0] not in ("ask", "serve"):
         sys.exit(f"{HELP}\nerror: {arguments[0]} needs an experiment: --config FILE")
     run(arguments)
 
@@ -56,6 +57,10 @@ def run(arguments: list[str]) -> None:
             from lit_mm.inference.ask import main as ask
 
             ask(arguments[1:])
+        elif arguments[0] == "serve":
+            from lit_mm.inference.serve import main as serve
+
+            serve(arguments[1:])
         else:
             from lit_mm.cli import LitMMCLI
 

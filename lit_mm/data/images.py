@@ -145,7 +145,7 @@ class ImageFile:
         return bool(self.image.tag_v2.get(TIFF_SUBFILE, 0) & TIFF_REDUCED)  # type: ignore[attr-defined]
 
     def _check(self) -> None:
-        mode, limit, (height, width) = self.image.mode, self.options.max_pixels, self._shape()
+        mode, limit, (height, width) = self.image.mode, self.options.max_pixels, self.shape()
         if min(height, width) < 1:
             raise self._fault("not an image", f"{height}×{width} pixels (height × width)")
         pixels = math.prod(self._filled())
@@ -160,18 +160,18 @@ class ImageFile:
     def _fault(self, reason: str, detail: str) -> RecordError:
         return RecordError(self.where, reason, f"image {self.name}: {detail}")
 
-    def _shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, int]:
         """Height and width when upright, from the header."""
         width, height = self.image.size
         return (width, height) if self.turn in SIDEWAYS else (height, width)
 
     def _filled(self) -> tuple[int, int]:
         """Height and width before resizing, including what `pad` adds."""
-        return filled(*self._shape(), self.size()) if self.options.mode == "pad" else self._shape()
+        return filled(*self.shape(), self.size()) if self.options.mode == "pad" else self.shape()
 
     def size(self) -> tuple[int, int]:
         """The resized height and width, from the header only."""
-        return self.options.target(*self._shape())
+        return self.options.target(*self.shape())
 
     def pixels(self, color: tuple[int, int, int]) -> Tensor:
         """uint8 [1, 3, H, W], upright and in RGB; `pad` fills with the color (0..255).

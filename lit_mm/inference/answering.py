@@ -24,6 +24,7 @@ from lit_mm.data.records import MARKERS, Kind, Media, Record, RecordError
 from lit_mm.data.video import VideoOptions
 from lit_mm.inference.decoding import Decoding, settings
 from lit_mm.inference.generation import Asked, Generated, generate_each
+from lit_mm.inference.prompts import prompt_length
 from lit_mm.inference.scoring import score
 from lit_mm.model.batch import Images, Question
 from lit_mm.model.scales import Scale, nested_shapes
@@ -231,6 +232,10 @@ class Model:
         for visual in sample.visuals:
             self.grids(*visual.pixels.shape[-2:])
         return Prompt(sample, list(scales or self.scales[:1]), seed)
+
+    def length(self, prompt: Prompt, scale: Scale) -> tuple[int, int]:
+        """Tokens of a prompt at a scale, and how many of them are visual tokens."""
+        return prompt_length(self.vlm, prompt.sample.questions[0], scale)
 
     def grids(self, height: int, width: int) -> dict[str, tuple[int, int]]:
         """Rows and columns of the visual tokens of an image of height × width pixels, by the name of the scale.

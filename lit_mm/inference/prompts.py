@@ -70,6 +70,15 @@ def prompt_codes(vlm: MatryoshkaVLM, images: Images, question: Question, scale: 
     return codes
 
 
+def prompt_length(vlm: MatryoshkaVLM, question: Question, scale: Scale) -> tuple[int, int]:
+    """The number of a prompt's codes, and how many of them are visual tokens."""
+    time, image_scale = divmod(vlm.all_scales.index(scale), len(vlm.projector.scales))
+    ids = question.input_ids if question.time_scale is None else question.input_ids[question.time_scale >= time]
+    images = int((ids == IMAGE).sum())
+    visual = images * vlm.projector.scales[image_scale]
+    return len(ids) - images + visual, visual
+
+
 def pack_prompts(prompts: Sequence[np.ndarray], ends: Sequence[int] = ()) -> PackedPrompts:
     """Lay prompts out so that what they share is computed once.
 

@@ -1,0 +1,111 @@
+"""Opens the URLs of images and videos in requests: data URLs always, files and remote URLs where that is allowed."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+from lit_mm.inference.chat_completions import BadRequestError, short
+
+SECONDS = 10
+"""Until a remote server must have answered."""
+
+
+@dataclass
+class MediaURLs:
+    """What may be opened.
+
+    Args:
+        files: Files below this folder, by file:// URLs; None: no files.
+        hosts: Servers from which http and https URLs are fetched; empty: from all; None: from none.
+        max_bytes: The largest file.
+    """
+
+    files: Path | None = None
+    hosts: Sequence[str] | None = None
+    max_bytes: int = 2**25
+
+    def read(self, url: str, kind: str, field: str) -> bytes:
+        """The file that a URL means.
+
+        Args:
+            url: data:…;base64,…, file:///… or https://….
+            kind: image or video.
+            field: What errors call it.
+
+        Raises:
+            BadRequestError: It is not allowed, or cannot be read.
+        """
+        scheme = url.partition(":")[0].lower()
+        try:
+            if scheme == "data":
+                return _decoded(url, kind)
+            if scheme == "file":
+                return self._file(url)
+            if scheme in ("http", "https"):
+                return self._fetched(url)
+        except ValueError as error:
+            raise BadRequestError(f"{field}: {error}", field) from None
+        raise BadRequestError(f"{field}: expected data:{kind}/…;base64,…, found {short(url)}", field)
+
+    def _file(self, url: str) -> bytes:
+        if self.files is None:
+            raise ValueError("this server opens no files: send a data URL, or start it with --allow_files FOLDER")
+        parts, root = urlsplit(url), self.files.resolve()
+        file = Path(unquote(parts.path)).resolve()
+        if parts.netloc not in ("", "localhost") or not file.is_relative_to(root) or not file.is_file():
+            raise ValueError(f"{short(url)} is not a file below {root}")
+        if file.stat().st_size > self.max_bytes:
+            raise ValueError(f"{short(url)} has {file.stat().st_size} bytes, the limit is {self.max_bytes}")
+        return file.read_bytes()
+
+    def _fetched(self, url: str) -> bytes:
+        self.check(url)
+        try:
+            with build_opener(_Redirects(self)).open(Request(url), timeout=SECONDS) as reply:
+                found: bytes = reply.read(self.max_bytes + 1)
+        except (OSError, HTTPException) as error:
+            raise ValueError(f"{short(url)} cannot be fetched: {error}") from None
+        if len(found) > self.max_bytes:
+            raise ValueError(f"{short(url)} has more than {self.max_bytes} bytes, the limit")
+        return found
+
+    def check(self, url: str) -> None:
+        """Whether a remote URL may be fetched.
+
+        Raises:
+            ValueError: It may not.
+        """
+        if self.hosts is None:
+            raise ValueError("this server fetches no URLs: send a data URL, or start it with --allow_urls")
+        if self.hosts and urlsplit(url).hostname not in self.hosts:
+            raise ValueError(f"{short(url)} is not on one of the servers {', '.join(self.hosts)}")
+
+
+class _Redirects(HTTPRedirectHandler):
+    def __init__(self, allowed: MediaURLs) -> None:
+        self.allowed = allowed
+
+    def redirect_request(self, request: Any, file: Any, code: Any, message: Any, headers: Any, url: str) -> Any:
+        self.allowed.check(url)
+        return super().redirect_request(request, file, code, message, headers, url)
+
+
+def _decoded(url: str, kind: str) -> bytes:
+    header, comma, content = url.partition(",")
+    if not comma or not re.fullmatch(rf"data:{kind}/[\w.+-]+;base64", header, re.IGNORECASE):
+        raise ValueError(f"expected data:{kind}/…;base64,…, found {short(header)}")
+    try:
+        found = base64.b64decode(content, validate=True)
+    except ValueError as error:
+        raise ValueError(f"the base64 is broken: {error}") from None
+    if not found:
+        raise ValueError("the data URL is empty")
+    return found
