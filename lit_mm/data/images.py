@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.Image import Transpose
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
@@ -129,6 +129,8 @@ class ImageFile:
             raise
         except Image.DecompressionBombError as error:
             raise self._fault("too many pixels", str(error)) from None
+        except UnidentifiedImageError:
+            raise self._fault(reason, "none of Pillow's formats") from None
         except Exception as error:
             raise self._fault(reason, f"{type(error).__name__}: {error}") from None
 

@@ -430,8 +430,7 @@ def _medium(picture: Picture, number: int) -> Media:
         kind: Kind = "video" if file.suffix.lower() in VIDEOS else "image"
         return Media(kind, str(file), file.read_bytes())
     if isinstance(picture, bytes):
-        kind = "video" if picture[4:8] == b"ftyp" or picture[:4] == b"\x1aE\xdf\xa3" else "image"
-        return Media(kind, f"image {number}", picture)
+        return Media(kind_of(picture), str(number), picture)
     if isinstance(picture, Tensor):
         picture = picture.cpu().movedim(0, -1).numpy()
     if isinstance(picture, np.ndarray):
@@ -441,4 +440,10 @@ def _medium(picture: Picture, number: int) -> Media:
         picture = Image.fromarray(picture)
     encoded = BytesIO()
     picture.save(encoded, "PNG")
-    return Media("image", f"image {number}", encoded.getvalue())
+    return Media("image", str(number), encoded.getvalue())
+
+
+def kind_of(encoded: bytes) -> Kind:
+    """Whether a file is a video, in MP4's or Matroska's family of formats, or an image."""
+    mp4 = encoded[4:8] == b"ftyp" and encoded[8:12] not in (b"avif", b"avis", b"heic", b"mif1")  # images in such boxes
+    return "video" if mp4 or encoded[:4] == b"\x1aE\xdf\xa3" else "image"

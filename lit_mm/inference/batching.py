@@ -95,7 +95,7 @@ class Batcher:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-        self.thread.join()
+        self.thread.join(10)  # longer only if an LLM's own `generate` runs, which cannot be interrupted
 
     def submit(self, job: Job) -> None:
         """Have a job answered.

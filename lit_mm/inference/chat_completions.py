@@ -10,7 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, StrictStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from lit_mm.data.records import MARKERS, Kind
@@ -25,8 +34,8 @@ NEUTRAL |= {"response_format": [{"type": "text"}], "modalities": [["text"]], "to
 """Values of fields that are not supported with which they say nothing."""
 
 
-class BadRequestError(ValueError):
-    """A request that is refused.
+class RefusedError(ValueError):
+    """A request that is not answered.
 
     Args:
         message: What was found and what was expected.
@@ -37,7 +46,14 @@ class BadRequestError(ValueError):
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
-        self.message, self.param, self.code, self.status = message, param, code, status
+        # JSON can hold lone surrogates, which a reply in UTF-8 cannot
+        self.message = message.encode("utf-8", "backslashreplace").decode()
+        self.param, self.code, self.status = param, code, status
+
+    def body(self) -> dict[str, Any]:
+        """In OpenAI's format."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 class Strict(BaseModel):
@@ -61,11 +77,19 @@ def short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}…"
 
 
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can hold lone surrogates, which are not characters
+        raise PydanticCustomError("not_unicode", "expected Unicode text, found a lone surrogate") from None
+    return text
+
+
 class Text(Strict):
     """A part of a message."""
 
     type: Literal["text"]
-    text: StrictStr
+    text: Annotated[StrictStr, AfterValidator(_unicode)]
 
 
 class ImageURL(Strict):
@@ -131,7 +155,7 @@ class ChatRequest(Strict):
     max_completion_tokens: StrictInt | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: StrictStr | Annotated[list[StrictStr], Field(max_length=16)] | None = None
     seed: StrictInt | None = None
     logprobs: bool | None = False
     mm_processor_kwargs: ProcessorOptions | None = None
@@ -140,14 +164,16 @@ class ChatRequest(Strict):
         """Settings of decoding.
 
         Raises:
-            BadRequestError: Two lengths, or an empty stop string.
+            RefusedError: Two lengths, an empty stop string, or options of a stream without a stream.
         """
+        if self.stream_options and not self.stream:
+            raise RefusedError("stream_options: expected stream to be true", "stream_options")
         lengths = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(lengths) > 1:
-            raise BadRequestError("expected one of max_tokens and max_completion_tokens, found both", "max_tokens")
+            raise RefusedError("expected one of max_tokens and max_completion_tokens, found both", "max_tokens")
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         if "" in stops:
-            raise BadRequestError("stop: expected some text, found ''", "stop")
+            raise RefusedError("stop: expected some text, found ''", "stop")
         found = {"temperature": self.temperature, "top_p": self.top_p, "stop_strings": stops}
         found["max_new_tokens"] = next(iter(lengths), None)
         return {name: value for name, value in found.items() if value not in (None, [])}
@@ -156,7 +182,7 @@ class ChatRequest(Strict):
         """What names the scale, as `Model.scales_of` takes it; None for the finest; "low" for the coarsest.
 
         Raises:
-            BadRequestError: Two fields name different scales.
+            RefusedError: Two fields name different scales.
         """
         chosen = self.mm_processor_kwargs.num_visual_tokens if self.mm_processor_kwargs else None
         parts = [part for message in self.messages for part in message.content]
@@ -165,9 +191,7 @@ class ChatRequest(Strict):
             given = [f"detail {detail}" for detail in sorted(details)] + [f"num_visual_tokens {chosen}"] * (
                 chosen is not None
             )
-            raise BadRequestError(
-                f"expected one scale for all images, found {' and '.join(given)}", "mm_processor_kwargs"
-            )
+            raise RefusedError(f"expected one scale for all images, found {' and '.join(given)}", "mm_processor_kwargs")
         return "low" if details == {"low"} else chosen
 
 
@@ -180,7 +204,7 @@ def ask_of(request: ChatRequest, read: Callable[[str, str, str], bytes], max_ima
         max_images: The most images and videos.
 
     Raises:
-        BadRequestError: Roles in another order, a missing question, too many images.
+        RefusedError: Roles in another order, a missing question, too many images.
     """
     messages = request.messages
     system = _joined(messages[0], "messages[0]", []) if messages[0].role == "system" else None
@@ -188,20 +212,20 @@ def ask_of(request: ChatRequest, read: Callable[[str, str, str], bytes], max_ima
     for number, message in enumerate(messages[first:], first):
         expected = "assistant" if (number - first) % 2 else "user"
         if message.role != expected:
-            raise BadRequestError(
+            raise RefusedError(
                 f"expected {expected}, found {message.role}: roles alternate, from user to user",
                 f"messages[{number}].role",
             )
     if len(messages) == first or messages[-1].role != "user":
-        raise BadRequestError("expected a user message at the end: there is no question", "messages")
+        raise RefusedError("expected a user message at the end: there is no question", "messages")
     parts: list[tuple[str, str, str]] = []
     turns = [_joined(message, f"messages[{number}]", parts) for number, message in enumerate(messages[first:], first)]
     if len(parts) > max_images:
-        raise BadRequestError(
+        raise RefusedError(
             f"{len(parts)} images and videos in a request, the limit is {max_images}", "messages", "too_many_images"
         )
     if not any(isinstance(part, Text) and part.text.strip() for part in messages[-1].content):
-        raise BadRequestError(
+        raise RefusedError(
             "expected some text in the last message: there is no question", f"messages[{len(messages) - 1}].content"
         )
     images = [read(*part) for part in parts]
@@ -212,18 +236,18 @@ def _joined(message: Message, field: str, found: list[tuple[str, str, str]]) -> 
     """A message as a text with markers; its images and videos are added to `found`.
 
     Raises:
-        BadRequestError: A marker in a text, or an image in a message that is not the user's.
+        RefusedError: A marker in a text, or an image in a message that is not the user's.
     """
     lines = []
     for number, part in enumerate(message.content):
         where = f"{field}.content[{number}]"
         if isinstance(part, Text):
             if marked := [marker for marker in MARKERS.values() if marker in part.text]:
-                raise BadRequestError(f"{marked[0]} in a text: send images as parts of type image_url", f"{where}.text")
+                raise RefusedError(f"{marked[0]} in a text: send images as parts of type image_url", f"{where}.text")
             lines.append(part.text.strip())
             continue
         if message.role != "user":
-            raise BadRequestError(f"an image or a video in a message from {message.role}, expected it from user", where)
+            raise RefusedError(f"an image or a video in a message from {message.role}, expected it from user", where)
         kind: Kind = "image" if isinstance(part, ImagePart) else "video"
         url = part.image_url if isinstance(part, ImagePart) else part.video_url
         found.append((url.url, kind, f"{where}.{kind}_url.url"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -12,10 +13,11 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from lit_mm.inference.chat_completions import BadRequestError, short
+from lit_mm.inference.answering import kind_of
+from lit_mm.inference.chat_completions import RefusedError, short
 
 SECONDS = 10
-"""Until a remote server must have answered."""
+"""Until a remote server must have sent a file."""
 
 
 @dataclass
@@ -41,19 +43,17 @@ class MediaURLs:
             field: What errors call it.
 
         Raises:
-            BadRequestError: It is not allowed, or cannot be read.
+            RefusedError: It is not allowed, or cannot be read.
         """
         scheme = url.partition(":")[0].lower()
+        openers = {"file": self._file, "http": self._fetched, "https": self._fetched}
         try:
-            if scheme == "data":
-                return _decoded(url, kind)
-            if scheme == "file":
-                return self._file(url)
-            if scheme in ("http", "https"):
-                return self._fetched(url)
+            found = openers[scheme](url) if scheme in openers else _decoded(url, kind)
+            if kind_of(found) != kind:
+                raise ValueError(f"expected {'a video (mp4, mov, webm, mkv)' if kind == 'video' else 'an image'}")
         except ValueError as error:
-            raise BadRequestError(f"{field}: {error}", field) from None
-        raise BadRequestError(f"{field}: expected data:{kind}/…;base64,…, found {short(url)}", field)
+            raise RefusedError(f"{field}: {error}", field) from None
+        return found
 
     def _file(self, url: str) -> bytes:
         if self.files is None:
@@ -70,11 +70,9 @@ class MediaURLs:
         self.check(url)
         try:
             with build_opener(_Redirects(self)).open(Request(url), timeout=SECONDS) as reply:
-                found: bytes = reply.read(self.max_bytes + 1)
-        except (OSError, HTTPException) as error:
+                found = _received(reply, self.max_bytes)
+        except (OSError, HTTPException, ValueError) as error:
             raise ValueError(f"{short(url)} cannot be fetched: {error}") from None
-        if len(found) > self.max_bytes:
-            raise ValueError(f"{short(url)} has more than {self.max_bytes} bytes, the limit")
         return found
 
     def check(self, url: str) -> None:
@@ -87,6 +85,17 @@ class MediaURLs:
             raise ValueError("this server fetches no URLs: send a data URL, or start it with --allow_urls")
         if self.hosts and urlsplit(url).hostname not in self.hosts:
             raise ValueError(f"{short(url)} is not on one of the servers {', '.join(self.hosts)}")
+
+
+def _received(reply: Any, most: int) -> bytes:
+    found, end = bytearray(), time.monotonic() + SECONDS
+    while piece := reply.read1(2**16):
+        found += piece
+        if len(found) > most:
+            raise ValueError(f"more than {most} bytes, the limit")
+        if time.monotonic() > end:
+            raise ValueError(f"it takes longer than {SECONDS} seconds")
+    return bytes(found)
 
 
 class _Redirects(HTTPRedirectHandler):
