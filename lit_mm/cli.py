@@ -211,7 +211,7 @@ class LitMMCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             trainer_defaults={
-                "callbacks": [StopBetweenBatches(), SkippedRecords(), MemoryAdvice(), AnswerWriter()],
+                "callbacks": [StopBetweenBatches(), SkippedRecords(), MemoryAdvice()],
                 "default_root_dir": "runs",
                 "use_distributed_sampler": False,  # the data module distributes records among ranks
                 "log_every_n_steps": 10,
@@ -224,17 +224,18 @@ class LitMMCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add sections for checkpoints, progress and token efficiency, and link the data to the model."""
+        """Add sections for checkpoints, progress, token efficiency and answers, and link the data to the model."""
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         kept = {"save_last": True, "save_on_exception": True, "enable_version_counter": False}  # after Ctrl-C, too
         parser.set_defaults({f"checkpoint.{name}": value for name, value in kept.items()})
         parser.add_lightning_class_args(Progress, "progress")
         parser.add_lightning_class_args(TokenEfficiency, "token_efficiency")
+        parser.add_lightning_class_args(AnswerWriter, "answers")
         parser.add_argument(
             "--scales",
-            type=list[str | int] | None,
+            type=list[str | int] | str | int | None,
             default=None,
-            help="Evaluate and answer only at these of the model's scales, such as [36] or [8x16]; null: at all.",
+            help="Judge and answer only at these of the model's scales, such as 36, 8x16 or [144, 36]; null: at all.",
         )
         parser.link_arguments("model.inputs", "data.init_args.inputs", apply_on="instantiate")
 

@@ -1,41 +1,103 @@
-"""Writes answers to files, also in the format that LLaVA's evaluation scripts read."""
+"""Writes answers to files, also in the format that LLaVA's evaluation scripts read, and goes on with an interrupted
+prediction."""
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import IO, Any, cast
 
+import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_mm.model.scales import Scale
+from lit_mm.training.saving import SHARDED
+
+UNFINISHED, FINISHED = "unfinished.json", "settings.json"
+"""The file in a folder of answers that tells their questions, checkpoint and settings: until all are written, and
+then."""
+COLUMNS = {"question_id": "string", "prompt": "string", "scale": "string", "text": "string", "logprob": "double"}
+COLUMNS |= {"tokens": "int64", "visual_tokens": "int64", "finish": "string", "seconds": "double"}
+"""Of answers.parquet, with Arrow's names of their types."""
 
 
 class AnswerWriter(BasePredictionWriter):
     """Writes the answers of one prediction to a new folder `answers_0`, `answers_1`, … in the run's folder.
 
     `answers.jsonl` has one line per question and scale: question_id, prompt, scale, text, logprob (of the whole
-    answer), tokens, visual_tokens and finish (`stop`, `length` or `error`). `answers@16.jsonl`, … have the format
-    of LLaVA's scripts, {"question_id", "prompt", "text"}, one file per scale. Other ranks' files are
-    `answers.rank1.jsonl`, ….
+    answer), tokens, visual_tokens, finish (`stop`, `length` or `error`) and seconds (from the start of the batch to
+    the answer's last token). `answers@16.jsonl`, … have the format of LLaVA's scripts, {"question_id", "prompt",
+    "text"}, one file per scale. Other ranks' files are `answers.rank1.jsonl`, ….
+
+    A prediction that was interrupted is gone on with: the next one with the same questions, checkpoint and settings,
+    on any number of ranks, asks what has no answer yet and appends to the same files.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parquet: bool = False) -> None:
+        """Choose the formats.
+
+        Args:
+            parquet: Whether to write answers.parquet too at the end, with the columns of answers.jsonl; question_id
+                is text there.
+        """
         super().__init__(write_interval="batch")
-        self.files: dict[Scale | None, TextIO] = {}
+        self.parquet = parquet
+        self.files: dict[str | None, IO[str]] = {}
+        self.answered: set[str | int] = set()
+        self.lock: IO[str] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have the data module ask what is answered, once the checkpoint is loaded."""
+        self.files, self.answered, self.lock = {}, set(), None
+        data: Any = getattr(trainer, "datamodule", None)
+        if stage == "predict" and hasattr(data, "answered"):
+            data.answered = lambda: self._begin(trainer, pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the files in a new folder, the same on every rank."""
-        run = Path(trainer.log_dir or trainer.default_root_dir)
-        self.folder = Path(trainer.strategy.broadcast(str(new_folder(run)) if trainer.is_global_zero else ""))
+        """Begin for a data module that does not ask."""
+        if not self.files:
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: Trainer, lit: LightningModule) -> set[str | int]:
+        """Open the files in a new folder or in one to go on in, the same on every rank; return what is answered."""
+        run, told, folder = Path(trainer.log_dir or trainer.default_root_dir), told_of(trainer, lit), ""
+        if trainer.is_global_zero:
+            self.lock = self._unfinished(trainer, run, told) or begin(run, told)
+            folder = str(Path(self.lock.name).parent)
+        self.folder = Path(trainer.strategy.broadcast(folder))
         self.folder.mkdir(parents=True, exist_ok=True)  # this rank may be on another machine
-        rank = f".rank{trainer.global_rank}" if trainer.global_rank else ""
-        names = {scale: f"answers@{scale}{rank}.jsonl" for scale in cast(Any, pl_module).asked_scales}
-        for scale, name in {None: f"answers{rank}.jsonl", **names}.items():
-            self.files[scale] = (self.folder / name).open("w", encoding="utf-8")
+        suffixes = self._suffixes(trainer)
+        own = set[str | int]().union(*(repaired(self.folder, suffix, told["scales"]) for suffix in suffixes))
+        self.answered = set().union(*gathered(own, trainer.world_size))
+        for scale in (*told["scales"], None):
+            name = f"answers{suffixes[0]}.jsonl" if scale is None else f"answers@{scale}{suffixes[0]}.jsonl"
+            self.files[scale] = (self.folder / name).open("a", encoding="utf-8")
+        if self.answered:
+            rank_zero_info(f"Going on in {self.folder}, where {len(self.answered)} questions are answered")
+        return self.answered
+
+    def _unfinished(self, trainer: Trainer, run: Path, told: dict[str, Any]) -> IO[str] | None:
+        """An unfinished prediction to go on with; not where several questions have the same id."""
+        found = unfinished(run, told)
+        if found and (id := cast(Any, trainer).datamodule.repeated_id("predict")) is not None:
+            rank_zero_warn(f"{found.name} is not gone on with: several questions have the id {id!r}")
+            found.close()
+            return None
+        return found
+
+    def _suffixes(self, trainer: Trainer) -> list[str]:
+        """Of this rank's files, its own first; rank 0 has those of ranks that an earlier run had besides these."""
+        ranks = [trainer.global_rank]
+        if trainer.is_global_zero:
+            names = (file.name.split(".")[1] for file in self.folder.glob("answers.rank*.jsonl"))
+            known = [int(name.removeprefix("rank")) for name in names]
+            ranks += [rank for rank in known if rank >= trainer.world_size]
+        return [f".rank{rank}" if rank else "" for rank in ranks]
 
     def write_on_batch_end(
         self,
@@ -47,28 +109,84 @@ class AnswerWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Write one batch's answers."""
+        """Write one batch's answers, answers.jsonl last: what is there is in the other files, too."""
         for row in prediction:
             asked = {"question_id": row["question_id"], "prompt": row["prompt"]}
+            if asked["question_id"] in self.answered:  # by the part of its record that was written before
+                continue
             for scale, answer in row["answers"].items():
-                self.files[scale].write(as_line({**asked, "text": answer.text}))
+                self.files[str(scale)].write(as_line({**asked, "text": answer.text}))
                 told = {"scale": str(scale), "text": answer.text, "logprob": sum(answer.logprobs)}
                 told |= {"tokens": len(answer.ids), "visual_tokens": answer.visual_tokens, "finish": answer.finish}
-                self.files[None].write(as_line({**asked, **told}))
+                self.files[None].write(as_line({**asked, **told, "seconds": round(answer.seconds, 4)}))
+        for file in self.files.values():
+            file.flush()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the files and print where they are."""
+        """Close the files, write parquet if asked to, and print where the answers are."""
         self._close()
+        for suffix in self._suffixes(trainer) if self.parquet else ():
+            write_parquet(self.folder / f"answers{suffix}.jsonl")
+        trainer.strategy.barrier("answers")
+        if self.lock:
+            (self.folder / UNFINISHED).rename(self.folder / FINISHED)
+            self.lock.close()
         names = ", ".join(Path(file.name).name for file in self.files.values())
         rank_zero_info(f"Answers: {names} in {self.folder}")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """End a prediction that had nothing left to ask, and so no other hook."""
+        if any(not file.closed for file in self.files.values()):
+            self.on_predict_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep the answers written so far."""
         self._close()
+        if self.lock:
+            self.lock.close()
 
     def _close(self) -> None:
         for file in self.files.values():
             file.close()
+
+
+def told_of(trainer: Trainer, lit: LightningModule) -> dict[str, Any]:
+    """What decides the answers; with a checkpoint of None, which may be any weights, they are not gone on with."""
+    told: dict[str, Any] = {"checkpoint": None, "limit_predict_batches": str(trainer.limit_predict_batches)}
+    if trainer.ckpt_path:
+        path = Path(trainer.ckpt_path).resolve()
+        file = path / SHARDED if path.is_dir() else path
+        told["checkpoint"] = [str(path), file.stat().st_size, file.stat().st_mtime_ns] if file.exists() else None
+    sets = getattr(getattr(trainer, "datamodule", None), "sets", {})
+    told["questions"] = [each.digest for each in sets["predict"].sets] if "predict" in sets else None
+    told |= {name: str(getattr(lit, name, None)) for name in ("llm", "max_new_tokens", "decoding")}
+    told |= {"scales": [str(s) for s in cast(Any, lit).asked_scales], "precision": str(trainer.precision)}
+    return told
+
+
+def unfinished(run: Path, told: dict[str, Any]) -> IO[str] | None:
+    """The locked file of an unfinished prediction of the same, which no running process writes; None: there is none."""
+    if told["checkpoint"] is None or told["questions"] is None:
+        return None
+    for path in sorted(run.glob(f"answers_*/{UNFINISHED}")):
+        file = path.open("r+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if json.load(file) == told:
+                return file
+        except (BlockingIOError, json.JSONDecodeError):  # being written, or cut off at its beginning
+            pass
+        file.close()
+    return None
+
+
+def begin(run: Path, told: dict[str, Any]) -> IO[str]:
+    """The locked file of a new prediction, in a new folder."""
+    file = (new_folder(run) / UNFINISHED).open("w", encoding="utf-8")
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    json.dump(told, file, indent=1)
+    file.flush()
+    return file
 
 
 def new_folder(run: Path) -> Path:
@@ -81,6 +199,57 @@ def new_folder(run: Path) -> Path:
             number += 1
         else:
             return run / f"answers_{number}"
+
+
+def repaired(folder: Path, suffix: str, scales: Sequence[str]) -> set[str | int]:
+    """Cut the files of one rank to the questions that all of them have whole; return their ids."""
+    ends = {folder / f"answers@{scale}{suffix}.jsonl": 1 for scale in scales}
+    ends[folder / f"answers{suffix}.jsonl"] = len(scales)  # lines per question
+    found = {file: list(line_ends(file)) for file in ends if file.exists()}
+    count = min((len(found.get(file, ())) // lines for file, lines in ends.items()), default=0)
+    for file, own in found.items():
+        os.truncate(file, own[count * ends[file] - 1] if count else 0)
+    if not count:
+        return set()
+    with (folder / f"answers{suffix}.jsonl").open(encoding="utf-8") as lines:
+        return {json.loads(line)["question_id"] for line in lines}
+
+
+def line_ends(file: Path) -> Iterator[int]:
+    """The bytes up to the end of each whole line."""
+    length = 0
+    with file.open("rb") as lines:
+        for line in lines:
+            length += len(line)
+            if line.endswith(b"\n"):
+                yield length
+
+
+def gathered(own: set[str | int], ranks: int) -> list[set[str | int]]:
+    """What every rank has."""
+    every: list[Any] = [own] * ranks
+    if ranks > 1:
+        dist.all_gather_object(every, own)
+    return every
+
+
+def write_parquet(file: Path) -> None:
+    """answers.jsonl -> answers.parquet beside it."""
+    import pyarrow as pa  # here, as it takes a tenth of a second, and only for those who ask for parquet
+    from pyarrow.parquet import ParquetWriter
+
+    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in COLUMNS.items()])
+    part = file.with_suffix(".parquet.part")
+    with file.open(encoding="utf-8") as lines, ParquetWriter(part, schema) as writer:
+        while some := list(islice(lines, 10_000)):
+            writer.write_table(pa.Table.from_pylist([_row(json.loads(line)) for line in some], schema))
+    part.rename(file.with_suffix(".parquet"))
+
+
+def _row(answer: dict[str, Any]) -> dict[str, Any]:
+    """A row for Arrow, whose text is UTF-8: half characters are escaped."""
+    texts = {name: str(answer[name]) for name, kind in COLUMNS.items() if kind == "string"}
+    return answer | {name: text.encode(errors="backslashreplace").decode() for name, text in texts.items()}
 
 
 def as_line(answer: dict[str, Any]) -> str:

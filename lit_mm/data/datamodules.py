@@ -10,6 +10,8 @@ encoded and decoded when they are needed.
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -46,6 +48,8 @@ class ImageDataModule(LightningDataModule):
     frame: ImageOptions | None = None
     caption_epochs = 0
     """Number of first epochs that train on captions, for the demo sets that have them."""
+    answered: Callable[[], Collection[str | int]]
+    """Called on every rank before the questions of predict are loaded: the ids of those that need no answer."""
 
     def __init__(
         self,
@@ -118,6 +122,8 @@ class ImageDataModule(LightningDataModule):
         self.num_workers, self.seed = num_workers, seed
         self.cache = Path(cache).expanduser() if cache else cache_folder()
         self.sets: dict[str, Mixture] = {}
+        self.chosen: dict[str, np.ndarray] = {}
+        self.answered: Callable[[], Collection[str | int]] = tuple
         self.loaders: dict[str, ResumableLoader] = {}
         self.skipped, self.seen = BadRecords("skip"), 0
 
@@ -237,8 +243,20 @@ class ImageDataModule(LightningDataModule):
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> ResumableLoader:
-        """Batches of questions."""
+        """Batches of questions, without records whose questions are all answered."""
+        self.chosen.pop("predict", None)
+        if answered := {*self.answered()}:
+            left = [n for n, ids in enumerate(self._question_ids("predict")) if not {*ids} <= answered]
+            self.chosen["predict"] = np.array(left, np.int64)
         return self._eval_loader("predict")
+
+    def repeated_id(self, split: Split) -> str | int | None:
+        """An id that several questions have, if there is one."""
+        counts = Counter(id for own in self._question_ids(split) for id in own)
+        return next((id for id, count in counts.items() if count > 1), None)
+
+    def _question_ids(self, split: Split) -> list[list[str | int]]:
+        return [self.sets[split].question_ids(record) for record in range(len(self.sets[split]))]
 
     def _eval_loader(self, name: str) -> ResumableLoader:
         return self._loader(name, self._plans(name, Budget(self.eval_batch_size), 0, training=False), training=False)
@@ -253,7 +271,9 @@ class ImageDataModule(LightningDataModule):
         same = trainer is not None and bool(cast(Any, trainer).overfit_batches)  # one order for all epochs
 
         def order(epoch: int) -> np.ndarray:
-            return mixture.order(0 if same else epoch, self.seed) if training else np.arange(len(mixture))
+            if training:
+                return mixture.order(0 if same else epoch, self.seed)
+            return self.chosen.get(name, np.arange(len(mixture)))
 
         def sizes(epoch: int, step: int, records: np.ndarray) -> np.ndarray:
             drawn = np.flatnonzero(draw(0 if same else epoch, step))

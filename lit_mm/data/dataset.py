@@ -86,12 +86,13 @@ class InstructionSet(Dataset):
         self.conversation = Conversation(inputs.tokenizer, inputs.time_scales)
         self.times = max(1, len(inputs.time_scales))
         self.table, self.bad = np.zeros((0, 3 + 2 * self.times), np.int64), BadRecords(policy)
+        self.digest = ""
 
     def look(self, cache: Path, workers: int) -> None:
         """Find the usable records and what each costs, or take both from the cache.
 
         Sets `table` [n, 3 + 2 T]: the record's number in the file, positions before its first image, pixels,
-        words at T time scales, frames at T time scales.
+        words at T time scales, frames at T time scales; and `digest`, which other records or settings change.
 
         Raises:
             RecordError: A record is bad and the policy is `error`.
@@ -109,9 +110,10 @@ class InstructionSet(Dataset):
             "policy": self.policy,
             "times": self.times,
         }
-        digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=16).hexdigest()
+        self.digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=16).hexdigest()
+        file = cache / f"index-{self.digest}.npy"
         self.table, self.bad = usable_records(
-            self.cost, len(self.source), self.table.shape[1], cache / f"index-{digest}.npy", self.policy, workers
+            self.cost, len(self.source), self.table.shape[1], file, self.policy, workers
         )
 
     @property
@@ -166,6 +168,10 @@ class InstructionSet(Dataset):
         record = parse(where, item, self.items)
         return image_first(record) if self.image_first else record
 
+    def question_ids(self, number: int) -> list[str | int]:
+        """The ids of the questions of usable record `number`; no image is read."""
+        return ids_of(self._record(int(self.table[number, 0])))
+
     def _encoded(self, record: Record, decode: bool) -> tuple[Sample, list[list[int]], np.ndarray]:
         """A record's sample, and for each of its sequences (the conversation, then every question with its answer)
         the table row and the positions at the finest scale."""
@@ -185,18 +191,16 @@ class InstructionSet(Dataset):
         return sample, rows, self._tokens(rows, [0])
 
     def _questions(self, record: Record, labels: list[Sequence[str]]) -> list[Question]:
-        """Every exchange of a record as a separate question, with all media and without history. If there are
-        several, a number is appended to the record's id."""
+        """Every exchange of a record as a separate question, with all media and without history."""
         markers = [MARKERS[medium.kind] for medium in record.media]
-        exchanges, questions = list(record.exchanges), []
-        for number, (text, references) in enumerate(exchanges, 1):
+        questions = []
+        for id, (text, references) in zip(ids_of(record), record.exchanges, strict=True):
             asked = text if any(marker in text for marker in markers) else "".join(f"{m}\n" for m in markers) + text
             if sum(asked.count(marker) for marker in MARKERS.values()) != len(markers):
                 detail = "expected all images in the first one, as each question is asked separately"
                 raise RecordError(record.where, "images in several questions", detail)
             encoded = self.conversation.prompt(asked, record.where, labels, record.system)
             ids, _, time_scale = encoded.tensors(bool(self.inputs.time_scales))
-            id = record.id if len(exchanges) == 1 else f"{record.id}#{number}"
             plain = re.sub("|".join(MARKERS.values()), "", text).strip()
             index, kinds = list(range(sum(map(len, labels)))), (record.type, record.group)
             questions.append(Question(id, plain, ids, index, references, *kinds, time_scale))
@@ -249,6 +253,12 @@ class InstructionSet(Dataset):
         return int(self._tokens([row], branches if draw.per_step == "all" else branches[: draw.per_step])[0])
 
 
+def ids_of(record: Record) -> list[str | int]:
+    """The id of each of a record's questions: the record's own, with a number if there are several."""
+    count = len(list(record.exchanges))
+    return [record.id] if count == 1 else [f"{record.id}#{number}" for number in range(1, count + 1)]
+
+
 def positions(ids: np.ndarray, kept: np.ndarray, times: int) -> tuple[int, list[int], list[int]]:
     """Positions before the first image, and the words and frames after it at each time scale."""
     image = ids == IMAGE
@@ -277,6 +287,11 @@ class Mixture(Dataset):
     def __getitem__(self, record: int) -> Sample:
         number = bisect_right(self.firsts, record) - 1
         return self.sets[number][record - self.firsts[number]]
+
+    def question_ids(self, record: int) -> list[str | int]:
+        """The ids of a record's questions; no image is read."""
+        number = bisect_right(self.firsts, record) - 1
+        return self.sets[number].question_ids(record - self.firsts[number])
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
         """The records of an epoch in random order."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -46,6 +47,7 @@ class Generated:
             gave up, `error` where the model's logits were not finite.
         visual_tokens: Visual tokens in its prompt.
         text: The answer as text, cut before a stop string; empty without a tokenizer.
+        seconds: From the call to its last token, with encoding and the rest of the batch.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -53,6 +55,7 @@ class Generated:
     finish: Literal["stop", "length", "dropped", "error"] = "length"
     visual_tokens: int = 0
     text: str = ""
+    seconds: float = 0.0
 
 
 Emit = Callable[[int, Generated, bool], bool | None]
@@ -70,6 +73,7 @@ def generate(
     nested: Tensor | None = None,
     seed: int = 0,
     emit: Emit | None = None,
+    encodings: int = 0,
 ) -> list[list[Generated]]:
     """Answer every question at every one of the scales.
 
@@ -84,6 +88,7 @@ def generate(
         nested: Output of `vlm.encode` for the images, to skip the encoder.
         seed: Of sampling. An answer depends on it, its question and its scale, not on the rest of the batch.
         emit: Called after every token of every answer, as number = question × len(scales) + scale.
+        encodings: As for `vlm.encode`.
 
     Returns:
         Answers by question, then scale.
@@ -92,7 +97,7 @@ def generate(
         ValueError: The model does not have one of the scales, or no end token is known.
     """
     asked = [Asked(question, scale, seed) for question in questions for scale in scales]
-    answers = generate_each(vlm, images, asked, config, ends, tokenizer, nested, emit)
+    answers = generate_each(vlm, images, asked, config, ends, tokenizer, nested, emit, encodings)
     return [answers[n * len(scales) : (n + 1) * len(scales)] for n in range(len(questions))]
 
 
@@ -115,18 +120,20 @@ def generate_each(
     tokenizer: PreTrainedTokenizerBase | None = None,
     nested: Tensor | None = None,
     emit: Emit | None = None,
+    encodings: int = 0,
 ) -> list[Generated]:
     """Answer questions in one batch, each at its own scale; otherwise like `generate`."""
     if not asked and not vlm.sharded:
         return []
     if unknown := [str(own.scale) for own in asked if own.scale not in vlm.all_scales]:
         raise ValueError(f"scale {unknown[0]} is not one of the model's {', '.join(map(str, vlm.all_scales))}")
-    nested = vlm.encode(images) if nested is None else nested
+    start = time.perf_counter()
+    nested = vlm.encode(images, encodings) if nested is None else nested
     all_ends = end_ids(vlm.llm, ends)
     nothing = Question("", "", torch.tensor([all_ends[0]], device=nested.device), [])
     decoded = list(asked) or [Asked(nothing, vlm.all_scales[0])]
     codes = [torch.from_numpy(prompt_codes(vlm, images, own.question, own.scale)) for own in decoded]
-    decoder = Decoder(vlm, nested, codes, list(map(_seed_of, decoded)), config, all_ends, tokenizer, emit)
+    decoder = Decoder(vlm, nested, codes, list(map(_seed_of, decoded)), config, all_ends, tokenizer, emit, start)
     return vlm.run(lambda _: decoder.run())[: len(asked)]
 
 
@@ -148,6 +155,7 @@ class Decoder:
         ends: Token ids that end an answer.
         tokenizer: For texts and stop strings.
         emit: See `Emit`.
+        start: When the call began, by `time.perf_counter`.
     """
 
     def __init__(
@@ -160,7 +168,9 @@ class Decoder:
         ends: Sequence[int],
         tokenizer: PreTrainedTokenizerBase | None = None,
         emit: Emit | None = None,
+        start: float = 0.0,
     ) -> None:
+        self.start = start
         self.vlm, self.nested, self.config, self.ends, self.tokenizer = vlm, nested, config, list(ends), tokenizer
         self.emit, self.stops, self.device = emit, list(config.stop_strings or []), nested.device
         if self.stops and tokenizer is None:
@@ -249,6 +259,7 @@ class Decoder:
     def _end(self, number: int, why: Literal["stop", "length", "dropped", "error"]) -> Literal[False]:
         answer = self.answers[number]
         answer.finish, answer.text = why, self._text(answer.ids).strip()
+        answer.seconds = time.perf_counter() - self.start
         self._told(number, True)
         return False
 

@@ -139,12 +139,13 @@ class LitMatryoshka(LightningModule):
         """The scales at which questions are answered."""
         return self._asked or self.all_scales
 
-    def ask_at(self, scales: Sequence[str | int] | None) -> None:
-        """Answer at some of the model's scales only; None: at all of them.
+    def ask_at(self, scales: Sequence[str | int] | str | int | None) -> None:
+        """Answer at one or some of the model's scales only; None: at all of them.
 
         Raises:
             ValueError: The model does not have one of them.
         """
+        scales = [scales] if isinstance(scales, str | int) else scales
         known = {str(scale): scale for scale in self.all_scales}
         if unknown := [str(scale) for scale in scales or [] if str(scale) not in known]:
             raise ValueError(f"--scales: {', '.join(unknown)} is not among the model's {', '.join(known)}")
@@ -420,10 +421,16 @@ class LitMatryoshka(LightningModule):
 
     def answers(self, batch: Batch) -> list[list[Generated]]:
         """Generated answers to each of the batch's questions, at each of the asked scales, all in one batch."""
-        nested = self.vlm.encode(batch.images, self._encodings(batch))
         config = settings(self.vlm.llm, self.decoding, max_new_tokens=self.max_new_tokens)
         answers = generate(
-            self.vlm, batch.images, batch.questions, self.asked_scales, config, [self.end_id], self.tokenizer, nested
+            self.vlm,
+            batch.images,
+            batch.questions,
+            self.asked_scales,
+            config,
+            [self.end_id],
+            self.tokenizer,
+            encodings=self._encodings(batch),
         )
         asked = zip(batch.questions, answers, strict=True)
         if broken := [str(q.record) for q, own in asked if any(answer.finish == "error" for answer in own)]:

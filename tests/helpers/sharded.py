@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -166,22 +167,22 @@ def unchanged(optimizer: Any, steps: int) -> Any:
     return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
-def on_ranks(count: int, runs: list[Run]) -> None:
+def on_ranks(count: int, runs: list[Any], act: Callable[[Any], None] = perform) -> None:
     """Every run in the same processes, which import but once."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_rank, (port, runs, count), count)
+    mp.spawn(_rank, (port, runs, count, act), count)
 
 
-def _rank(rank: int, port: int, runs: list[Run], count: int) -> None:
+def _rank(rank: int, port: int, runs: list[Any], count: int, act: Callable[[Any], None]) -> None:
     torch.set_num_threads(1)
     named = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
     os.environ |= {name: str(value) for name, value in {**named, **told}.items()}
     for run in runs:
         try:
-            perform(run)
+            act(run)
         except Exception:
             (run.folder / f"error{rank}.txt").write_text(traceback.format_exc())
             raise

@@ -144,7 +144,12 @@ def test_a_checkpoint_is_used_as_the_model_it_was_trained_as(fit, instruction_se
         assert "another model" in said or "adaptive goes with" in said, wrong
     assert "pooling was 'adaptive' and is 'exact'" in fit("test", "--ckpt_path", "last")
     assert "--scales: 9 is not among the model's 16, 4, 1" in fit("test", "--ckpt_path", "last", "--scales", "[9]")
-    assert fit("test", "--model.pooling", "adaptive", "--ckpt_path", "last", "--scales", "[4]") is None
+    (instruction_set / "ask.json").write_text('{"question_id": 1, "text": "is it?"}')
+    for verb, scales in (("validate", "[4]"), ("predict", "4"), ("test", "4")):
+        options = ["--data.predict", str(instruction_set / "ask.json"), "--ckpt_path", "last", "--scales", scales]
+        assert fit(verb, "--model.pooling", "adaptive", *options) is None
+    [line] = (instruction_set / "runs/version_0/answers_0/answers.jsonl").read_text().splitlines()
+    assert json.loads(line)["scale"] == "4"
     figures = json.loads((instruction_set / "runs/version_0/accuracy_tokens.json").read_text())
     assert [row["scale"] for row in figures["scales"]] == ["4"]
 
