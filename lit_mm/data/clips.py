@@ -95,6 +95,7 @@ class VideoShapesDataModule(VideoDataModule):
         caption_epochs: int = 0,
         batch_size: int = 16,
         eval_batch_size: int | None = None,
+        val_questions: int | None = None,
         num_workers: int = 0,
     ) -> None:
         """Set where the clips are written and how batches are made.
@@ -110,6 +111,7 @@ class VideoShapesDataModule(VideoDataModule):
                 trainer.reload_dataloaders_every_n_epochs: 1.
             batch_size: Conversations per batch and device in training.
             eval_batch_size: Conversations per batch and device outside training; null: as batch_size.
+            val_questions: Number of questions that validation asks; null: all. As in ImageDataModule.
             num_workers: Processes that load batches; 0 loads in the main process.
         """
         super().__init__(
@@ -122,6 +124,7 @@ class VideoShapesDataModule(VideoDataModule):
             image=ImageOptions("keep", None),
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
+            val_questions=val_questions,
             num_workers=num_workers,
         )
         self.files["captions"] = f"{root}/captions.json"

@@ -18,7 +18,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_mm.data.collate import Batches, LoadedBatch
 from lit_mm.data.dataset import InstructionSet, Mixture, Split, Subset, shares_of
@@ -64,6 +64,7 @@ class ImageDataModule(LightningDataModule):
         tokens_per_batch: int | None = None,
         pixels_per_batch: int | None = None,
         eval_batch_size: int | None = None,
+        val_questions: int | None = None,
         max_length: int = 2048,
         image_first: bool = False,
         on_bad_record: Literal["error", "skip"] = "error",
@@ -87,6 +88,9 @@ class ImageDataModule(LightningDataModule):
             tokens_per_batch: Maximum positions of a training batch's packed sequence, including all scales.
             pixels_per_batch: Maximum pixels of a training batch's images and frames.
             eval_batch_size: Records per batch and device outside training; null: as batch_size, or 16.
+            val_questions: Number of questions that validation asks, for less time; null: all. They are those of
+                records in a random order that the seed fixes, the same in every epoch and on any number of
+                devices; the validation loss is that of these records.
             max_length: Maximum tokens of a conversation in training and validation, with images at the finest
                 scale. Longer ones are bad records; nothing is truncated. In every file, a record with more
                 positions than the LLM has is bad too, where a question counts with model.max_new_tokens. LLMs
@@ -102,7 +106,7 @@ class ImageDataModule(LightningDataModule):
         """
         super().__init__()
         limits = {"batch_size": batch_size, "tokens_per_batch": tokens_per_batch, "pixels_per_batch": pixels_per_batch}
-        for name, value in (limits | {"eval_batch_size": eval_batch_size}).items():
+        for name, value in (limits | {"eval_batch_size": eval_batch_size, "val_questions": val_questions}).items():
             if value is not None and value < 1:
                 raise ValueError(f"data.{name}: expected a positive number, found {value}")
         if num_workers < 0:
@@ -118,6 +122,7 @@ class ImageDataModule(LightningDataModule):
         }
         self.image_root, self.image = image_root, image
         self.eval_batch_size = eval_batch_size or batch_size or 16
+        self.val_questions = val_questions
         self.max_length, self.on_bad_record, self.image_first = max_length, on_bad_record, image_first
         self.num_workers, self.seed = num_workers, seed
         self.cache = Path(cache).expanduser() if cache else cache_folder()
@@ -143,6 +148,23 @@ class ImageDataModule(LightningDataModule):
                 self.sets[split] = self.sets.get(split) or self._read(split, split)
             elif stage != "fit" or split == "train":
                 raise ValueError(f"data.{split}: no file of records is set")
+        if self.val_questions and "val" in self.sets and "val" not in self.chosen:
+            self.chosen["val"] = self._drawn(self.sets["val"], self.val_questions)
+
+    def _drawn(self, mixture: Mixture, most: int) -> np.ndarray:
+        """Records in a fixed random order until they have so many questions; the last one may ask a part of its own."""
+        drawn, left = [], most
+        for record in np.random.default_rng([self.seed, most]).permutation(len(mixture)).tolist():
+            if not left:
+                break
+            drawn.append(record)
+            mixture.most[record] = left
+            left -= min(left, len(mixture.question_ids(record)))
+        asked = (
+            f"all {most - left} questions are asked" if left else f"{most} questions of {len(drawn)} records are asked"
+        )
+        rank_zero_info(f"data.val_questions {most}: {asked} in validation")
+        return np.sort(np.array(drawn, np.int64))
 
     def _read(self, name: str, split: Split) -> Mixture:
         """The sets of a split; the first process of each machine builds their tables."""

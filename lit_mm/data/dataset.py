@@ -274,10 +274,13 @@ class Mixture(Dataset):
     Args:
         sets: The sets.
         shares: Passes over each set per epoch.
+
+    Attributes:
+        most: The number of questions to ask of a record, where these are not all.
     """
 
     def __init__(self, sets: list[InstructionSet], shares: list[float]) -> None:
-        self.sets, self.shares = sets, shares
+        self.sets, self.shares, self.most = sets, shares, dict[int, int]()
         self.firsts = [0, *accumulate(len(each) for each in sets)]
         self.costs = sets[0].costs if len(sets) == 1 else RecordSizes.of(np.concatenate([s.table[:, 1:] for s in sets]))
 
@@ -286,7 +289,9 @@ class Mixture(Dataset):
 
     def __getitem__(self, record: int) -> Sample:
         number = bisect_right(self.firsts, record) - 1
-        return self.sets[number][record - self.firsts[number]]
+        sample = self.sets[number][record - self.firsts[number]]
+        sample.questions = sample.questions[: self.most.get(record)]
+        return sample
 
     def question_ids(self, record: int) -> list[str | int]:
         """The ids of a record's questions; no image is read."""

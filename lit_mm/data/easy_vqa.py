@@ -40,6 +40,7 @@ class EasyVQADataModule(ImageDataModule):
         caption_epochs: int = 0,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
+        val_questions: int | None = None,
         num_workers: int = 0,
     ) -> None:
         """Set where the records are written and how batches are made.
@@ -53,6 +54,7 @@ class EasyVQADataModule(ImageDataModule):
                 trainer.reload_dataloaders_every_n_epochs: 1.
             batch_size: Conversations per batch and device in training.
             eval_batch_size: Conversations per batch and device outside training; null: as batch_size.
+            val_questions: Number of questions that validation asks; null: all. As in ImageDataModule.
             num_workers: Processes that load batches; 0 loads in the main process.
         """
         super().__init__(
@@ -64,6 +66,7 @@ class EasyVQADataModule(ImageDataModule):
             image=ImageOptions(mode="squash", size=64),
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
+            val_questions=val_questions,
             num_workers=num_workers,
         )
         self.files["captions"] = f"{root}/captions.json"

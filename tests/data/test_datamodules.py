@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +60,43 @@ def test_validation_asks_every_question_alone(make):
     assert len(questions) == 8
     assert all((question.input_ids == IMAGE).sum() == 1 for question in questions)
     assert "yes" not in data.inputs.tokenizer.decode(questions[1].input_ids[questions[1].input_ids >= 0])
+
+
+def drawn(make, rank=0, ranks=1, **options) -> list[str]:
+    """The ids of the questions that validation asks on one rank, in two epochs."""
+    data = make(val="train.json", eval_batch_size=3, **options)
+    strategy = SimpleNamespace(barrier=lambda: None)
+    data.trainer = SimpleNamespace(
+        global_rank=rank, local_rank=rank, world_size=ranks, overfit_batches=0, strategy=strategy
+    )
+    data.setup("validate")
+    first, second = ([q.record for batch in data.val_dataloader() for q in batch.questions] for _ in range(2))
+    assert first == second
+    return first
+
+
+@pytest.mark.parametrize("asked", [1, 5, 9])
+def test_validation_of_some_questions(make, instruction_set, monkeypatch, asked):
+    """Exactly as many, always the same ones, whatever the number of ranks; others with another seed."""
+    monkeypatch.chdir(instruction_set)
+    every, some = drawn(make), drawn(make, val_questions=asked)
+    assert len({*some}) == asked == len(some)
+    assert {*some} < {*every} and some == [id for id in every if id in some]
+    for ranks in (2, 3):
+        shared = [id for rank in range(ranks) for id in drawn(make, rank, ranks, val_questions=asked)]
+        assert sorted(shared) == sorted(some)
+    assert any(drawn(make, val_questions=asked, seed=seed) != some for seed in range(1, 4))
+    assert drawn(make, val_questions=asked, num_workers=1) == some
+
+
+def test_validation_of_more_questions_than_there_are(make, instruction_set, monkeypatch):
+    said = []
+    monkeypatch.chdir(instruction_set)
+    monkeypatch.setattr("lit_mm.data.datamodules.rank_zero_info", said.append)
+    assert drawn(make, val_questions=500) == drawn(make)
+    assert said == ["data.val_questions 500: all 26 questions are asked in validation"]
+    with pytest.raises(ValueError, match="data.val_questions: expected a positive number, found 0"):
+        make(val_questions=0)
 
 
 def test_prediction_reads_questions_without_answers(make, instruction_set):
