@@ -95,7 +95,7 @@ def test_validation_of_more_questions_than_there_are(make, instruction_set, monk
     monkeypatch.setattr("lit_mm.data.datamodules.rank_zero_info", said.append)
     assert drawn(make, val_questions=500) == drawn(make)
     assert said == ["data.val_questions 500: all 26 questions are asked in validation"]
-    with pytest.raises(ValueError, match="data.val_questions: expected a positive number, found 0"):
+    with pytest.raises(ValueError, match=r"data\.val_questions: expected a positive number, found 0"):
         make(val_questions=0)
 
 
