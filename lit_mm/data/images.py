@@ -127,6 +127,8 @@ class ImageFile:
             yield
         except (MemoryError, RecordError):
             raise
+        except UnidentifiedImageError:  # whose text has the address of a buffer
+            raise self._fault(reason, "no image format that Pillow knows") from None
         except Image.DecompressionBombError as error:
             raise self._fault("too many pixels", str(error)) from None
         except UnidentifiedImageError:

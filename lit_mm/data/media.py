@@ -52,7 +52,7 @@ class MediaFolder:
 
     def _visual(self, record: Record, number: int, medium: Media, decode: bool) -> Visual:
         if medium.kind == "video" and self.video is None:
-            detail = f"video {medium.name}: expected images, VideoDataModule takes both"
+            detail = f"video {medium.name}: expected an image, as this takes no videos (VideoDataModule does)"
             raise RecordError(record.where, "unexpected video", detail)
         key: tuple
         source: Path | bytes

@@ -8,28 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from lit_mm import load
 from lit_mm.data.records import RecordError
 from lit_mm.inference.answering import Ask
-from tests.helpers.command_line import CONFIG, forked, lit_mm
+from tests.helpers.command_line import forked, lit_mm
 from tests.helpers.environment import ROOT
-from tests.helpers.records import write_instruction_set
+from tests.helpers.serving import trained_run
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """An instruction set and a run that was trained on it by the command line."""
-    folder = write_instruction_set(tmp_path_factory.mktemp("set").resolve())
-    config = yaml.safe_load(CONFIG)
-    config["trainer"]["default_root_dir"] = str(folder / "runs")
-    files = {split: str(folder / f"{split}.json") for split in ("train", "val")}
-    config["data"]["init_args"] |= {**files, "predict": str(folder / "ask.jsonl"), "image_root": str(folder)}
-    (folder / "exp.yaml").write_text(yaml.safe_dump(config))
-    lit_mm("fit", "--config", str(folder / "exp.yaml"))
-    return folder
+    return trained_run(tmp_path_factory.mktemp("set")).parent.parent
 
 
 @pytest.fixture(scope="module")
