@@ -438,12 +438,12 @@ class LitMatryoshka(LightningModule):
         return answers
 
     def _judge(self, split: Literal["val", "test"], batch: Batch) -> None:
-        expected = [question.references[0] if question.references else "" for question in batch.questions]
+        references = [question.references or ("",) for question in batch.questions]
         answers = self.answers(batch)
         for place, scale in enumerate(self.asked_scales):
             metric = cast(ExactMatch, self.accuracy[f"{split}_{scale}"])
-            metric.update([own[place].text for own in answers], expected)
-            self.log(f"{split}/accuracy@{scale}", metric, on_step=False, on_epoch=True, batch_size=len(expected))
+            metric.update([own[place].text for own in answers], references)
+            self.log(f"{split}/accuracy@{scale}", metric, on_step=False, on_epoch=True, batch_size=len(references))
 
     def _log_losses(self, split: Literal["train", "val"], losses: Losses, batch: Batch) -> None:
         """Log the mean losses of this rank's batch: `train/loss`, and `train/loss@16`, … of the drawn scales.
