@@ -127,11 +127,9 @@ class ImageFile:
             yield
         except (MemoryError, RecordError):
             raise
-        except UnidentifiedImageError:  # whose text has the address of a buffer
-            raise self._fault(reason, "no image format that Pillow knows") from None
         except Image.DecompressionBombError as error:
             raise self._fault("too many pixels", str(error)) from None
-        except UnidentifiedImageError:
+        except UnidentifiedImageError:  # whose text has the address of a buffer
             raise self._fault(reason, "none of Pillow's formats") from None
         except Exception as error:
             raise self._fault(reason, f"{type(error).__name__}: {error}") from None
