@@ -74,6 +74,13 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def limited(file: Path, most: int) -> bytes:
+    """The whole content of a file of at most `most` bytes; larger ones are refused."""
+    if (size := file.stat().st_size) > most:
+        raise ValueError(f"{file}: {size} bytes, expected at most {most}, as it is read into memory")
+    return file.read_bytes()
+
+
 def head_of(path: str) -> bytes:
     """The first bytes of a file; compressed files are refused."""
     with Path(path).open("rb") as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,21 @@ def _hub_name(path: str) -> re.Match | None:
     return re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?", path)
 
 
-def open_parquet(name: str, paths: list[str], cache: Path) -> Source:
-    """Parquet files, converted to Arrow in the cache once and memory-mapped from there."""
+def open_parquet(name: str, paths: list[str], cache: Path, columns: Collection[str] = SHOWN_BY.values()) -> Table:
+    """Parquet files, converted to Arrow in the cache once and memory-mapped from there.
+
+    Args:
+        name: What errors call the files.
+        paths: The files.
+        cache: The folder for Arrow files.
+        columns: Columns of which the files must have one; empty: any will do.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     shapes = [_shape_of(path) for path in paths]
     for path, (found, _) in zip(paths, shapes, strict=True):
-        _check_columns(path, found)
+        _check_columns(path, found, columns)
         if found != (first := shapes[0][0]):
             expected = f"the columns of {paths[0]}, {', '.join(first)}"
             raise ValueError(f"{path}: expected {expected}, found {', '.join(found)}")
@@ -47,7 +55,7 @@ def open_parquet(name: str, paths: list[str], cache: Path) -> Source:
         dataset = load_dataset("parquet", data_files=filled, split="train", cache_dir=str(cache))
     except DatasetGenerationError as error:
         raise ValueError(f"{name}: not readable as parquet: {error.__cause__ or error}") from error
-    return _Table(name, dataset, fingerprint)
+    return Table(name, dataset, fingerprint, columns)
 
 
 def open_dataset(path: str, cache: Path) -> Source:
@@ -83,7 +91,7 @@ def _saved_dataset(path: str) -> Source:
         dataset = load_from_disk(path)
     except (ArrowException, OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: expected a dataset as save_to_disk writes it: {error}") from error
-    return _Table(path, dataset, digest("dataset", stamps))
+    return Table(path, dataset, digest("dataset", stamps))
 
 
 def _hub_dataset(path: str, name: str, split: str, cache: Path) -> Source:
@@ -97,7 +105,7 @@ def _hub_dataset(path: str, name: str, split: str, cache: Path) -> Source:
         raise ConnectionError(f"{path}: no such file or folder, and not in the cache {cache}: {error}") from error
     except (DatasetsError, ValueError, OSError) as error:
         raise ValueError(f"{path}: the hub's dataset {name} cannot be read: {error}") from error
-    return _Table(path, dataset, digest("hub", dataset._fingerprint))
+    return Table(path, dataset, digest("hub", dataset._fingerprint))
 
 
 def _ask_hub(path: str, name: str) -> None:
@@ -118,12 +126,12 @@ def _ask_hub(path: str, name: str) -> None:
         ) from error
 
 
-class _Table(Source):
+class Table(Source):
     """Rows of a dataset, read as Arrow, where images are still the bytes of their files."""
 
-    def __init__(self, name: str, dataset: Any, fingerprint: str) -> None:
+    def __init__(self, name: str, dataset: Any, fingerprint: str, columns: Collection[str] = SHOWN_BY.values()) -> None:
         self.name, self.fingerprint, self.rows = name, fingerprint, dataset.with_format("arrow")
-        _check_columns(name, dataset.column_names)
+        _check_columns(name, dataset.column_names, columns)
         if not len(self):
             raise ValueError(f"{name}: contains no records")
 
@@ -134,7 +142,7 @@ class _Table(Source):
         return placed(f"{self.name}, record {number}", self.rows[number].to_pylist()[0])
 
 
-def _check_columns(name: str, found: list[str]) -> None:
-    if not set(SHOWN_BY.values()) & set(found):
-        expected = " or ".join(SHOWN_BY.values())
+def _check_columns(name: str, found: list[str], columns: Collection[str]) -> None:
+    if columns and not set(columns) & set(found):
+        expected = " or ".join(columns)
         raise ValueError(f"{name}: expected a column {expected}, found the columns {', '.join(found) or 'none'}")
