@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
@@ -17,13 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_mm.data.chat import Conversation
-from lit_mm.data.collate import Sample, collate
+from lit_mm.data.collate import Sample, Visual, collate
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.media import MediaFolder
 from lit_mm.data.records import MARKERS, Kind, Media, Record, RecordError
 from lit_mm.data.video import VideoOptions
 from lit_mm.inference.decoding import Decoding, settings
 from lit_mm.inference.generation import Asked, Generated, generate_each
+from lit_mm.inference.memory import Memory
 from lit_mm.inference.prompts import prompt_length
 from lit_mm.inference.scoring import score
 from lit_mm.model.batch import Images, Question
@@ -192,6 +193,7 @@ class Model:
         tokens: int | str | Scale | Sequence[int | str | Scale] | None = None,
         seed: int = 0,
         emit: Callable[[int, Scale, Generated, bool], bool | None] | None = None,
+        memory: Memory | None = None,
         **options: Any,
     ) -> list[dict[str, Answer]]:
         """Answer many questions in one batch; equal images are encoded once.
@@ -202,6 +204,7 @@ class Model:
             seed: Of sampling.
             emit: Called after every token with the question's number, the scale, the answer so far, and whether
                 that is all. Returning False drops this answer.
+            memory: What a conversation keeps, for one question at one scale.
             options: As for `answer`.
 
         Returns:
@@ -210,11 +213,16 @@ class Model:
         start = time.perf_counter()
         named: list[Any] = tokens if isinstance(tokens, list) else [tokens]
         scales = list(dict.fromkeys(scale for each in named for scale in self.scales_of(each)))
-        prompts = [self.prompt(ask, scales, seed, f"question {number}") for number, ask in enumerate(asks, 1)]
-        return self.answers_to(prompts, emit, start, **options)
+        prompts = [self.prompt(ask, scales, seed, f"question {number}", memory) for number, ask in enumerate(asks, 1)]
+        return self.answers_to(prompts, emit, start, memory, **options)
 
     def prompt(
-        self, ask: Ask, scales: Sequence[Scale] | None = None, seed: int = 0, where: str = "question 1"
+        self,
+        ask: Ask,
+        scales: Sequence[Scale] | None = None,
+        seed: int = 0,
+        where: str = "question 1",
+        memory: Memory | None = None,
     ) -> Prompt:
         """Make a question ready to be answered: decode its images, encode its text.
 
@@ -223,12 +231,13 @@ class Model:
             scales: Where it will be answered; None: at the finest scale.
             seed: Of sampling.
             where: What errors call it.
+            memory: As for `answers`.
 
         Raises:
             ValueError: An empty question, or an image that the scales do not fit.
             RecordError: Images that cannot be read, or that do not match the question's markers.
         """
-        sample = self._sample(self._record(ask, where))
+        sample = self._sample(self._record(ask, where), memory)
         for visual in sample.visuals:
             self.grids(*visual.pixels.shape[-2:])
         return Prompt(sample, list(scales or self.scales[:1]), seed)
@@ -252,6 +261,7 @@ class Model:
         prompts: Sequence[Prompt],
         emit: Callable[[int, Scale, Generated, bool], bool | None] | None = None,
         start: float | None = None,
+        memory: Memory | None = None,
         **options: Any,
     ) -> list[dict[str, Answer]]:
         """Answer prompts in one batch, each at its own scales.
@@ -260,6 +270,7 @@ class Model:
             prompts: As `prompt` makes them.
             emit: As for `answers`.
             start: Where times begin, by `time.perf_counter`; None: now.
+            memory: As for `answers`.
             options: As for `answer`.
 
         Returns:
@@ -276,7 +287,12 @@ class Model:
             times[place].append(time.perf_counter() - start)
             return emit(*places[place], answer, is_all) if emit else None
 
-        found = generate_each(self.vlm, images, asked, config, [self.conversation.end_id], self.tokenizer, emit=note)
+        kept: dict[str, Any] = {}
+        if memory:
+            nested = memory.encoded(self.vlm, prompts[0].sample.visuals)
+            kept = {"nested": nested, "past": memory.past(asked[0].scale)}
+        ends = [self.conversation.end_id]
+        found = generate_each(self.vlm, images, asked, config, ends, self.tokenizer, emit=note, **kept)
         answers: list[dict[str, Answer]] = [{} for _ in prompts]
         for (number, scale), answer, own in zip(places, found, times, strict=True):
             answers[number][str(scale)] = _answer(answer, scale, own)
@@ -329,17 +345,22 @@ class Model:
         turns = self._with_markers([*ask.history, ask.question], media, where)
         return Record(where, media, tuple(turns), where, ask.system)
 
-    def _sample(self, record: Record) -> Sample:
-        visuals = [
-            replace(visual, key=hashlib.blake2b(medium.data or b"", digest_size=16).digest())
-            for visual, medium in zip(self.media.visuals(record), record.media, strict=True)
-        ]
+    def _sample(self, record: Record, memory: Memory | None = None) -> Sample:
+        visuals = self._visuals(record, memory.visuals if memory else {})
         labels = [visual.labels for visual in visuals]
         *history, text = record.turns
         made = self.conversation.prompt(text, record.where, labels, record.system, history)
         ids, _, time_scale = made.tensors(bool(self.vlm.time_scales))
         index = list(range(sum(len(visual.pixels) for visual in visuals)))
         return Sample(visuals, questions=[Question(record.id, text, ids, index, time_scale=time_scale)])
+
+    def _visuals(self, record: Record, known: dict[Hashable, Visual]) -> list[Visual]:
+        """The record's images and videos; unknown ones are decoded and become known."""
+        keys = [hashlib.blake2b(medium.data or b"", digest_size=16).digest() for medium in record.media]
+        new = {key: medium for key, medium in zip(keys, record.media, strict=True) if key not in known}
+        made = self.media.visuals(replace(record, media=tuple(new.values())))
+        known |= {key: replace(visual, key=key) for key, visual in zip(new, made, strict=True)}
+        return [known[key] for key in keys]
 
     def _on_device(self, samples: Sequence[Sample]) -> tuple[Images, list[Question]]:
         """The samples' images, equal ones once, and their questions."""
@@ -372,12 +393,14 @@ class Chat:
         images: Images and videos so far.
         turns: Questions and answers so far.
         system: System message.
+        memory: Encoded images, and keys and values, of the turns so far.
     """
 
     model: Model
     images: list[Picture]
     turns: list[str] = field(default_factory=list)
     system: str | None = None
+    memory: Memory = field(default_factory=Memory, repr=False)
 
     def ask(
         self, question: str, images: Sequence[Picture] = (), tokens: int | str | Scale | None = None, **options: Any
@@ -390,6 +413,7 @@ class Chat:
         shown = [*self.images, *images]
         if tokens == "all":
             raise ValueError("tokens all: a conversation goes on from one answer, name one scale")
+        options["memory"] = self.memory
         answer: Answer = self.model.answer(shown, question, tokens, self.turns, self.system, **options)
         self.images, self.turns = shown, [*self.turns, question, answer.text]
         return answer

@@ -110,6 +110,31 @@ class Asked:
     seed: int = 0
 
 
+@dataclass
+class Past:
+    """Keys and values of a prompt and its answer, for the next prompt that begins alike.
+
+    Args:
+        codes: [T] what they are of, as `prompts.prompt_codes` makes it.
+        cache: None: there are none.
+    """
+
+    codes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    cache: Cache | None = None
+
+    def take(self, codes: Tensor) -> tuple[Cache | None, int]:
+        """Take out the keys and values of what a prompt [T] begins with, at most all before its last position, and
+        their number. Whoever uses them gives them back when they are whole."""
+        cache, self.cache = self.cache, None
+        most = min(len(self.codes), len(codes) - 1)
+        differ = (self.codes[:most] != codes[:most]).nonzero()
+        length = int(differ[0]) if len(differ) else most
+        if cache is None or not length:
+            return None, 0
+        cache.crop(length)
+        return cache, length
+
+
 @torch.no_grad()  # tensors of inference mode do not work with sharded parameters
 def generate_each(
     vlm: MatryoshkaVLM,
@@ -121,8 +146,10 @@ def generate_each(
     nested: Tensor | None = None,
     emit: Emit | None = None,
     encodings: int = 0,
+    past: Past | None = None,
 ) -> list[Generated]:
-    """Answer questions in one batch, each at its own scale; otherwise like `generate`."""
+    """Answer questions in one batch, each at its own scale; otherwise like `generate`. One question alone can begin
+    with a past, which then goes on with its answer; an LLM that cannot be packed leaves it as it is."""
     if not asked and not vlm.sharded:
         return []
     if unknown := [str(own.scale) for own in asked if own.scale not in vlm.all_scales]:
@@ -133,7 +160,7 @@ def generate_each(
     nothing = Question("", "", torch.tensor([all_ends[0]], device=nested.device), [])
     decoded = list(asked) or [Asked(nothing, vlm.all_scales[0])]
     codes = [torch.from_numpy(prompt_codes(vlm, images, own.question, own.scale)) for own in decoded]
-    decoder = Decoder(vlm, nested, codes, list(map(_seed_of, decoded)), config, all_ends, tokenizer, emit, start)
+    decoder = Decoder(vlm, nested, codes, list(map(_seed_of, decoded)), config, all_ends, tokenizer, emit, start, past)
     return vlm.run(lambda _: decoder.run())[: len(asked)]
 
 
@@ -156,6 +183,7 @@ class Decoder:
         tokenizer: For texts and stop strings.
         emit: See `Emit`.
         start: When the call began, by `time.perf_counter`.
+        past: What an only prompt may begin with.
     """
 
     def __init__(
@@ -169,8 +197,11 @@ class Decoder:
         tokenizer: PreTrainedTokenizerBase | None = None,
         emit: Emit | None = None,
         start: float = 0.0,
+        past: Past | None = None,
     ) -> None:
-        self.start = start
+        if past is not None and len(codes) != 1:
+            raise ValueError(f"a past goes with one prompt, found {len(codes)}")
+        self.start, self.past = start, past
         self.vlm, self.nested, self.config, self.ends, self.tokenizer = vlm, nested, config, list(ends), tokenizer
         self.emit, self.stops, self.device = emit, list(config.stop_strings or []), nested.device
         if self.stops and tokenizer is None:
@@ -206,21 +237,29 @@ class Decoder:
             logits = self._step() if self.numbers else self._idle()
         for number in self.numbers:
             self._end(number, "length")
+        if self.past and self.answers[0].finish != "error":
+            self.past.codes = torch.cat([self.codes[0], self.made[0, :-1].cpu()])  # the last token has no keys yet
+            self.past.cache = self.cache
 
     def _prefill(self) -> Tensor:
         """Run all prompts at once; keep each one's keys and values, padded on the left; return its next logits."""
+        cache, length = self.past.take(self.codes[0]) if self.past else (None, 0)
+        if cache is not None:
+            codes = self.codes[0][None].to(self.device)  # [1, T]
+            self.mask, self.cache = torch.ones_like(codes), cache
+            return self._run(codes[:, length:])
         packed = pack_prompts([self.codes[number].numpy() for number in self.numbers])
         packed.codes, packed.position_ids = packed.codes.to(self.device), packed.position_ids.to(self.device)
         packed.layout = apply_to_collection(packed.layout, Tensor, Tensor.to, self.device)
-        cache = DynamicCache()
-        hidden = run(self.vlm, self.nested, packed, cache)
+        new = DynamicCache()
+        hidden = run(self.vlm, self.nested, packed, new)
         left: Any = {"batch_first": True, "padding_side": "left"}
         self.mask = pad_sequence([torch.ones_like(own) for own in packed.index], **left).to(self.device)  # [B, T]
         # [B, T] positions in the packed sequence; padding repeats the prompt's own first one, as the keys and values
         # of another prompt could be NaN, and 0 × NaN is NaN
         index = pad_sequence([own - own[0] for own in packed.index], **left)
         index = (index + torch.stack([own[0] for own in packed.index])[:, None]).to(self.device)
-        self.cache = each_layer(cache, lambda x: x[0][:, index].transpose(0, 1))  # [1, heads, L, d] -> [B, heads, T, d]
+        self.cache = each_layer(new, lambda x: x[0][:, index].transpose(0, 1))  # [1, heads, L, d] -> [B, heads, T, d]
         return logits_of(self.vlm, hidden[index[:, -1]])
 
     def _take(self, logits: Tensor) -> list[int]:
@@ -306,9 +345,13 @@ class Decoder:
     def _step(self) -> Tensor:
         """Run the LLM on every sequence's last token; return the next logits [B, vocabulary]."""
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)  # [B, T + 1]
+        return self._run(self.made[:, -1:])
+
+    def _run(self, codes: Tensor) -> Tensor:
+        """Run the LLM on what follows the cache, [B, t] of the mask's [B, T]; return the next logits."""
         output = cast(Any, self.vlm.llm).base_model(
-            inputs_embeds=embed(self.vlm, self.nested, self.made[:, -1:]),
-            position_ids=self.mask.sum(1, keepdim=True) - 1,
+            inputs_embeds=embed(self.vlm, self.nested, codes),
+            position_ids=self.mask.cumsum(1)[:, -codes.shape[1] :] - 1,
             attention_mask=self.mask,
             past_key_values=self.cache,
             use_cache=True,
@@ -395,6 +438,11 @@ class RoomyLayer(DynamicLayer):
             buffer[:, :, start : self.length] = new
         self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
         return self.keys, self.values
+
+    def crop(self, max_length: int) -> None:
+        """Keep the first tokens."""
+        self.length = min(self.length, max_length)
+        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
 
 
 def each_layer(cache: Cache, change: Callable[[Tensor], Tensor]) -> Cache:
