@@ -9,12 +9,14 @@ from pathlib import PurePosixPath
 from typing import Any
 
 FIELD = re.compile(r"\{([^{}]+)\}")
-FILTERS: dict[str, Callable[[str], str]] = {
+FILTERS: dict[str, Callable[[str], str | int]] = {
     "name": lambda path: PurePosixPath(path).name,
     "top": lambda path: PurePosixPath(path).parts[0],
     "capitalize": str.capitalize,
+    "int": int,
 }
-"""What may follow a field's name: the last or first part of a path, or the text with a capital first letter only."""
+"""What may follow a field's name: the last or first part of a path, the text with its first letter as the only
+capital one, or a whole number."""
 
 
 class MissingField(ValueError):
@@ -59,7 +61,8 @@ def value_of(name: str, record: Mapping[str, Any]) -> Any:
     path, *filters = name.split("|")
     value = record[path] if path in record else _inner(path, record)
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        raise MissingField(f"field {path}: expected a value, found {'null' if path in record else sorted(record)}")
+        found = "null" if path in record else f"the fields {', '.join(record)}"
+        raise MissingField(f"{path}: expected a value, found {found:.300}")
     for each in filters:
         if each not in FILTERS:
             raise ValueError(f"{{{name}}}: unknown filter {each}, expected one of {', '.join(FILTERS)}")

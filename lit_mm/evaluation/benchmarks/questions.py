@@ -124,12 +124,14 @@ class Questions(Source):
 
     def _prompt(self, row: Row) -> str:
         definition, layout = self.definition, self.layout
-        question = text(layout.question, row).replace(definition.remove or "\0", "").strip()
+        question = text(layout.question, row)
+        if definition.remove:
+            question = question.replace(definition.remove, "")
         options = [
             text(definition.option, {"letter": letter, "text": option})
             for letter, option in zip(ascii_uppercase, self.options(row), strict=False)
         ]
-        parts = {"question": question, "context": or_empty(layout.context, row), "options": "\n".join(options)}
+        parts = {"question": question.strip(), "context": or_empty(layout.context, row), "options": "\n".join(options)}
         return text(definition.prompt, {**row, **parts})
 
     def options(self, row: Row) -> list[str]:

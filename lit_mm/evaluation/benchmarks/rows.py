@@ -196,7 +196,7 @@ def _join(found: Rows, join: Join, files: list[Path], layout: Layout) -> None:
             return
         raise FileNotFoundError(f"{files[0]}: no {' or '.join(as_list(join.files))} in {files[0].parent}")
     theirs = _by_key(others[0], join)
-    keys = [text(join.by, row) for row in found.rows]
+    keys = [_key(place, join.by, row) for place, row in zip(found.places, found.rows, strict=True)]
     if join.unmatched == "error" and (alone := [key for key in keys if key not in theirs]):
         raise ValueError(_of_another_split(others[0], files[0], alone, len(keys)))
     if join.unused == "error" and (unused := theirs.keys() - set(keys)):
@@ -208,14 +208,18 @@ def _join(found: Rows, join: Join, files: list[Path], layout: Layout) -> None:
 def _by_key(file: Path, join: Join) -> dict[str, Row]:
     found: dict[str, Row] = {}
     for number, row in enumerate(_rows_of(file, join)):
-        try:
-            key = text(join.key, row)
-        except ValueError as error:
-            raise RecordError(f"{file}, record {number}", "missing field", str(error)) from None
+        key = _key(f"{file}, record {number}", join.key, row)
         if key in found:
             raise ValueError(f"{file}, record {number}: {join.key} {key!r:.80}: expected once, found twice")
         found[key] = row
     return found
+
+
+def _key(place: str, template: str, row: Row) -> str:
+    try:
+        return text(template, row)
+    except ValueError as error:
+        raise RecordError(place, "missing field", str(error)) from None
 
 
 def _of_another_split(lacks: Path, has: Path, keys: list[str], count: int) -> str:

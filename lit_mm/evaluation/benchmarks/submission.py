@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -78,12 +79,24 @@ def _value(template: str, row: Mapping[str, Any]) -> Any:
 
 
 def _write_table(file: Path, rows: list[dict[str, Any]]) -> None:
-    import pandas
-
-    table = pandas.DataFrame(rows)
+    table = [list(rows[0]), *(list(row.values()) for row in rows)]
     if file.suffix == ".tsv":
-        return table.to_csv(file, sep="\t", index=False)
+        with file.open("w", newline="", encoding="utf-8") as opened:
+            csv.writer(opened, delimiter="\t", lineterminator="\n").writerows(table)
+    else:
+        _write_excel(file, table)
+
+
+def _write_excel(file: Path, table: list[list[Any]]) -> None:
     try:
-        return table.to_excel(file, index=False, engine="openpyxl")
+        from openpyxl import Workbook
+        from openpyxl.utils.escape import escape
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{file.name}: the server wants an Excel file: pip install openpyxl") from error
+    book = Workbook()
+    for number, row in enumerate(table, 1):
+        for column, value in enumerate(row, 1):
+            cell = book.active.cell(number, column, escape(value) if isinstance(value, str) else value)
+            if isinstance(value, str):
+                cell.data_type = "s"  # an answer that begins with = is no formula
+    book.save(file)

@@ -11,7 +11,6 @@ from lit_mm.data.media import MediaFolder
 from lit_mm.data.records import parse
 from lit_mm.evaluation.benchmarks import BENCHMARKS, load_benchmark, split_name
 from lit_mm.evaluation.metrics import METRICS
-from tests.helpers import benchmark_files
 from tests.helpers.benchmark_files import pixels, write_parquet
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -159,19 +158,6 @@ EXPECTED = {
     ],
     "easy_vqa": [(0, "what is the red shape?", ["triangle"], "images/0.png"), 2],
 }
-
-
-@pytest.fixture
-def files(tmp_path):
-    """Writes a benchmark's files; returns their folder."""
-
-    def write(name: str) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        getattr(benchmark_files, name)(folder)
-        return folder
-
-    return write
 
 
 def fields(item):
