@@ -233,7 +233,7 @@ def draw_needed(axes: Axes, result: Result) -> None:
     ]
     bars = axes.bar(range(len(shares)), shares, 0.72, color=[*_shades(len(rows)), "#cfcfcf"], zorder=2)
     axes.bar_label(bars, [f"{share:.1f}" for share in shares], padding=2, fontsize=10)
-    axes.set_xticks(range(len(shares)), [*(row["scale"] for row in rows), "no scale\nis right"])
+    axes.set_xticks(range(len(shares)), [*(row["scale"] for row in rows), "none"], fontsize=11 if len(rows) < 8 else 9)
     axes.tick_params(axis="x", length=0)
     axes.margins(y=0.15)
     axes.grid(axis="y", color="#e5e5e5", zorder=0)
@@ -256,7 +256,12 @@ def draw_types(axes: Axes, result: Result) -> None:
     axes.set_xlim(0, 100)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("questions (%)")
-    axes.set_title("… by question type, and the oracle's mean tokens", loc="left", fontsize=12)
+    among = (
+        "type"
+        if len(shown) == len(result["types"])
+        else f"type, the {MOST_TYPES} most frequent of {len(result['types'])}"
+    )
+    axes.set_title(f"… by question {among}; right: the oracle's mean tokens", loc="left", fontsize=12)
 
 
 def _shades(count: int) -> list[Any]:
