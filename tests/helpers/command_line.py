@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.environment import ROOT, TOKENIZER
+from tests.helpers.environment import ROOT, TOKENIZER, environment_of, free_port
 
 CONFIG = f"""
 seed_everything: 3
@@ -61,22 +61,32 @@ def lit_mm_anew(*arguments: str) -> str:
     return done.stdout
 
 
-def forked(arguments: list[str], log: Path, seconds: float = 300) -> tuple[int, str]:
-    """A command in such a process: its exit status and what it printed."""
-    process = SERVER.Process(target=main_of, args=(arguments, str(log)))
+def forked(arguments: list[str], log: Path, ranks: int = 1, seconds: float = 300) -> tuple[int, str]:
+    """A command in such a process, or in one for each rank as torchrun starts them: the first exit status that is not
+    0, and what they printed."""
+    logs = [log.with_suffix(f".{rank}.txt") for rank in range(ranks)]
+    port = free_port()
+    processes = [
+        SERVER.Process(target=main_of, args=(arguments, str(own), environment_of(rank, ranks, port)))
+        for rank, own in enumerate(logs)
+    ]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in OFFLINE.items():  # for the server, which the first process starts
             patch.setenv(name, value)
-        process.start()
-    process.join(seconds)
-    return process.exitcode, log.read_text()
+        for process in processes:
+            process.start()
+    for process in processes:
+        process.join(seconds)
+    statuses = [process.exitcode for process in processes]
+    return next(filter(None, statuses), statuses[-1]), "".join(own.read_text() for own in logs)
 
 
-def main_of(arguments: list[str], log: str) -> None:
+def main_of(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     """What the process does."""
     with Path(log).open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    os.environ |= environment
     os.chdir(ROOT)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # as on the command line, for the loader's processes
