@@ -153,7 +153,7 @@ class Answering:
         """What was measured beside what must be computed and read."""
         costs, width, further = Costs(self.vlm), self.dtype.itemsize, self.new_tokens - 1
         answers = {n: costs.answer(self.size, n, self.prompt, self.new_tokens, width=width) for n in self.scales}
-        counts = {name: own.total * width for name, own in costs.parameters.items()}
+        counts = {name: count * width for name, count in costs.parameters.items()}
         image = answers[0].prefill
         flops = image.encoder.forward + image.projector.forward
         found = [part("encode", None, flops, counts["encoder"] + counts["projector"], seconds["encode"], roof)]

@@ -27,7 +27,7 @@ from functools import partial
 from itertools import chain
 from math import prod
 from operator import add
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +44,18 @@ Size = tuple[int, int]
 """Height and width."""
 
 
+class Summed:
+    """Dataclasses that are added, and multiplied by a number, field by field."""
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*map(add, vars(self).values(), vars(other).values()))
+
+    def __mul__(self, count: int) -> Self:
+        return type(self)(*(value * count for value in vars(self).values()))
+
+
 @dataclass(frozen=True)
-class Flops:
+class Flops(Summed):
     """FLOPs of some computation.
 
     Args:
@@ -63,15 +73,9 @@ class Flops:
         """Forward and backward, without recomputation."""
         return self.forward + self.backward
 
-    def __add__(self, other: Flops) -> Flops:
-        return Flops(*map(add, vars(self).values(), vars(other).values()))
-
-    def __mul__(self, count: int) -> Flops:
-        return Flops(*(flops * count for flops in vars(self).values()))
-
 
 @dataclass(frozen=True)
-class ModelFlops:
+class ModelFlops(Summed):
     """FLOPs by part of the model; `head` is the LLM's output head, which runs on positions with a label."""
 
     encoder: Flops = Flops()
@@ -83,31 +87,6 @@ class ModelFlops:
     def total(self) -> Flops:
         """The sum over all parts."""
         return self.encoder + self.projector + self.llm + self.head
-
-    def __add__(self, other: ModelFlops) -> ModelFlops:
-        return ModelFlops(*map(add, vars(self).values(), vars(other).values()))
-
-    def __mul__(self, count: int) -> ModelFlops:
-        return ModelFlops(*(flops * count for flops in vars(self).values()))
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Number of a part's distinct parameters; a tied head counts once.
-
-    Args:
-        total: All parameters.
-        training: Trainable parameters.
-    """
-
-    total: int
-    training: int
-
-    @classmethod
-    def of(cls, *modules: nn.Module) -> Parameters:
-        """Count the parameters of modules together."""
-        distinct = {id(p): p for module in modules for p in module.parameters()}.values()
-        return cls(sum(p.numel() for p in distinct), sum(p.numel() for p in distinct if p.requires_grad))
 
 
 @dataclass(frozen=True)
@@ -170,9 +149,11 @@ class Costs:
         self.language = LanguageCosts(vlm.llm, "llm" in checkpointed)
         self.encoding = EncoderCosts(vlm.encoder, "encoder" in checkpointed)
         self.encoder, self.scales = self.encoding.encoder, vlm.projector.scales
-        self.parameters = {part: Parameters.of(getattr(vlm, part)) for part in ("encoder", "projector", "llm")}
-        layers, trains = on_meta(vlm.projector.layers), self.parameters["encoder"].training > 0
-        self.projector = counted(layers, 1, vlm.encoder.num_features, gradient=trains).linear
+        self.parameters = {part: count_parameters(getattr(vlm, part)) for part in ("encoder", "projector", "llm")}
+        encoder, projector = (count_parameters(part, trained=True) > 0 for part in (vlm.encoder, vlm.projector))
+        self.visual_trains = encoder or projector
+        layers = on_meta(vlm.projector.layers)
+        self.projector = counted(layers, 1, vlm.encoder.num_features, gradient=encoder).linear
 
     @classmethod
     def if_known(cls, vlm: MatryoshkaVLM, checkpointed: Collection[Literal["encoder", "llm"]] = ()) -> Costs | None:
@@ -207,8 +188,7 @@ class Costs:
             visual: Whether some tokens are visual. If so, and if the encoder or projector trains, a gradient
                 flows through the whole LLM even if it is frozen.
         """
-        trains = self.parameters["encoder"].training + self.parameters["projector"].training
-        return self.language.flops(tokens, pairs, labels, visual and trains > 0)
+        return self.language.flops(tokens, pairs, labels, visual and self.visual_trains)
 
     def row(self, segments: Sequence[Segment], labels: int) -> ModelFlops:
         """The LLM on a packed sequence, without encoding its images."""
@@ -344,6 +324,14 @@ class LanguageCosts:
         token, pair = (with_recompute(*each) for each in zip(plain, again, strict=True))
         trains = gradient or any(p.requires_grad for p in self.llm.base_model.parameters())
         return token, pair, counted(head, 1, 1, width, gradient=trains).linear
+
+
+def count_parameters(module: nn.Module, trained: bool = False) -> int:
+    """Number of parameters, or of those that train, over all ranks if sharded. A tied head counts once, and a
+    quantized weight as the numbers it stands for: bitsandbytes packs two into a byte."""
+    counted = [parameter for parameter in module.parameters() if parameter.requires_grad or not trained]
+    shapes = [getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape) for parameter in counted]
+    return sum(shape.numel() for shape in shapes)
 
 
 @torch.inference_mode(False)

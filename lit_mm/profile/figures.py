@@ -31,7 +31,6 @@ def figures_of(experiment: Experiment, prompt: int, new_tokens: int, timer: Time
         timer: Times each scale; None: nothing is timed.
     """
     costs, width = Costs(experiment.build().requires_grad_(False)), getattr(torch, experiment.dtype).itemsize
-    parameters = {part: counts.total for part, counts in costs.parameters.items()}
     trained = experiment.build()
     apply_parts(trained, experiment.model.parts)
     training = Costs(trained, experiment.model.activation_checkpointing)
@@ -59,9 +58,9 @@ def figures_of(experiment: Experiment, prompt: int, new_tokens: int, timer: Time
         "name": experiment.name,
         "encoder": type(experiment.encoder).__name__,
         "llm": experiment.model.llm.name_or_path,
-        "parameters": parameters,
+        "parameters": costs.parameters,
         "dtype": experiment.dtype,
-        "weight_bytes": sum(parameters.values()) * width,
+        "weight_bytes": sum(costs.parameters.values()) * width,
         "prompt_tokens": prompt,
         "new_tokens": new_tokens,
         "sizes": [at(size) for size in experiment.sizes],

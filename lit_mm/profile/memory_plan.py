@@ -277,35 +277,34 @@ class Gathering:
     def __init__(self, ledger: Ledger, model: nn.Module, units: Sequence[nn.Module]) -> None:
         inner = {id(parameter) for unit in units for parameter in unit.parameters()}
         self.ledger, self.root = ledger, [p for p in model.parameters() if id(p) not in inner]
-        self.of_root, self.of_unit, self.others = nbytes(self.root), 0, 0
+        self.held = {"root": nbytes(self.root), "unit": 0, "others": 0}  # bytes; unit: its gradients
         self.order: list[nn.Module] = []
         self.at_work: nn.Module | None = None
         for parameter in model.parameters():
             if parameter.requires_grad:
-                wait = self._wait_in_unit if id(parameter) in inner else self._wait_in_root
-                parameter.register_post_accumulate_grad_hook(wait)
+                place = "unit" if id(parameter) in inner else "root"
+                parameter.register_post_accumulate_grad_hook(lambda p, place=place: self._add(place, p.nbytes))
         for unit in units:
             unit.register_forward_pre_hook(lambda unit, inputs: self._works(unit))
             unit.register_forward_hook(lambda unit, inputs, outputs: self._follow(unit, outputs))
 
     def end(self) -> None:
         """The backward pass is over: the remaining gradients are reduced, the root's last."""
-        self._hold(self._sent())
-        self.of_unit = 0
-        self._hold(in_float32(self.root))
-        self.of_root = 0
-        self._hold(0)
+        self._hold(others=self._sent())
+        self._hold(unit=0, others=in_float32(self.root))
+        self._hold(root=0, others=0)
 
     def _works(self, unit: nn.Module) -> None:
         weights = nbytes(unit.parameters())
         if self.ledger.phase == "forward":
             self.order.append(unit)
-            self._hold(2 * weights)
+            self._hold(others=2 * weights)
         elif unit is not self.at_work:
             sent, number = self._sent(), self.order.index(unit)
-            self._hold(weights + sent)
-            self.of_unit, self.at_work = 0, unit
-            self._hold(weights + sent + (nbytes(self.order[number - 1].parameters()) if number else 0))
+            fetched = nbytes(self.order[number - 1].parameters()) if number else 0
+            self._hold(others=weights + sent)
+            self._hold(unit=0, others=weights + sent + fetched)
+            self.at_work = unit
 
     def _follow(self, unit: nn.Module, outputs: Any) -> None:
         """A unit's backward pass begins with the first gradient of its outputs."""
@@ -314,20 +313,16 @@ class Gathering:
                 if isinstance(output, Tensor) and output.requires_grad:
                     output.register_hook(lambda gradient: self._works(unit))
 
-    def _wait_in_root(self, parameter: Tensor) -> None:
-        self.of_root += parameter.nbytes
-        self._hold(self.others)
-
-    def _wait_in_unit(self, parameter: Tensor) -> None:
-        self.of_unit += parameter.nbytes
-        self._hold(self.others)
-
     def _sent(self) -> int:
         return in_float32(self.at_work.parameters()) if self.at_work is not None else 0
 
-    def _hold(self, others: int) -> None:
-        self.others = others
-        self.ledger.change("communication", self.of_root + self.of_unit + others - self.ledger.alive["communication"])
+    def _add(self, place: str, size: int) -> None:
+        """A gradient waits."""
+        self._hold(**{place: self.held[place] + size})
+
+    def _hold(self, **sizes: int) -> None:
+        self.held |= sizes
+        self.ledger.change("communication", sum(self.held.values()) - self.ledger.alive["communication"])
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
+from lit_mm.costs.flops import count_parameters
 from lit_mm.model.vlm import MatryoshkaVLM
 
 PartName = Literal["encoder", "projector", "llm"]
@@ -256,14 +257,6 @@ def _how(part: Part) -> str:
         return f"LoRA of rank {part.lora.r}"
     how = "whole" if part.from_stage is None else f"from stage {part.from_stage} on"
     return how if part.layer_decay == 1.0 else f"{how}, layer decay {part.layer_decay:g}"
-
-
-def count_parameters(module: nn.Module, trained: bool) -> int:
-    """Number of parameters, or of those that train, over all ranks if sharded. A quantized weight counts as
-    the numbers it stands for: bitsandbytes packs two into a byte."""
-    counted = [parameter for parameter in module.parameters() if parameter.requires_grad or not trained]
-    shapes = [getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape) for parameter in counted]
-    return sum(shape.numel() for shape in shapes)
 
 
 def millions(count: int) -> str:

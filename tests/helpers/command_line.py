@@ -64,11 +64,11 @@ def lit_mm_anew(*arguments: str) -> str:
 def forked(arguments: list[str], log: Path, ranks: int = 1, seconds: float = 300) -> tuple[int, str]:
     """A command in such a process, or in one for each rank as torchrun starts them: the first exit status that is not
     0, and what they printed."""
-    logs = [log.with_suffix(f".{rank}.txt") for rank in range(ranks)]
-    port = free_port()
+    logs, port = [log.with_suffix(f".{rank}.txt") for rank in range(ranks)], free_port()
+    told = [environment_of(rank, ranks, port) for rank in range(ranks)] if ranks > 1 else [{}]
     processes = [
-        SERVER.Process(target=main_of, args=(arguments, str(own), environment_of(rank, ranks, port)))
-        for rank, own in enumerate(logs)
+        SERVER.Process(target=main_of, args=(arguments, str(own), environment))
+        for own, environment in zip(logs, told, strict=True)
     ]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in OFFLINE.items():  # for the server, which the first process starts

@@ -26,9 +26,7 @@ def free_port() -> int:
 
 
 def environment_of(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """The variables by which torchrun tells a process its rank; none for a process alone."""
-    if ranks == 1:
-        return {}
+    """The variables by which torchrun tells a process its rank."""
     named = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
     return {name: str(value) for name, value in {**named, **told}.items()}

@@ -26,6 +26,7 @@ from lit_mm.model.packing import Packing
 from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.profile.memory_plan import example_batch
+from tests.helpers.environment import environment_of
 
 RETURNING = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "262144"}
 """Environment in which freed memory goes back to the system at once, so that what is resident is what lives."""
@@ -153,7 +154,7 @@ def resident(name: str) -> int:
 
 def rank_of(rank: int, ranks: int, port: int, case: Case, file: str) -> None:
     """One rank of a sharded step (FSDP, gloo)."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= environment_of(rank, ranks, port)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     step(FIRST, prepare=sharded)

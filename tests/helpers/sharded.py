@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.optim import FusedAdamW
 from lit_mm.training.parts import LLMPart, Part, Parts
 from tests.helpers.batches import SCALES, batch_of, random_samples
+from tests.helpers.environment import environment_of, free_port
 from tests.helpers.models import tiny_encoder, tiny_llm
 
 STEPS = [[[0, 1], [2]], [[6], [3, 4]], [[6], [7]], [[5, 2], [0]]]
@@ -169,17 +169,12 @@ def unchanged(optimizer: Any, steps: int) -> Any:
 
 def on_ranks(count: int, runs: list[Any], act: Callable[[Any], None] = perform) -> None:
     """Every run in the same processes, which import but once."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, (port, runs, count, act), count)
+    mp.spawn(_rank, (free_port(), runs, count, act), count)
 
 
 def _rank(rank: int, port: int, runs: list[Any], count: int, act: Callable[[Any], None]) -> None:
     torch.set_num_threads(1)
-    named = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
-    os.environ |= {name: str(value) for name, value in {**named, **told}.items()}
+    os.environ |= environment_of(rank, count, port)
     for run in runs:
         try:
             act(run)

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.profile.ledger import FLOAT32
 from lit_mm.profile.memory_plan import MemoryPlan, example_batch, plan
-from tests.helpers.environment import ROOT
+from tests.helpers.environment import ROOT, free_port
 from tests.helpers.measured_step import CASES, RETURNING, Case, batch_of, build, optimizer_of, rank_of, real, units_of
 from tests.helpers.models import packing_vlm, tiny_vlm
 
@@ -82,11 +81,8 @@ def test_a_sharded_step_takes_what_was_planned(tmp_path, monkeypatch):
     """Two ranks (FSDP, gloo): the state to the byte, the peak of resident memory nearly."""
     for name, value in RETURNING.items():
         monkeypatch.setenv(name, value)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     case, file = Case(checkpointing=True, samples=2, layers=3), tmp_path / "measured.json"
-    mp.spawn(rank_of, (2, port, case, str(file)), 2)
+    mp.spawn(rank_of, (2, free_port(), case, str(file)), 2)
     peak, (parameters, gradients, states) = json.loads(file.read_text())
     found = planned(case, device="cpu", gpus=2, units=units_of)
     assert found.total == pytest.approx(peak, rel=0.05)
