@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -65,14 +65,15 @@ def pack(
 
 @dataclass
 class _Sample:
-    """One sample as arrays: ids, labels and time scales [T], the images that its IMAGE ids mean, and the
-    scales that get a branch."""
+    """One sample as arrays: ids, labels and time scales [T], the images that its IMAGE ids mean, the length of its
+    prefix, and the scales that get a branch."""
 
     number: int
     ids: np.ndarray
     labels: np.ndarray
     time_scale: np.ndarray | None
     images: np.ndarray
+    prefix: int
     branches: list[int]
 
 
@@ -80,13 +81,60 @@ def _samples(batch: Batch, drawn: Sequence[int], image_scales: int) -> Iterator[
     images, done = batch.image_index.numpy(), 0
     for number, (input_ids, labels) in enumerate(zip(batch.input_ids, batch.labels, strict=True)):
         ids, stays = input_ids.numpy(), batch.time_scale[number].numpy() if batch.time_scale else None
-        own = images[done : done + (count := int((ids == IMAGE).sum()))]
-        done += count
+        places = np.flatnonzero(ids == IMAGE)
+        own, done = images[done : done + len(places)], done + len(places)
         is_video = stays is not None and (stays < stays.max()).any()
         # without video, scales that differ in time alone are equal: one branch per number of tokens is enough
         first = {scale % image_scales: scale for scale in reversed(drawn)}
-        branches = list(drawn) if is_video else sorted(first.values())
-        yield _Sample(number, ids, labels.numpy(), stays if is_video else None, own, branches if count else [])
+        branches = (list(drawn) if is_video else sorted(first.values())) if len(places) else []
+        prefix = int(places[0]) if len(places) else len(ids)
+        yield _Sample(number, ids, labels.numpy(), stays if is_video else None, own, prefix, branches)
+
+
+class _Piece(NamedTuple):
+    """A prefix or a branch of n positions.
+
+    Args:
+        segment: Its place in the packed sequence.
+        ids: [n], IMAGE at every visual position.
+        labels: [n].
+        sample: Its sample's number.
+        label_scales: [scales] bool: the scales whose loss its labels count in.
+        rows: Its images, as rows of `MatryoshkaVLM.encode`'s output.
+        scale: Their image scale, by index.
+    """
+
+    segment: Segment
+    ids: np.ndarray
+    labels: np.ndarray
+    sample: int
+    label_scales: np.ndarray
+    rows: np.ndarray
+    scale: int
+
+
+def _pieces(
+    batch: Batch, samples: Sequence[_Sample], drawn: Sequence[int], scales: Sequence[int], prefix_labels: bool
+) -> Iterator[_Piece]:
+    """The samples' prefixes, each followed by its branches at some of the drawn scales."""
+    tables, number = [rows.numpy() for rows in batch.images.nested_rows()], np.arange(len(batch.scale_weights))
+    end, none = 0, np.zeros(0, np.int64)
+    for sample in samples:
+        start, prefix = end, sample.prefix
+        if prefix:
+            labels = sample.labels[:prefix] if prefix_labels else np.full(prefix, IGNORE_INDEX)
+            yield _Piece(Segment(end, 0, end, prefix), sample.ids[:prefix], labels, sample.number, number >= 0, none, 0)
+            end += prefix
+        for scale in (own for own in sample.branches if own in drawn):
+            time, image_scale = divmod(scale, len(scales))
+            stays = np.full(len(sample.ids), True) if sample.time_scale is None else sample.time_scale >= time
+            rows = tables[time][sample.images[stays[sample.ids == IMAGE]]]
+            ids, labels = sample.ids[prefix:][stays[prefix:]], sample.labels[prefix:][stays[prefix:]]
+            tokens = np.where(ids == IMAGE, scales[image_scale], 1)
+            same = number % len(scales) == image_scale if sample.time_scale is None else number == scale
+            segment = Segment(start, prefix, end, int(tokens.sum()))
+            yield _Piece(segment, ids.repeat(tokens), labels.repeat(tokens), sample.number, same, rows, image_scale)
+            end += segment.length
 
 
 def _sequence(
@@ -98,52 +146,27 @@ def _sequence(
     prefix_labels: bool = True,
 ) -> PackedSequence:
     """One packed sequence of the samples at some of the drawn scales."""
-    tables, offsets = [rows.numpy() for rows in batch.images.nested_rows()], np.cumsum([0, *scales])
-    pixels, counts = pixels_of(batch.images), Counts(shown=[0] * len(scales))
+    offsets, pixels, counts = np.cumsum([0, *scales]), pixels_of(batch.images), Counts(shown=[0] * len(scales))
     columns: dict[str, list[np.ndarray]] = {name: [np.zeros(0, np.int64)] for name in COLUMNS}
-    belongs = [np.zeros((0, len(batch.scale_weights)), bool)]
-    segments: list[Segment] = []
-    length = 0
-
-    def add(ids: np.ndarray, labels: np.ndarray, position: int, sample: int, of_scales: np.ndarray) -> None:
-        nonlocal length
-        labeled = np.flatnonzero(labels[1:] != IGNORE_INDEX)  # the state at t predicts the label at t + 1
-        columns["input_ids"].append(np.where(ids == IMAGE, 0, ids))
-        columns["position_ids"].append(position + np.arange(len(ids)))
-        columns["visual_index"].append(np.flatnonzero(ids == IMAGE) + length)
-        columns["label_index"].append(labeled + length)
-        columns["labels"].append(labels[1:][labeled])
-        columns["label_sample"].append(np.full(len(labeled), sample))
-        belongs.append(np.tile(of_scales, (len(labeled), 1)))
-        length += len(ids)
-
-    number = np.arange(len(batch.scale_weights))
-    for sample in samples:
-        start, is_image = length, sample.ids == IMAGE
-        prefix = int(is_image.argmax()) if len(sample.images) else len(sample.ids)
-        if prefix:
-            labels = sample.labels[:prefix] if prefix_labels else np.full(prefix, IGNORE_INDEX)
-            add(sample.ids[:prefix], labels, 0, sample.number, number >= 0)
-            segments.append(Segment(start, 0, start, length - start))
-        for scale in sample.branches:
-            if scale not in drawn:
-                continue
-            time, image_scale = divmod(scale, len(scales))
-            stays = np.full(len(sample.ids), True) if sample.time_scale is None else sample.time_scale >= time
-            rows = tables[time][sample.images[stays[is_image]]]
-            ids, labels = sample.ids[prefix:][stays[prefix:]], sample.labels[prefix:][stays[prefix:]]
-            tokens = np.where(ids == IMAGE, scales[image_scale], 1)
-            source = rows[:, None] * offsets[-1] + np.arange(offsets[image_scale], offsets[image_scale + 1])
-            columns["visual_source"].append(source.ravel())
-            same = number % len(scales) == image_scale if sample.time_scale is None else number == scale
-            begin = length
-            add(ids.repeat(tokens), labels.repeat(tokens), prefix, sample.number, same)
-            segments.append(Segment(start, prefix, begin, length - begin))
-            counts.shown[image_scale] += len(rows)
-            counts.shown_pixels += int(pixels[rows].sum())
+    belongs, segments = [np.zeros((0, len(batch.scale_weights)), bool)], []
+    for piece in _pieces(batch, samples, drawn, scales, prefix_labels):
+        start, labels = piece.segment.start, piece.labels[1:]
+        labeled = np.flatnonzero(labels != IGNORE_INDEX)  # the state at t predicts the label at t + 1
+        visual = np.arange(offsets[piece.scale], offsets[piece.scale + 1])
+        columns["input_ids"].append(np.where(piece.ids == IMAGE, 0, piece.ids))
+        columns["position_ids"].append(piece.segment.prefix_length + np.arange(len(piece.ids)))
+        columns["visual_index"].append(start + np.flatnonzero(piece.ids == IMAGE))
+        columns["visual_source"].append((piece.rows[:, None] * offsets[-1] + visual).ravel())
+        columns["label_index"].append(start + labeled)
+        columns["labels"].append(labels[labeled])
+        columns["label_sample"].append(np.full(len(labeled), piece.sample))
+        belongs.append(np.tile(piece.label_scales, (len(labeled), 1)))
+        segments.append(piece.segment)
+        counts.shown[piece.scale] += len(piece.rows)
+        counts.shown_pixels += int(pixels[piece.rows].sum())
     tensors = {name: torch.from_numpy(np.concatenate(pieces)) for name, pieces in columns.items()}
     counts.visual, counts.labels = len(tensors["visual_index"]), len(tensors["labels"])
-    counts.text, counts.pairs = length - counts.visual, sum(segment.pairs for segment in segments)
+    counts.text, counts.pairs = len(tensors["input_ids"]) - counts.visual, sum(s.pairs for s in segments)
     label_scales = torch.from_numpy(np.concatenate(belongs))
     return PackedSequence(**tensors, label_scales=label_scales, layout=layout_of(segments, attention), counts=counts)
 
