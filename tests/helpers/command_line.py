@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.environment import ROOT, TOKENIZER, environment_of, free_port
+from tests.helpers.environment import ROOT, TOKENIZER
+from tests.helpers.processes import SERVER, environment_of, free_port
 
 CONFIG = f"""
 seed_everything: 3
@@ -40,8 +41,6 @@ trainer: {{accelerator: cpu, max_steps: 3, val_check_interval: 3}}
 
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["lit_mm.cli", "tests.helpers.killing", "tests.helpers.command_line"])
 
 
 def lit_mm(*arguments: str) -> str:

@@ -26,7 +26,7 @@ from lit_mm.model.packing import Packing
 from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.profile.memory_plan import example_batch
-from tests.helpers.environment import environment_of
+from tests.helpers.processes import environment_of
 
 RETURNING = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "262144"}
 """Environment in which freed memory goes back to the system at once, so that what is resident is what lives."""

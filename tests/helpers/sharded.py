@@ -24,8 +24,8 @@ from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.optim import FusedAdamW
 from lit_mm.training.parts import LLMPart, Part, Parts
 from tests.helpers.batches import SCALES, batch_of, random_samples
-from tests.helpers.environment import environment_of, free_port
 from tests.helpers.models import tiny_encoder, tiny_llm
+from tests.helpers.processes import environment_of, free_port
 
 STEPS = [[[0, 1], [2]], [[6], [3, 4]], [[6], [7]], [[5, 2], [0]]]
 """Samples of each step and rank; 6 and 7 are text alone, the others have images of two shapes."""
@@ -168,8 +168,8 @@ def unchanged(optimizer: Any, steps: int) -> Any:
 
 
 def on_ranks(count: int, runs: list[Any], act: Callable[[Any], None] = perform) -> None:
-    """Every run in the same processes, which import but once."""
-    mp.spawn(_rank, (free_port(), runs, count, act), count)
+    """Every run in the same processes."""
+    mp.start_processes(_rank, (free_port(), runs, count, act), count, start_method="forkserver")
 
 
 def _rank(rank: int, port: int, runs: list[Any], count: int, act: Callable[[Any], None]) -> None:

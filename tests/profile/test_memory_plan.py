@@ -20,9 +20,10 @@ from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.profile.ledger import FLOAT32
 from lit_mm.profile.memory_plan import MemoryPlan, example_batch, plan
-from tests.helpers.environment import ROOT, free_port
+from tests.helpers.environment import ROOT
 from tests.helpers.measured_step import CASES, RETURNING, Case, batch_of, build, optimizer_of, rank_of, real, units_of
 from tests.helpers.models import packing_vlm, tiny_vlm
+from tests.helpers.processes import free_port
 
 GIB = 2**30
 linux = pytest.mark.skipif(
