@@ -246,7 +246,7 @@ def measure_videos(folder: Path, scratch: Path, arguments: argparse.Namespace) -
     """Frames/s of the DataModule and of bare PyAV."""
     files = sorted(file for file in folder.iterdir() if file.suffix in (".mp4", ".webm", ".mkv"))
     options, size = VideoOptions(max_frames=arguments.frames), ImageOptions("pad", arguments.size)
-    times = {file: Video("", file.name, file, options).clip().times for file in files}
+    times = {file: Video("", file.name, file, options).header()[1] for file in files}
     best = {}
     for file in files:
         ways = {"whole": partial(whole_file, times[file], file), "seek": partial(seeking, times[file], file)}

@@ -71,9 +71,8 @@ class MediaFolder:
             shown = [to_pixels(frame, self.frame.target(frame.height, frame.width), color) for frame in frames]
             pixels = torch.stack(shown)
         else:
-            clip = video.clip()
-            times = clip.times
-            pixels = _no_pixels(len(times), self.frame.target(clip.height, clip.width))
+            size, times = video.header()
+            pixels = _no_pixels(len(times), self.frame.target(*size))
         labels = [f"{time:.1f}s: " if self.video.timestamps else "" for time in times]
         return Visual(key, pixels, video=True, labels=labels)
 

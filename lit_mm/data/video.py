@@ -7,20 +7,17 @@ Python file object and cannot open any other file.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from fractions import Fraction
 from io import SEEK_END, BytesIO
-from itertools import chain, dropwhile, pairwise
+from itertools import dropwhile
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn, cast
+from typing import Any, BinaryIO, Literal, NoReturn, cast
 
 import av
 import numpy as np
 from av.container import InputContainer
-from av.packet import Packet
 from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
 from av.video.frame import VideoFrame
@@ -29,11 +26,10 @@ from PIL import Image
 from PIL.Image import Transpose
 
 from lit_mm.data.records import RecordError
+from lit_mm.data.timeline import Entry, Timeline, VideoOptions, evenly_indexed, timeline_of
 
 CONTAINERS = "mov,mp4,matroska,webm,avi,flv,mpegts,mpeg"
 """FFmpeg's names of the supported formats; none of them is a playlist."""
-MARKED = ("mp4", "matroska", "avi", "flv")
-"""Formats that mark the frames from which decoding can start."""
 SKIPPING = ("h264", "hevc", "mpeg4")
 """Decoders that can be told for each packet whether to skip it."""
 SLACK = 0.1
@@ -54,49 +50,6 @@ TURNS = {
 SIDEWAYS = {turn for (swapped, _, _), turn in TURNS.items() if swapped}
 
 
-@dataclass(frozen=True)
-class VideoOptions:
-    """Which frames of a video are shown.
-
-    Args:
-        choose: `uniform` splits the duration into max_frames equal spans and shows the frame at the middle of
-            each; `fps` shows one frame every 1/fps seconds, the first after half of that, or as `uniform` if
-            that gives more than max_frames; `keyframes` shows the key frames, thinned evenly to max_frames.
-            No frame is shown twice.
-        max_frames: Maximum frames of one video; `uniform` shows all frames of a video with no more than that.
-        fps: Frames per second of the video's time, for `fps` only.
-        timestamps: Whether the prompt has each frame's time before it.
-        max_pixels: Videos with larger frames are refused before decoding.
-    """
-
-    choose: Literal["uniform", "fps", "keyframes"] = "uniform"
-    max_frames: int = 8
-    fps: float = 1.0
-    timestamps: bool = False
-    max_pixels: int = 89_478_485
-
-    def __post_init__(self) -> None:
-        if self.max_frames < 1:
-            raise ValueError(f"video.max_frames: expected a positive number of frames, found {self.max_frames}")
-        if not 0 < self.fps < float("inf"):
-            raise ValueError(f"video.fps: expected a positive number of frames per second, found {self.fps}")
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Size and times of a video's chosen frames.
-
-    Args:
-        height: Height of every frame in pixels, upright and with square pixels.
-        width: Width of every frame, likewise.
-        times: Time of each chosen frame in seconds after the video's first frame, ascending.
-    """
-
-    height: int
-    width: int
-    times: tuple[float, ...]
-
-
 class Video:
     """One video of a record.
 
@@ -110,8 +63,9 @@ class Video:
     def __init__(self, where: str, name: str, source: Path | bytes, options: VideoOptions) -> None:
         self.where, self.name, self.source, self.options = where, name, source, options
 
-    def clip(self) -> Clip:
-        """Size and times of the frames that `frames` returns; only the first frame is decoded.
+    def header(self) -> tuple[tuple[int, int], tuple[float, ...]]:
+        """Height and width of every frame, upright and with square pixels, and the time of each chosen one in seconds
+        after the video's first frame, ascending. Only the first frame is decoded.
 
         Raises:
             RecordError: The file is not a video, has no video stream or no frames, is truncated or has too many
@@ -122,21 +76,13 @@ class Video:
             width, height = _square(stream)
             if self._turn(stream) in SIDEWAYS:
                 width, height = height, width
-        return Clip(height, width, timeline.seconds(timeline.shown(self.options)))
-
-    def frames(self) -> list[Image.Image]:
-        """The frames at the clip's times, as RGB images of the clip's size.
-
-        Raises:
-            RecordError: As `clip`, or a frame cannot be decoded.
-        """
-        return self.read()[1]
+        return (height, width), timeline.seconds(timeline.shown(self.options))
 
     def read(self) -> tuple[tuple[float, ...], list[Image.Image]]:
-        """The clip's times and its frames.
+        """The times of the chosen frames, and the frames as RGB images of the header's size.
 
         Raises:
-            RecordError: As `frames`.
+            RecordError: As `header`, or a frame cannot be decoded.
         """
         with self._open() as stream:
             timeline = self._timeline(stream)
@@ -207,7 +153,7 @@ class Video:
         return {"max_pixels": str(2 * self.options.max_pixels + 2**16)}
 
     def _timeline(self, stream: VideoStream) -> Timeline:
-        timeline = None if self.options.choose == "keyframes" else _evenly_indexed(stream)
+        timeline = None if self.options.choose == "keyframes" else evenly_indexed(stream)
         if timeline is None:
             with self._open() as other:
                 timeline = self._demuxed(other)
@@ -219,7 +165,7 @@ class Video:
         packets, end = [], 0.0
         try:
             for packet in _container_of(stream).demux():
-                entry = _Entry.of(packet)
+                entry = Entry.of(packet)
                 if entry is None:
                     continue
                 end = max(end, float((entry.start + entry.duration) * packet.time_base))
@@ -228,7 +174,7 @@ class Video:
         except (av.FFmpegError, OSError) as error:
             self._fail("truncated video", f"after {len(packets)} frames: {error}")
         self._check_end(stream, end)
-        return _timeline_of(packets, stream)
+        return timeline_of(packets, stream)
 
     def _check_end(self, stream: VideoStream, end: float) -> None:
         expected = (_container_of(stream).duration or 0) / av.time_base
@@ -275,58 +221,6 @@ class Video:
         return images
 
 
-@dataclass(frozen=True)
-class Timeline:
-    """When each frame of a video is shown, in ticks.
-
-    Args:
-        starts: Start of each frame, ascending.
-        end: End of the last frame.
-        keys: Start of each key frame, ascending, including frames that are decoded but not shown.
-        tick: Seconds per tick.
-        exact: Whether decoded frames have these times and decoding can start at every key frame.
-    """
-
-    starts: Sequence[int]
-    end: int
-    keys: Sequence[int]
-    tick: Fraction
-    exact: bool
-
-    def shown(self, options: VideoOptions) -> list[int]:
-        """Numbers of the chosen frames, ascending, at least one."""
-        if options.choose == "keyframes":
-            keys = sorted(set(self.keys) & set(self.starts)) or self.starts[:1]
-            count = options.max_frames
-            if len(keys) > count:
-                keys = [keys[(2 * number + 1) * len(keys) // (2 * count)] for number in range(count)]
-            return [bisect_left(self.starts, key) for key in keys]
-        if options.choose == "fps":
-            numbers = self._at_middles(1 / (Fraction(str(options.fps)) * self.tick))
-            if 0 < len(numbers) <= options.max_frames:
-                return numbers
-            count = options.max_frames if numbers else 1
-        elif len(self.starts) <= options.max_frames:
-            return list(range(len(self.starts)))
-        else:
-            count = options.max_frames
-        return self._at_middles(Fraction(self.end - self.starts[0], count))
-
-    def seconds(self, numbers: Iterable[int]) -> tuple[float, ...]:
-        """Start of these frames, in seconds after the video's first frame."""
-        return tuple(float((self.starts[number] - self.starts[0]) * self.tick) for number in numbers)
-
-    def _at_middles(self, span: Fraction) -> list[int]:
-        """The frames shown at 1/2, 3/2, 5/2, … of the span, each once."""
-        length, halves = span.as_integer_ratio()[0], 2 * span.denominator  # exact: middles often meet a start
-        numbers = []
-        for number, (start, end) in enumerate(pairwise(chain(self.starts, [self.end]))):
-            before = -((length - halves * (start - self.starts[0])) // (2 * length))  # middles before the frame
-            if (2 * before + 1) * length < halves * (end - self.starts[0]):
-                numbers.append(number)
-        return numbers
-
-
 def promised_size(file: BinaryIO) -> int:
     """Size of an MP4, Matroska or AVI file according to its outermost elements; 0 if unknown."""
     end = file.seek(0)
@@ -348,55 +242,6 @@ def _element_size(head: bytes) -> int:
         size = int.from_bytes(head[4 : 4 + width]) - (1 << 7 * width)
         return 4 + width + size if size + 1 < 1 << 7 * width else 0
     return 0
-
-
-class _Entry(NamedTuple):
-    """A packet's timing."""
-
-    start: int
-    duration: int
-    key: bool
-    shown: bool
-
-    @classmethod
-    def of(cls, packet: Packet) -> _Entry | None:
-        """The packet's entry; None if it has no time, like the last one."""
-        # AVI has decoding times only
-        start = packet.dts if packet.stream.container.format.name == "avi" else packet.pts
-        if start is None:
-            return None
-        # VP8 sends reference frames that are never shown in packets of their own, marked by one bit
-        hidden = getattr(packet.stream.codec_context, "name", "") == "vp8" and not memoryview(packet)[0] & 0x10
-        return cls(start, packet.duration or 0, packet.is_keyframe, not (packet.is_discard or hidden))
-
-
-def _evenly_indexed(stream: VideoStream) -> Timeline | None:
-    """The timeline from an MP4's index, if its frames are evenly spaced; otherwise None."""
-    entries = list(stream.index_entries) if "mp4" in stream.container.format.name else []
-    if len(entries) != stream.frames or len(entries) < 2 or stream.start_time is None:
-        return None
-    decoded = np.array([entry.timestamp for entry in entries])
-    keys = np.array([entry.is_keyframe for entry in entries])
-    step = int(decoded[1] - decoded[0])
-    if step < 1 or (np.diff(decoded) != step).any() or not keys[0] or any(entry.is_discard for entry in entries):
-        return None
-    end = stream.start_time + step * len(entries)
-    starts = range(stream.start_time, end, step)
-    return Timeline(starts, end, (decoded[keys] - decoded[0] + stream.start_time).tolist(), _tick(stream), True)
-
-
-def _timeline_of(packets: list[_Entry], stream: VideoStream) -> Timeline:
-    """The timeline from packets in decoding order; frames before the first key frame cannot be decoded."""
-    packets = list(dropwhile(lambda packet: not packet.key, packets))
-    shown = sorted(packet for packet in packets if packet.shown and packet.start >= packets[0].start)
-    if not shown:
-        return Timeline((), 0, (), _tick(stream), False)
-    starts = [packet.start for packet in shown]
-    typical = round((starts[-1] - starts[0]) / max(1, len(starts) - 1))
-    end = starts[-1] + max(1, shown[-1].duration or typical)
-    keys, name = sorted(packet.start for packet in packets if packet.key), stream.container.format.name
-    exact = any(marked in name for marked in MARKED) and not (name == "avi" and stream.codec_context.has_b_frames)
-    return Timeline(starts, end, keys, _tick(stream), exact)
 
 
 class _Reader:
@@ -445,10 +290,6 @@ def _decoded(stream: VideoStream, wanted: set[int] | None = None) -> Iterator[Vi
 
 def _container_of(stream: VideoStream) -> InputContainer:
     return cast(InputContainer, stream.container)
-
-
-def _tick(stream: VideoStream) -> Fraction:
-    return stream.time_base or Fraction(1, av.time_base)
 
 
 def _square(stream: VideoStream) -> tuple[int, int]:

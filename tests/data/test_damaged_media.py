@@ -58,9 +58,9 @@ def show_image(content: bytes, rng: random.Random) -> None:
 def show_video(content: bytes, rng: random.Random) -> None:
     options = VideoOptions(rng.choice(["uniform", "fps", "keyframes"]), 4, max_pixels=10**6)
     video = Video("set.json, record 7", "a", content, options)
-    clip, (times, frames) = video.clip(), video.read()
-    assert clip.times == times and {(frame.height, frame.width) for frame in frames} == {(clip.height, clip.width)}
-    assert all(np.asarray(frame).shape == (clip.height, clip.width, 3) for frame in frames)
+    (size, expected), (times, frames) = video.header(), video.read()
+    assert expected == times and {(frame.height, frame.width) for frame in frames} == {size}
+    assert all(np.asarray(frame).shape == (*size, 3) for frame in frames)
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about what it passes over

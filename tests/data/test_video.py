@@ -3,6 +3,7 @@
 import io
 import json
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -12,7 +13,7 @@ from PIL import Image
 
 from lit_mm.data import video
 from lit_mm.data.records import RecordError
-from lit_mm.data.video import Clip, Video, VideoOptions, promised_size
+from lit_mm.data.video import Video, VideoOptions, promised_size
 from tests.helpers.environment import ROOT
 from tests.helpers.media import FRAME_TIMES, render
 
@@ -67,15 +68,15 @@ def expected(path: Path, options: VideoOptions) -> list[int]:
 
 
 def check(path: Path, options: VideoOptions) -> None:
-    frames, clip, images = whole(path), opened(path, options).clip(), opened(path, options).frames()
+    frames, (size, times), images = whole(path), opened(path, options).header(), opened(path, options).read()[1]
     numbers = expected(path, options)
-    assert len(images) == len(clip.times) == len(numbers)
+    assert len(images) == len(times) == len(numbers)
     for number, image in zip(numbers, images, strict=True):
-        assert image.size == (clip.width, clip.height)
+        assert image.size == size[::-1]
         assert np.array_equal(np.asarray(image), frames[number][1])
-    assert all(before < after for before, after in zip(clip.times, clip.times[1:], strict=False))
+    assert all(before < after for before, after in pairwise(times))
     if path.suffix != ".avi":
-        assert clip.times == pytest.approx([frames[number][0] - frames[0][0] for number in numbers], abs=2e-3)
+        assert times == pytest.approx([frames[number][0] - frames[0][0] for number in numbers], abs=2e-3)
 
 
 @pytest.mark.parametrize("times", FRAME_TIMES)
@@ -109,7 +110,7 @@ def test_hidden_frames_of_vp8_are_not_counted(tmp_path):
                 container.mux(hidden)
     frames = [pixels for _, pixels in whole(path)]
     assert len(frames) == 55
-    images = opened(path, VideoOptions(max_frames=100)).frames()
+    images = opened(path, VideoOptions(max_frames=100)).read()[1]
     assert all(np.array_equal(a, b) for a, b in zip(images, frames, strict=True))
 
 
@@ -131,29 +132,29 @@ def test_without_a_duration(tmp_path):
 def test_odd_sides(tmp_path):
     path = tmp_path / "a.webm"
     render(path, "webm9", width=63, height=47)
-    assert len(opened(path, VideoOptions(max_pixels=63 * 47)).frames()) == 8
-    assert opened(path).clip() == Clip(47, 63, opened(path).clip().times)
-    assert {image.size for image in opened(path).frames()} == {(63, 47)}
+    assert len(opened(path, VideoOptions(max_pixels=63 * 47)).read()[1]) == 8
+    assert opened(path).header()[0] == (47, 63)
+    assert {image.size for image in opened(path).read()[1]} == {(63, 47)}
 
 
 def test_bytes_are_as_good_as_a_file(tmp_path):
     path = render(tmp_path / "a.mp4")
-    assert opened(path.read_bytes()).clip() == opened(path).clip()
-    assert opened(path.read_bytes()).frames() == opened(path).frames()
+    assert opened(path.read_bytes()).header() == opened(path).header()
+    assert opened(path.read_bytes()).read()[1] == opened(path).read()[1]
 
 
 def test_fps_with_too_many_frames_is_uniform(tmp_path):
     path = render(tmp_path / "a.mp4")
-    assert opened(path, VideoOptions("fps", 7, fps=10)).clip() == opened(path, VideoOptions("uniform", 7)).clip()
-    assert len(opened(path, VideoOptions("fps", 24, fps=10)).clip().times) == 24
+    assert opened(path, VideoOptions("fps", 7, fps=10)).header() == opened(path, VideoOptions("uniform", 7)).header()
+    assert len(opened(path, VideoOptions("fps", 24, fps=10)).header()[1]) == 24
 
 
 def test_keyframes_are_thinned_evenly(tmp_path):
     path = render(tmp_path / "a.mp4")
-    times = opened(path, VideoOptions("keyframes", 100)).clip().times
+    times = opened(path, VideoOptions("keyframes", 100)).header()[1]
     assert times == pytest.approx([0, 0.48, 0.96, 1.44, 1.92], abs=0.09)  # an open group's first frames lead
-    assert opened(path, VideoOptions("keyframes", 1)).clip().times == (times[2],)
-    assert len(opened(path, VideoOptions("keyframes", 3)).frames()) == 3
+    assert opened(path, VideoOptions("keyframes", 1)).header()[1] == (times[2],)
+    assert len(opened(path, VideoOptions("keyframes", 3)).read()[1]) == 3
 
 
 def test_few_frames_of_a_long_video_decode_few(tmp_path, monkeypatch):
@@ -166,19 +167,19 @@ def test_few_frames_of_a_long_video_decode_few(tmp_path, monkeypatch):
             yield frame
 
     monkeypatch.setattr(video, "_decoded", counted)
-    assert len(opened(path, VideoOptions(max_frames=4)).frames()) == 4
+    assert len(opened(path, VideoOptions(max_frames=4)).read()[1]) == 4
     assert len(decoded) <= 4 * 24
     decoded.clear()
-    opened(path).clip()
+    opened(path).header()
     assert len(decoded) == 1
 
 
 def test_an_even_index_saves_reading_the_packets(tmp_path, monkeypatch):
     path = render(tmp_path / "a.mp4")
     monkeypatch.setattr(Video, "_demuxed", None)
-    opened(path).frames()
+    opened(path).read()[1]
     with pytest.raises(TypeError):
-        opened(render(tmp_path / "b.mp4", times=FRAME_TIMES["variable"])).frames()
+        opened(render(tmp_path / "b.mp4", times=FRAME_TIMES["variable"])).read()[1]
 
 
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
@@ -187,10 +188,10 @@ def test_an_even_index_saves_reading_the_packets(tmp_path, monkeypatch):
 def test_display_matrix(tmp_path, degrees, flip, kind):
     path = render(tmp_path / "a", kind, prepare=lambda stream: stream.set_display_rotation(degrees, hflip=flip))
     plain = np.rot90(whole(path)[0][1], degrees // 90)
-    image = opened(path, VideoOptions(max_frames=100)).frames()[0]
+    image = opened(path, VideoOptions(max_frames=100)).read()[1][0]
     assert np.array_equal(np.asarray(image), plain[:, ::-1] if flip else plain)
-    clip = opened(path).clip()
-    assert (clip.width, clip.height) == image.size == ((48, 64) if degrees % 180 else (64, 48))
+    (height, width), _ = opened(path).header()
+    assert (width, height) == image.size == ((48, 64) if degrees % 180 else (64, 48))
 
 
 @pytest.mark.parametrize(("aspect", "degrees", "size"), [((4, 3), 0, (85, 48)), ((8, 9), 90, (48, 57))])
@@ -200,20 +201,20 @@ def test_pixels_become_square(tmp_path, aspect, degrees, size):
         stream.set_display_rotation(degrees)
 
     path = render(tmp_path / "a.mp4", prepare=prepare)
-    clip = opened(path).clip()
-    assert (clip.width, clip.height) == size
-    assert {image.size for image in opened(path).frames()} == {size}
+    (height, width), _ = opened(path).header()
+    assert (width, height) == size
+    assert {image.size for image in opened(path).read()[1]} == {size}
     upright = Image.fromarray(np.rot90(whole(path)[0][1], degrees // 90)).resize(size, Image.Resampling.BICUBIC)
-    found = opened(path, VideoOptions(max_frames=100)).frames()[0]
+    found = opened(path, VideoOptions(max_frames=100)).read()[1][0]
     assert np.abs(np.asarray(found, float) - np.asarray(upright, float)).mean() < 2
 
 
 def fault(source, options: VideoOptions = CHOICES[0]) -> RecordError:
-    """The same from clip and from frames."""
+    """The same from header and from read."""
     with pytest.raises(RecordError) as first:
-        opened(source, options).clip()
+        opened(source, options).header()
     with pytest.raises(RecordError) as second:
-        opened(source, options).frames()
+        opened(source, options).read()[1]
     assert str(first.value) == str(second.value)
     assert first.value.where == "set.json, record 0 (id a)"
     assert first.value.detail.startswith("video a.mp4: ")
@@ -270,9 +271,9 @@ def test_frames_larger_than_the_header_says(tmp_path):
     """A stream may change its size on the way."""
     small = render(tmp_path / "a.ts", "ts", width=64, height=64).read_bytes()
     large = render(tmp_path / "b.ts", "ts", FRAME_TIMES["late"], width=512, height=512).read_bytes()
-    assert {image.size for image in opened(small + large).frames()} == {(64, 64)}
+    assert {image.size for image in opened(small + large).read()[1]} == {(64, 64)}
     with pytest.raises(RecordError, match="cannot be decoded"):
-        opened(small + large, VideoOptions(max_pixels=64 * 64)).frames()
+        opened(small + large, VideoOptions(max_pixels=64 * 64)).read()[1]
 
 
 @pytest.mark.parametrize("kind", ["mp4", "mkv", "webm9", "avi"])
@@ -299,14 +300,14 @@ def test_truncated_where_the_size_is_not_told(tmp_path, times):
     box = content.index(b"mdat") - 4
     content[box : box + 4] = bytes(4)  # up to the end of the file
     with pytest.raises(RecordError, match="truncated video"):
-        opened(bytes(content[: len(content) * 3 // 4])).frames()
+        opened(bytes(content[: len(content) * 3 // 4])).read()[1]
 
 
 def test_damage_is_not_hidden(tmp_path):
     content = bytearray(render(tmp_path / "a.mp4", muxer={"movflags": "faststart"}).read_bytes())
     content[content.index(b"mdat") + 4 + 2000 :] = bytes(len(content) - content.index(b"mdat") - 4 - 2000)
     with pytest.raises(RecordError, match="truncated video"):
-        opened(bytes(content)).frames()
+        opened(bytes(content)).read()[1]
 
 
 @pytest.mark.parametrize("guarded", [True, False])
