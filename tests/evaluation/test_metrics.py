@@ -60,6 +60,8 @@ CASES = [
     ("mme", "maybe", ["No", "OCR", "1.png"], 0),
     ("choice", "B", COLORS, 1),
     ("choice", "(C)", COLORS, 0),
+    ("circular", "B", [*COLORS, "241"], 1),
+    ("circular", "vitamin C", [*COLORS, "241"], 0),
     ("box", "[0.1, 0.1, 0.5, 0.5]", ["[0.1,0.1,0.5,0.5]"], 1),
     ("box", "[0, 0, 1, 0.5]", ["[0, 0, 1, 1]"], 1),  # IoU exactly one half
     ("box", "[0, 0, 1, 0.49]", ["[0, 0, 1, 1]"], 0),
@@ -201,6 +203,7 @@ def test_options_that_are_numbers_or_letters():
         ("mme", ["yes"], "and the image; found"),
         ("choice", ["C", "blue", "red", "blue"], "the right letter, its text, and the texts of all options"),
         ("choice", ["B"], "the right letter, its text"),
+        ("circular", ["B", "blue", "red", "241"], "the right letter, its text"),
         ("box", ["0 0 1 1"], "expected a box"),
         ("box", ["[1, 0, 0, 1]"], "x1 < x2"),
     ],
@@ -280,6 +283,24 @@ def test_mme_points():
         metric.figures()
 
 
+CIRCULAR = [  # two options, two rounds
+    ("A", ["A", "cat", "cat", "dog", "241"]),
+    ("B", ["B", "cat", "dog", "cat", "241"]),
+    ("A", ["A", "cat", "cat", "dog", "242"]),
+    ("A", ["B", "cat", "dog", "cat", "242"]),
+    ("dog", ["B", "dog", "cat", "dog", "243"]),  # its second round was not asked
+]
+
+
+def test_every_round_of_a_question_must_be_right():
+    metric = METRICS["circular"]()
+    assert metric.compute().isnan()
+    for answer, references in CIRCULAR:
+        metric.update([answer], [references])
+    assert metric.compute() == pytest.approx(2 / 3)
+    assert metric.figures() == pytest.approx({"answer_accuracy": 4 / 5, "incomplete": 1})
+
+
 @pytest.mark.slow
 def test_two_processes_count_as_one(tmp_path: Path):
     """Uneven shares, MME's pairs torn apart, and a process without questions."""
@@ -297,7 +318,9 @@ def test_two_processes_count_as_one(tmp_path: Path):
 def _questions(name: str) -> list[tuple[str, list[str]]]:
     if name == "vqa":
         return [("red", ["red", "a", "b", "c", "d"]), ("x", ["red"] * 10), ("1", ["one"] * 10)]
-    return MME if name == "mme" else [(answer, list(own)) for case, answer, own, _ in CASES if case == name]
+    if name in ("mme", "circular"):
+        return MME if name == "mme" else CIRCULAR
+    return [(answer, list(own)) for case, answer, own, _ in CASES if case == name]
 
 
 def _rank(rank: int, folder: Path) -> None:

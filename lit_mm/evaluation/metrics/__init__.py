@@ -6,7 +6,7 @@ for most these are the accepted answers.
 
 from lit_mm.evaluation.metrics.base import AnswerMetric
 from lit_mm.evaluation.metrics.boxes import BoxAccuracy
-from lit_mm.evaluation.metrics.choice import MultipleChoice
+from lit_mm.evaluation.metrics.choice import CircularChoice, MultipleChoice
 from lit_mm.evaluation.metrics.text import ANLS, ExactMatch, RelaxedAccuracy, majority_share, normalize
 from lit_mm.evaluation.metrics.vqa import VQAAccuracy
 from lit_mm.evaluation.metrics.yes_no import MMEScore, YesNo
@@ -18,6 +18,7 @@ METRICS: dict[str, type[AnswerMetric]] = {
     "relaxed": RelaxedAccuracy,
     "yes_no": YesNo,
     "choice": MultipleChoice,
+    "circular": CircularChoice,
     "box": BoxAccuracy,
     "mme": MMEScore,
 }
@@ -28,6 +29,7 @@ __all__ = [
     "METRICS",
     "AnswerMetric",
     "BoxAccuracy",
+    "CircularChoice",
     "ExactMatch",
     "MMEScore",
     "MultipleChoice",

@@ -6,7 +6,11 @@ import re
 from collections.abc import Sequence
 from string import ascii_uppercase
 
+import torch
+from torch import Tensor
+
 from lit_mm.evaluation.metrics.base import AnswerMetric
+from lit_mm.evaluation.metrics.groups import GroupedMetric
 from lit_mm.evaluation.metrics.text import normalize
 
 WORD = r"(?i:(?:\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*))"
@@ -33,11 +37,44 @@ class MultipleChoice(AnswerMetric):
         Raises:
             ValueError: The letter, the text and the options do not fit each other.
         """
-        letter, text, options = references[0], "".join(references[1:2]), references[2:]
-        if (letter, text) not in zip(ascii_uppercase, options, strict=False):
-            expected = "the right letter, its text, and the texts of all options"
-            raise ValueError(f"the references of a question must be {expected}; found {list(references)!r}")
-        return float(chosen(answer, options) == letter)
+        return score_choice(answer, references)
+
+
+class CircularChoice(GroupedMetric):
+    """Share of questions of which every round is answered right: MMBench asks a question with n options n times, each
+    time with the options shifted by one (CircularEval, arXiv 2307.06281).
+
+    References: as for `MultipleChoice`, and the question that this is a round of, e.g.
+    `("B", "blue", "red", "blue", "green", "241")`. `figures` has the `answer_accuracy`, the share of all rounds that
+    are answered right, and `incomplete`: how many questions were asked in fewer rounds than they have options.
+    """
+
+    def score(self, answer: str, references: Sequence[str]) -> float:
+        """1 if the answer to this round means the right option, else 0. Raises ValueError as `MultipleChoice`."""
+        return score_choice(answer, references[:-1])
+
+    def _count(self, score: float, answer: str, references: Sequence[str]) -> None:
+        super()._count(score, answer, references)
+        self._keep(len(references) - 3, references[-1], score == 1)
+
+    def compute(self) -> Tensor:
+        """The share of questions, 0..1; nan before the first update."""
+        questions = [all(rounds) for groups in self._groups().values() for rounds in groups]
+        return torch.tensor(questions, device=self.total.device).float().mean()
+
+    def _figures(self) -> dict[str, float]:
+        rounds = [(options, len(own)) for options, groups in self._groups().items() for own in groups]
+        incomplete = sum(asked < options for options, asked in rounds)
+        return {"answer_accuracy": float(super().compute()), "incomplete": float(incomplete)}
+
+
+def score_choice(answer: str, references: Sequence[str]) -> float:
+    """See `MultipleChoice.score`."""
+    letter, text, options = references[0], "".join(references[1:2]), references[2:]
+    if (letter, text) not in zip(ascii_uppercase, options, strict=False):
+        expected = "the right letter, its text, and the texts of all options"
+        raise ValueError(f"the references of a question must be {expected}; found {list(references)!r}")
+    return float(chosen(answer, options) == letter)
 
 
 def chosen(answer: str, options: Sequence[str]) -> str | None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Sequence
-from hashlib import blake2b
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_mm.evaluation.metrics.base import AnswerMetric
+from lit_mm.evaluation.metrics.groups import GroupedMetric
 
 PERCEPTION = ["existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"]
 COGNITION = ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"]
@@ -67,19 +65,13 @@ def _ratio(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
-class MMEScore(AnswerMetric):
+class MMEScore(GroupedMetric):
     """MME's points (arXiv 2306.13394): per subtask, 100 times the accuracy and 100 times the accuracy on images whose
     two questions are both answered right (accuracy plus).
 
     References: yes or no, the subtask, and the image, e.g. `("Yes", "OCR", "0001.jpg")`. The headline is the sum over
     the ten subtasks of perception, at most 2000, which the papers' tables show; without such questions it is 0.
     """
-
-    judged: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("judged", [], dist_reduce_fx="cat")  # [n, 3] subtask, image, right
 
     def score(self, answer: str, references: Sequence[str]) -> float:
         """1 if the answer says what the reference does, else 0."""
@@ -90,14 +82,7 @@ class MMEScore(AnswerMetric):
         if len(references) != 3 or references[1] not in SUBTASKS:
             expected = f"yes or no, one of {', '.join(SUBTASKS)}, and the image"
             raise ValueError(f"the references of an MME question must be {expected}; found {list(references)!r}")
-        image = int.from_bytes(blake2b(references[2].encode(), digest_size=7).digest())  # 56 bits, alike on all ranks
-        row = [SUBTASKS.index(references[1]), image, int(score)]
-        self.judged.append(torch.tensor([row], device=self.total.device))
-
-    def sync(self, *args: Any, **options: Any) -> None:
-        """Gather all ranks' questions. torchmetrics would gather a rank without any as floats."""
-        self.judged = self.judged or [torch.zeros(0, 3, dtype=torch.int64, device=self.total.device)]
-        super().sync(*args, **options)
+        self._keep(SUBTASKS.index(references[1]), references[2], score == 1)
 
     def compute(self) -> Tensor:
         """The points of perception, 0..2000."""
@@ -107,38 +92,26 @@ class MMEScore(AnswerMetric):
         """`perception` (at most 2000) and `cognition` (at most 800) points, the points of every subtask that was
         asked (at most 200), `accuracy` and `accuracy_plus` (0..1) of all questions, and `unpaired`: how many
         questions are alone with their image, as in a draw of the questions, and left out of accuracy plus."""
-        asked, right = self._by_image()
-        figures = {name: 100 * sum(_accuracies(asked, right, [name])) for name in SUBTASKS if name in asked}
-        accuracy, plus = _accuracies(asked, right, SUBTASKS)
+        images = {SUBTASKS[kind]: groups for kind, groups in sorted(self._groups().items())}
+        for name, groups in images.items():
+            if (most := max(map(len, groups))) > 2:
+                raise ValueError(f"MME asks two questions about an image; in {name} an image has {most}")
+        points = {name: 100 * sum(_accuracies(groups)) for name, groups in images.items()}
+        accuracy, plus = _accuracies(together := [image for groups in images.values() for image in groups])
         return {
-            "perception": sum(figures.get(name, 0.0) for name in PERCEPTION),
-            "cognition": sum(figures.get(name, 0.0) for name in COGNITION),
-            **figures,
+            "perception": sum(points.get(name, 0.0) for name in PERCEPTION),
+            "cognition": sum(points.get(name, 0.0) for name in COGNITION),
+            **points,
             "accuracy": accuracy,
             "accuracy_plus": plus,
-            "unpaired": float(sum(list(own.values()).count(1) for own in asked.values())),
+            "unpaired": float(sum(len(image) == 1 for image in together)),
         }
 
-    def _by_image(self) -> tuple[dict[str, Counter[int]], dict[str, Counter[int]]]:
-        """How many questions of each subtask and image were asked, and how many were answered right."""
-        asked, right = defaultdict[str, Counter[int]](Counter), defaultdict[str, Counter[int]](Counter)
-        for rows in [self.judged] if isinstance(self.judged, Tensor) else self.judged:
-            for subtask, image, correct in rows.tolist():
-                asked[SUBTASKS[subtask]][image] += 1
-                right[SUBTASKS[subtask]][image] += correct
-        for name, own in asked.items():
-            if (most := max(own.values())) > 2:
-                raise ValueError(f"MME asks two questions about an image; in {name} an image has {most}")
-        return asked, right
 
-
-def _accuracies(
-    asked: dict[str, Counter[int]], right: dict[str, Counter[int]], subtasks: Sequence[str]
-) -> tuple[float, float]:
-    """Accuracy and accuracy plus over all questions of the subtasks, 0..1; 0 where there are none."""
-    images = [(asked[name][image], right[name][image]) for name in subtasks if name in asked for image in asked[name]]
-    pairs = [correct == 2 for questions, correct in images if questions == 2]
-    return _ratio(sum(c for _, c in images), sum(q for q, _ in images)), _ratio(sum(pairs), len(pairs))
+def _accuracies(images: list[list[bool]]) -> tuple[float, float]:
+    """Accuracy and accuracy plus, 0..1, of images with the answers to their questions; 0 where there are none."""
+    pairs = [all(image) for image in images if len(image) == 2]
+    return _ratio(sum(map(sum, images)), sum(map(len, images))), _ratio(sum(pairs), len(pairs))
 
 
 def mme_label(answer: str) -> str:
