@@ -2,6 +2,7 @@
 
 import base64
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from lit_mm.data.records import parse
 from lit_mm.evaluation.benchmarks import BENCHMARKS, load_benchmark, split_name
 from lit_mm.evaluation.metrics import METRICS
 from tests.helpers.benchmark_files import pixels, write_parquet
+from tests.helpers.environment import ROOT
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -22,7 +24,7 @@ EXPECTED = {
     "textvqa": [
         (
             34602,
-            f"what is the brand of this camera?{SHORT}",
+            f"What is the brand of this camera?{SHORT}",
             ["nous les gosses", *["dakota"] * 7, "clos culombu", "dakota digital"],
             "train_images/003a8ae2ef43b901.jpg",
         ),
@@ -210,6 +212,13 @@ def test_one_file_of_several(files):
     assert benchmark.image_root(str(root / "coco_pope_random.json")) == root
 
 
+def test_a_questions_file_in_a_folder_beside_the_images(files):
+    root = files("gqa")
+    (root / "questions1.2").mkdir()
+    (root / "testdev_balanced_questions.json").rename(root / "questions1.2" / "testdev_balanced_questions.json")
+    assert load_benchmark("gqa").items(str(root))[0]["image"] == "images/n161313.jpg"
+
+
 def test_the_answers_of_the_same_split_are_found_by_the_files_name(files):
     root = files("activitynet_qa")
     for kind in "qa":
@@ -256,6 +265,12 @@ def test_benchmarks_by_name_and_by_file(files, tmp_path):
     (tmp_path / "my.yaml").write_bytes(BENCHMARKS["easy_vqa"].read_bytes())
     found, path = split_name(f"{tmp_path}/my.yaml:{files('easy_vqa')}")
     assert (found.name, len(found.items(path))) == ("my", 2)
+
+
+def test_the_page_lists_every_benchmark_with_its_metric():
+    rows = re.findall(r"^\| `(\w+)` \|.*?\| `(\w+)` \|", (ROOT / "docs/evaluation.md").read_text(), re.MULTILINE)
+    assert dict(rows) == {name: load_benchmark(name).metric for name in BENCHMARKS}
+    assert len(rows) == len(BENCHMARKS)
 
 
 def test_easy_vqa_comes_with_its_package():
