@@ -5,7 +5,9 @@ Drop this module, and what imports it, in the release after 0.2.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import yaml
@@ -92,6 +94,10 @@ def with_new_arguments(arguments: Sequence[str]) -> list[str]:
 
 def _new_argument(argument: str, before: str) -> str:
     option, equals, value = argument.partition("=")
+    if before.startswith("--") and argument.startswith("{"):
+        return _new_mapping(before, argument)
+    if option.startswith("--") and value.startswith("{"):
+        argument = f"{option}={_new_mapping(option, value)}"
     if before in ("--data", "--data.class_path"):
         return _new_class(argument)
     if option in ("--data", "--data.class_path") and equals:
@@ -101,3 +107,16 @@ def _new_argument(argument: str, before: str) -> str:
             warn(path, new)
             return f"--{path.rpartition('.')[0]}.{new}{argument.removeprefix(f'--{path}')}"
     return argument
+
+
+def _new_mapping(option: str, text: str) -> str:
+    """The value of an option such as `--model.llm '{source: x}'`; unchanged if it has no old name."""
+    try:
+        value = config = _load_yaml(text)
+    except yaml.YAMLError:
+        return text  # the parser says what is wrong
+    before = deepcopy(value)
+    for name in reversed(option.removeprefix("--").split(".")):
+        config = {name: config}
+    with_new_names(config)
+    return text if value == before else json.dumps(value)

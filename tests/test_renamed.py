@@ -6,6 +6,7 @@ from lightning import LightningDataModule
 
 import lit_mm
 from lit_mm.cli import LitMMCLI
+from lit_mm.renamed import with_new_arguments
 from tests.helpers.environment import TOKENIZER
 
 OLD = f"""
@@ -68,6 +69,20 @@ def test_old_options_are_read_with_their_new_names(shown):
     assert config["model"]["llm"]["config_overrides"]["hidden_size"] == 64
     assert config["model"]["parts"]["llm"]["lora"]["r"] == 2
     assert config["data"]["class_path"].endswith("VideoShapesDataModule")
+
+
+def test_old_names_in_mappings_of_the_command_line_are_read(shown):
+    options = ["--model.llm", "{source: LlamaConfig, template: bare}", "--model.parts.llm.lora={rank: 2, alpha: 8}"]
+    with pytest.warns(UserWarning, match="is called"):
+        config = shown(*options, "--model.llm.sizes={hidden_size: 64}", "--data", "{class_path: VideoShapes}")
+    assert config["model"]["llm"]["config_overrides"] == {"hidden_size": 64}
+    assert config["model"]["parts"]["llm"]["lora"]["r"] == 2
+    assert config["data"]["class_path"].endswith("VideoShapesDataModule")
+
+
+def test_a_mapping_of_the_command_line_without_old_names_is_as_it_was():
+    words = ["--model.llm", "{name_or_path: a, chat_template: '1e-3'}", "--data={a: [1e-3,", "{x", "--y", "{z: 1e-3}"]
+    assert with_new_arguments(words) == words
 
 
 @pytest.mark.parametrize("name", ["EasyVQA", "ImageInstructions", "VideoInstructions", "VideoShapes"])
