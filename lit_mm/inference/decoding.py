@@ -16,11 +16,19 @@ ALWAYS = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "min_ne
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 BEAMS = ("num_beams", "length_penalty", "early_stopping")
 HONORED = {*ALWAYS, *SAMPLING, *BEAMS, "do_sample", "max_new_tokens", "stop_strings"}
-NO_CHOICE = {"bos_token_id", "eos_token_id", "pad_token_id", "max_length", "use_cache", "cache_implementation"}
-NO_CHOICE |= {"transformers_version", "num_return_sequences", "return_dict_in_generate"}
+NO_CHOICE = {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "use_cache"}
+NO_CHOICE |= {"cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "low_memory"}
+NO_CHOICE |= {"compile_config", "disable_compile", "continuous_batching_config", "transformers_version"}
+NO_CHOICE |= {"num_return_sequences", "return_dict_in_generate"}
+OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
+NO_CHOICE |= {*OUTPUTS}
 """Settings that name tokens, or how answers are computed rather than which."""
 NEUTRAL: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "num_beams": 1}
 NEUTRAL |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "length_penalty": 1.0}
+NEUTRAL |= {"num_beam_groups": 1, "diversity_penalty": 0.0, "guidance_scale": 1.0, "encoder_repetition_penalty": 1.0}
+NEUTRAL |= {"encoder_no_repeat_ngram_size": 0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "min_length": 0}
+NEUTRAL |= {"penalty_alpha": 0.0}
+"""Values that change nothing, besides None and False."""
 
 
 def settings(llm: PreTrainedModel, decoding: Decoding = "greedy", **chosen: Any) -> GenerationConfig:
@@ -48,6 +56,7 @@ def settings(llm: PreTrainedModel, decoding: Decoding = "greedy", **chosen: Any)
         chosen.setdefault("do_sample", True)
     own = cast(GenerationConfig, llm.generation_config)
     config = deepcopy(own) if decoding == "own" else GenerationConfig(do_sample=False)
+    config.update(**dict.fromkeys(OUTPUTS))
     config.update(**chosen, max_length=None, num_return_sequences=1, return_dict_in_generate=False)
     if config.do_sample and config.top_k is None:
         config.top_k = 50 if decoding == "own" else 0  # transformers' own default
@@ -63,7 +72,8 @@ def check_settings(config: GenerationConfig) -> None:
     """
     given = {name: value for name, value in config.to_diff_dict().items() if not name.startswith("_")}
     for name, value in given.items():
-        if name not in HONORED | NO_CHOICE and value not in (None, False, 0):
+        neutral = value is None or value is False or value == NEUTRAL.get(name)
+        if name not in HONORED | NO_CHOICE and not neutral:
             raise ValueError(f"generation_config: {name} {value!r} is not supported; set model.decoding to greedy")
     ranges = {
         "max_new_tokens": (1, 1e6),

@@ -24,7 +24,14 @@ import torch.nn.functional as F
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
 from transformers.cache_utils import DynamicLayer
 
 from lit_mm.inference.decoding import end_ids, processors
@@ -384,6 +391,7 @@ class Decoder:
                     inputs_embeds=embed(self.vlm, self.nested, codes),
                     attention_mask=mask,
                     generation_config=config,
+                    stopping_criteria=[StopStrings(self._has_stop)] if self.stops else None,
                     synced_gpus=self.vlm.sharded,
                 )
             if place < len(groups):
@@ -412,11 +420,25 @@ class Decoder:
         if getattr(output, "beam_indices", None) is not None:
             beams = [beam for beam in output.beam_indices[row].tolist() if beam >= 0]
         told = ids if ended is None else ids[: ended + 1]
+        lengths = range(1, len(answer.ids) + 1) if self.stops else ()
+        if stopped := next((length for length in lengths if self._has_stop(ids[:length])), None):
+            answer.ids, told, finish = ids[:stopped], ids[:stopped], "stop"
         for logits, beam, token in zip(output.logits, beams, told, strict=False):
             answer.logprobs.append(float(logits[beam].float().log_softmax(-1)[token]))
         if any(math.isnan(each) for each in answer.logprobs):
             finish = "error"
-        self._end(number, "stop" if finish == "length" and self._has_stop(answer.ids) else cast(Any, finish))
+        self._end(number, cast(Any, finish))
+
+
+class StopStrings(StoppingCriteria):
+    """Ends the answers whose ids have a stop string in their text."""
+
+    def __init__(self, has_stop: Callable[[Sequence[int]], bool]) -> None:
+        self.has_stop = has_stop
+
+    def __call__(self, input_ids: Tensor, scores: Any, **others: Any) -> Any:
+        """New ids [B, t] -> [B] whether each answer has ended."""
+        return torch.tensor([self.has_stop(row) for row in input_ids.tolist()], device=input_ids.device)
 
 
 class RoomyLayer(DynamicLayer):

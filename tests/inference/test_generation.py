@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, WatermarkingConfig
 
 from lit_mm.data.collate import group_by_size
-from lit_mm.inference.decoding import processors, settings
+from lit_mm.inference.decoding import HONORED, NEUTRAL, NO_CHOICE, processors, settings
 from lit_mm.inference.generation import Asked, generate, generate_each
 from lit_mm.inference.prompts import pack_prompts, prompt_codes
 from lit_mm.model.batch import IMAGE, Images, Question
@@ -211,7 +211,8 @@ def test_a_stop_string_ends_an_answer_before_it(kind, tokenizer):
     config = settings(vlm.llm, max_new_tokens=8, stop_strings=[stop, "never said"])
     [[answer]] = generate(vlm, groups, questions()[:1], [4], config, [347], tokenizer)
     assert (answer.finish, answer.text) == ("stop", texts[8][: texts[8].index(stop)].strip())
-    assert len(answer.ids) == (first if kind == "packed" else 8)
+    assert answer.ids == free.ids[:first]
+    assert answer.logprobs == pytest.approx(free.logprobs[:first], abs=1e-5)
     with pytest.raises(ValueError, match="without a tokenizer"):
         generate(vlm, groups, questions()[:1], [4], config, [347])
 
@@ -277,6 +278,61 @@ def test_an_own_setting_that_is_not_honored_is_refused_by_name():
     settings(vlm.llm)
     with pytest.raises(ValueError, match=r"penalty_alpha 0\.6 is not supported; set model\.decoding to greedy"):
         settings(vlm.llm, "own")
+
+
+REFUSED = {
+    "min_length": 3,
+    "max_time": 1.0,
+    "top_h": 0.4,
+    "epsilon_cutoff": 0.1,
+    "eta_cutoff": 0.1,
+    "encoder_repetition_penalty": 1.5,
+    "encoder_no_repeat_ngram_size": 2,
+    "renormalize_logits": True,
+    "forced_bos_token_id": 0,
+    "forced_eos_token_id": 0,
+    "remove_invalid_values": True,
+    "guidance_scale": 1.5,
+    "token_healing": True,
+    "penalty_alpha": 0.6,
+    "prompt_lookup_num_tokens": 3,
+    "num_beam_groups": 2,
+    "diversity_penalty": 0.5,
+    "assistant_ensemble_weight": 0.5,
+    "watermarking_config": WatermarkingConfig(),
+}
+"""Settings of transformers that are not supported, each with a value that would change answers."""
+
+
+@pytest.mark.parametrize("name", sorted(name for name in vars(GenerationConfig()) if name[0] != "_"))
+def test_every_setting_of_an_own_config_is_honored_neutral_or_refused(name):
+    """Also one that a further transformers has, which is refused whatever its value."""
+    vlm = tiny_vlm64()
+    own = vlm.llm.generation_config = GenerationConfig()
+    if name in NEUTRAL:
+        setattr(own, name, NEUTRAL[name])
+        settings(vlm.llm, "own")
+    if name not in HONORED | NO_CHOICE:
+        setattr(own, name, REFUSED.get(name, "unknown"))
+        with pytest.raises(ValueError, match=f"generation_config: {name} .* is not supported"):
+            settings(vlm.llm, "own")
+        settings(vlm.llm)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_that_choose_no_token_change_no_answer(kind):
+    vlm = KINDS[kind]()
+    expected = answered(vlm, decoding="own", max_new_tokens=4)
+    vlm.llm.generation_config.update(
+        num_beam_groups=1,
+        guidance_scale=1.0,
+        output_scores=True,
+        output_attentions=True,
+        max_cache_len=4,
+        use_cache=True,
+    )
+    found = answered(vlm, decoding="own", max_new_tokens=4)
+    assert [[a.ids for a in own] for own in found] == [[a.ids for a in own] for own in expected]
 
 
 def test_sampling_settings_go_through_transformers_processors():
