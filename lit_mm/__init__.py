@@ -14,6 +14,8 @@ _HOMES = {
     "TimmEncoder": "model.encoder",
     "MatryoshkaProjector": "model.projector",
     "LLM": "model.llm",
+    "load_llm": "model.llm",
+    "load_tokenizer": "data.tokenizer",
     "MatryoshkaVLM": "model.vlm",
     "EasyVQADataModule": "data.easy_vqa",
     "ImageDataModule": "data.datamodules",

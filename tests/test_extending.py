@@ -1,10 +1,11 @@
-"""The README's two extensions, as they stand there, in one run."""
+"""The README's two extensions, as they stand there, in one run, and its model that is built by hand."""
 
 import json
 import re
 import sys
 
 import pytest
+import torch
 import yaml
 
 from tests.helpers.command_line import CONFIG, lit_mm_anew
@@ -21,6 +22,21 @@ def blocks() -> list[str]:
 def test_each_extension_is_short():
     assert len(blocks()) == 2
     assert all(len(block.splitlines()) <= 20 for block in blocks())
+
+
+def test_a_model_built_by_hand_answers(tmp_path, monkeypatch, capsys):
+    """All names of the block are public, and the answer is the model's own."""
+    found = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    [code] = [block for block in found if "MatryoshkaVLM" in block]
+    draw(tmp_path / "photo.jpg", (300, 200), "red")
+    monkeypatch.chdir(ROOT)
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(code.replace("photo.jpg", str(tmp_path / "photo.jpg")), names)
+    model, asked = names["model"], "what color is the shape?"
+    assert {str(scale) for scale in model.scales} == {"16", "4", "1"}
+    answer = model.answer(tmp_path / "photo.jpg", asked, tokens=4, max_new_tokens=8)
+    assert answer.visual_tokens == 4 and capsys.readouterr().out == f"{answer.text}\n"
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import instantiate_module
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.video import VideoOptions
@@ -28,7 +29,7 @@ def load(
     image: ImageOptions | None = None,
     video: VideoOptions | None = None,
 ) -> Model:
-    """Open a trained model.
+    """Open a trained model, with adapters merged and without quantization, which a warning says.
 
     Args:
         path: A run's folder, a folder of runs (its newest), or a checkpoint, sharded or not.
@@ -75,8 +76,12 @@ def _module(hyper_parameters: dict[str, Any], tokenizer: Path) -> LitMatryoshka:
     config = {name: value for name, value in hyper_parameters.items() if name != "_instantiator"}
     config = with_new_names({"model": config})["model"]
     config["init_from"] = None
+    if bits := config["llm"].get("quantize"):
+        dtype = config["llm"].get("dtype") or "float32"
+        rank_zero_warn(f"load: the LLM was trained in {bits} and is opened in {dtype}: it takes more memory")
     config["llm"] = {**config["llm"], "quantize": None}
     if config["parts"]["llm"].get("lora"):  # adapters are merged as the checkpoint is read
+        rank_zero_warn("load: the LLM's adapters (LoRA) are merged into its weights")
         config["parts"]["llm"]["lora"] = None
     if tokenizer.is_dir():
         config["llm"] |= {"tokenizer": str(tokenizer), "chat_template": "own"}

@@ -136,9 +136,27 @@ def test_a_run_is_opened_without_what_trained_it(folder, model, picture, tmp_pat
     assert moved.answer(picture, "what is this?", 1).ids == model.answer(picture, "what is this?", 1).ids
 
 
+def test_a_run_with_adapters_or_quantized_is_opened_plainly_and_says_so(folder, model, picture, tmp_path):
+    """An adapter of zeros changes nothing, neither do 4 bits that the checkpoint's weights do not have."""
+    shutil.copytree(folder / "runs/version_0", tmp_path / "version_0")
+    file = tmp_path / "version_0/checkpoints/last.ckpt"
+    saved = torch.load(file, weights_only=True)
+    saved["hyper_parameters"]["llm"]["quantize"] = "4bit"
+    saved["hyper_parameters"]["parts"]["llm"]["lora"] = {"r": 2, "lora_alpha": 4}
+    torch.save(saved, file)
+    with pytest.warns(UserWarning, match="load: ") as warned:
+        moved = load(tmp_path / "version_0")
+    said = [str(each.message) for each in warned if "load: " in str(each.message)]
+    assert said == [
+        "load: the LLM was trained in 4bit and is opened in float32: it takes more memory",
+        "load: the LLM's adapters (LoRA) are merged into its weights",
+    ]
+    assert moved.answer(picture, "what is this?", 1).ids == model.answer(picture, "what is this?", 1).ids
+
+
 def test_the_readmes_ten_lines(folder, model, picture, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    [code] = [block for block in blocks if "import load" in block]
+    [code] = [block for block in blocks if "import load\n" in block]
     exec(code.replace("runs/quickstart", str(folder / "runs")).replace("photo.jpg", str(picture)), {})
     first, *lines = capsys.readouterr().out.splitlines()
     asked = "what color is the shape?"
