@@ -289,7 +289,11 @@ def test_answers_take_the_operations_that_torch_counts(answering):
 
 
 def pairs_by_hand(call):
-    """Causal pairs of a prefix of 35, an image and 29 further tokens, and of an answer after them."""
+    """Causal pairs of a prefix of 35, an image and 29 further tokens, and of an answer after them; or of four further
+    turns of 4 + 29, of which all but the last 30 may be kept."""
+    if call.turns > 1:
+        length = 35 + 576 + 29 + 4 * (4 + 29)
+        return sum(range(length - 29 if call.kept else 1, length + 1))
     own = sum(sum(range(64 + s + 1, 64 + s + call.new_tokens)) + sum(range(36, 65 + s)) for s in call.scales)
     shared = 35
     if len(call.scales) == call.images == 1:
@@ -308,12 +312,14 @@ def test_answering_writes_its_figures(answering, nested_step, tmp_path, monkeypa
     assert {"hardware", "versions", "command", "rows"} <= set(made)
     llm, model = ([row for row in made["rows"] if row["part"] == part] for part in ("llm", "model"))
     assert [row["case"] for row in llm] == [row["case"] for row in model]
-    assert len(llm) == 10
+    assert len(llm) == 11
     assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in made["rows"])
-    one_image, firsts = model[2], llm[4:]
+    one_image, firsts = model[2], llm[4:10]
     assert 1 / 3 < one_image["limit"] < 0.4
     assert one_image["ratio"] < 0.8  # one image is encoded instead of three
     assert [row["case"] for row in llm if not row["lowest"]] == ["all scales", "3 questions, 3 images"]
+    assert model[10]["limit"] < llm[10]["limit"] < 0.1
+    assert model[10]["ratio"] < 1
     assert [row["limit"] for row in firsts[:5]] == sorted((row["limit"] for row in firsts[:5]), reverse=True)
     assert 1 < firsts[5]["limit"] < (35 + 766 + 5 * 29) / (35 + 576 + 29)  # by tokens, but attention sees fewer pairs
 

@@ -8,7 +8,9 @@ A model with random weights answers greedily, without an end token, so that all 
 - all scales together, relative to the finest scale alone, and to one call for each scale;
 - several questions about one image, relative to as many questions about as many images;
 - the questions about several images in one batch, relative to one call for each;
-- the first token at each scale and at all of them, relative to the first token at the finest scale.
+- the first token at each scale and at all of them, relative to the first token at the finest scale;
+- the first token of a conversation's fifth turn when keys, values and the encoded image are kept, relative to computing
+  the whole conversation anew.
 
 Parts: `llm` (from image embeddings) and `model` (from images; every call encodes its images). Times are medians of
 repetitions in alternating order after one warm-up, ratios are of medians. `limit` is the ratio of floating point
@@ -33,6 +35,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,28 +45,34 @@ from latency import MATRIX
 from nested_step import SCALES, SIZES, Size, build, hardware, times_of
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from lit_mm.costs.flops import Costs, nested_segments
+from lit_mm.costs.flops import Costs, ModelFlops, nested_segments
 from lit_mm.data.collate import group_by_size
 from lit_mm.inference.decoding import settings
-from lit_mm.inference.generation import generate
+from lit_mm.inference.generation import Asked, Past, generate, generate_each
 from lit_mm.model.attention import causal_pairs
 from lit_mm.model.batch import IMAGE, Question
 
 NO_TOKEN = -1
 """As the only end token: answers never end early."""
 PIXELS = 1536
+TURNS = 5
+TURN_NAMES = "first token, fifth turn anew", "first token, fifth turn"
 OWN_SIZES = SIZES | {"small": Size(512, 8, 8, 4096, [16, 32, 64, 128, 256], [2, 2, 2, 2, 2])}
 
 
 @dataclass
 class Call:
-    """One call of `generate`: one question at some scales, or several at the finest."""
+    """One call: one question at some scales, or several at the finest, or the last turn of a conversation about an
+    image, whose earlier turns may be kept."""
 
     scales: Sequence[int] = (SCALES[0],)
     questions: int = 1
     images: int = 1
     new_tokens: int = 1
+    turns: int = 1
+    kept: bool = False
 
     @property
     def sequences(self) -> int:
@@ -112,7 +121,8 @@ def runs_of(arguments: argparse.Namespace) -> dict[str, list[Call]]:
         "question after question": [Call(new_tokens=new_tokens)] * n,
     }
     runs |= {f"first token, {scale}": [Call([scale])] for scale in SCALES}
-    return runs | {"first token, all scales": [Call(SCALES)]}
+    runs |= {"first token, all scales": [Call(SCALES)]}
+    return runs | {name: [Call(images=1 - kept, turns=TURNS, kept=bool(kept))] for kept, name in enumerate(TURN_NAMES)}
 
 
 def pairs_of(arguments: argparse.Namespace) -> list[tuple[str, str]]:
@@ -126,6 +136,7 @@ def pairs_of(arguments: argparse.Namespace) -> list[tuple[str, str]]:
         (one_image, batch),
         (batch, "question after question"),
         *((first, firsts[0]) for first in [*firsts, "first token, all scales"]),
+        (TURN_NAMES[1], TURN_NAMES[0]),
     ]
 
 
@@ -150,12 +161,29 @@ class Answering:
         self.nested = torch.randn(*shape, dtype=like.dtype, device=like.device) * 0.02
         self.pixels = torch.randint(0, 255, (arguments.questions, 1, 3, PIXELS, PIXELS), dtype=torch.uint8)
         self.pixels = self.pixels.to(like.device)
+        own = [torch.randint(9, 999, (arguments.new_tokens + self.text,)) for _ in range(TURNS - 1)]
+        self.conversation, self.past = torch.cat([self.ids[0], *own]), Past()
+        self._turn(self.conversation[: -self.text - 1], self.past)  # an answer's last token has no keys yet
+        self.known = len(self.past.codes)
 
     def run(self, calls: Sequence[Call]) -> list[int]:
         """Answer; return the number of tokens of each answer."""
         return [length for call in calls for length in self._call(call)]
 
+    def _turn(self, ids: Tensor, past: Past | None) -> list[int]:
+        """The first token after a conversation about the first image."""
+        asked = [Asked(Question(0, "", ids, [0]), SCALES[0])]
+        nested = self.nested[:1] if self.part == "llm" or past else None
+        config = settings(self.vlm.llm, max_new_tokens=1)
+        [answer] = generate_each(
+            self.vlm, group_by_size([self.pixels[0]]), asked, config, [NO_TOKEN], nested=nested, past=past
+        )
+        return [len(answer.ids)]
+
     def _call(self, call: Call) -> list[int]:
+        if call.turns > 1:
+            self.past.codes = self.past.codes[: self.known]  # as the turn before left it
+            return self._turn(self.conversation, self.past if call.kept else None)
         asked = [Question(n, "", self.ids[n], [n % call.images]) for n in range(call.questions)]
         images = group_by_size(list(self.pixels[: call.images]))
         nested = self.nested[: call.images] if self.part == "llm" else None
@@ -165,6 +193,17 @@ class Answering:
 
     def operations(self, call: Call) -> int:
         """Floating point operations of a call, from shapes."""
+        flops = self._of_conversation(call) if call.turns > 1 else self._of_questions(call)
+        if self.part == "model":
+            flops += self.costs.image((PIXELS, PIXELS)) * call.images
+        return flops.total.forward
+
+    def _of_conversation(self, call: Call) -> ModelFlops:
+        before = self.known if call.kept else 0
+        own = self.known + 1 + self.text - before
+        return self.costs.text(own, causal_pairs(own, before), 1)
+
+    def _of_questions(self, call: Call) -> ModelFlops:
         if len(call.scales) == call.images == 1:  # the questions share the text before the image and the image
             segments = nested_segments(self.prefix + call.scales[0], self.text, [0] * call.questions)
         else:  # the text before the image is shared
@@ -174,9 +213,7 @@ class Answering:
         for scale in call.scales:
             pairs = causal_pairs(further, before=self.prefix + scale + self.text)
             flops += self.costs.text(further, pairs, further) * call.questions
-        if self.part == "model":
-            flops += self.costs.image((PIXELS, PIXELS)) * call.images
-        return flops.total.forward
+        return flops
 
     def check(self, name: str, calls: Sequence[Call]) -> None:
         """Whether a run does what its name says.
@@ -202,7 +239,8 @@ def product_of(device: str, dtype: torch.dtype) -> tuple[Callable[[], Any], floa
 
 
 def rows_of(arguments: argparse.Namespace, part: str) -> list[Row]:
-    answering, runs = Answering(arguments, part), runs_of(arguments)
+    answering, pairs = Answering(arguments, part), [pair for pair in pairs_of(arguments) if arguments.only in pair[0]]
+    runs = {name: calls for name, calls in runs_of(arguments).items() if name in {*chain(*pairs)}}
     for name, calls in runs.items():
         answering.check(name, calls)
     product, flops = product_of(arguments.device, getattr(torch, arguments.dtype))
@@ -212,7 +250,7 @@ def rows_of(arguments: argparse.Namespace, part: str) -> list[Row]:
     seconds = {name: statistics.median(own) for name, own in times.items()}
     operations = {name: sum(answering.operations(call) for call in calls) for name, calls in runs.items()}
     rows = []
-    for case, base in pairs_of(arguments):
+    for case, base in pairs:
         ratio, limit = seconds[case] / seconds[base], operations[case] / operations[base]
         lowest = lowest_ratio(runs[case], runs[base], part, limit)
         least = operations[case] / speed
@@ -270,10 +308,13 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens of each answer")
     parser.add_argument("--questions", type=int, default=10, help="questions, and images, of a batch; at least 2")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--only", default="", metavar="WORDS", help="only cases with these words in their name")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     made = parser.parse_args(words)
     if made.questions < 2:
         parser.error(f"--questions: found {made.questions}, expected 2 or more: one is no batch")
+    if not any(made.only in case for case, _ in pairs_of(made)):
+        parser.error(f"--only: found {made.only!r}, expected a part of {', '.join(case for case, _ in pairs_of(made))}")
     return made
 
 
