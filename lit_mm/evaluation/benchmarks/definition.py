@@ -179,5 +179,7 @@ def _check(path: Path, definition: Definition) -> None:
     if not definition.layouts:
         raise ValueError(f"{path}: layouts: expected at least one, found none")
     for number, layout in enumerate(definition.layouts):
+        if definition.metric == "circular" and not (layout.options and layout.group):
+            raise ValueError(f"{path}: layouts[{number}]: metric circular needs options and a group")
         if bool(layout.options) == bool(layout.references) or bool(layout.options) != bool(layout.answer):
             raise ValueError(f"{path}: layouts[{number}]: expected either references, or options and answer")

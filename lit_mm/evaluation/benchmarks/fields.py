@@ -14,9 +14,10 @@ FILTERS: dict[str, Callable[[str], str | int]] = {
     "top": lambda path: PurePosixPath(path).parts[0],
     "capitalize": str.capitalize,
     "int": int,
+    "below_million": lambda number: int(number) % 1_000_000,
 }
 """What may follow a field's name: the last or first part of a path, the text with its first letter as the only
-capital one, or a whole number."""
+capital one, a whole number, or its last six digits (of MMBench's index, which has the round before them)."""
 
 
 class MissingField(ValueError):

@@ -150,7 +150,8 @@ class Questions(Source):
         return filled
 
     def _references(self, row: Row) -> list[str]:
-        """The accepted answers, or the right option's letter and text and all options; empty if there are none."""
+        """The accepted answers, or the right option's letter and text, all options, and for circular evaluation the
+        group; empty if there are none."""
         try:
             if not self.layout.options:
                 return list(values(self.layout.references, row))
@@ -168,7 +169,8 @@ class Questions(Source):
         if answer not in known:
             raise ValueError(f"{self.layout.answer}: expected one of {', '.join(known)}, found {answer!r:.60}")
         right = known.index(answer)
-        return [ascii_uppercase[right], options[right], *options]
+        group = [text(self.layout.group, row)] if self.definition.metric == "circular" else []
+        return [ascii_uppercase[right], options[right], *options, *group]
 
     def _share(self) -> None:
         """Replace ids of other records in the shared field by what these have there."""

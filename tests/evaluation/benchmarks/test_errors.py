@@ -163,6 +163,7 @@ def test_a_file_that_is_too_large(files, monkeypatch):
         (lambda all: all.pop("prompt"), "prompt"),
         (lambda all: all["layouts"][0].update(imag="x"), "imag"),
         (lambda all: all["layouts"][0].update(format="xls"), "format"),
+        (lambda all: all.update(metric="circular"), r"layouts\[0\]: metric circular needs options and a group"),
         (lambda all: all["layouts"][0].pop("references"), r"layouts\[0\]: expected either references, or options"),
         (lambda all: all.update(layouts=[]), "layouts: expected at least one"),
         (lambda all: all.update(max_new_tokens="many"), "max_new_tokens"),

@@ -77,9 +77,10 @@ EXPECTED = {
             "241",
             "The passage below describes an experiment.\nRead it, and answer.\n"
             f'{GORDON}\nA. if the "spacecraft" was damaged\nB. how steady it was{LETTER}',
-            ["B", "how steady it was", 'if the "spacecraft" was damaged', "how steady it was"],
+            ["B", "how steady it was", 'if the "spacecraft" was damaged', "how steady it was", "241"],
             "data:image/jpeg;base64," + base64.b64encode(pixels()).decode(),
             "identity_reasoning",
+            "241",
         ),
         3,
     ],
@@ -191,11 +192,16 @@ def test_every_question_is_a_record_that_its_metric_scores(files, name):
                 assert metric.score(references[0], references) == (1.0 if name != "textvqa" else pytest.approx(0.3))
 
 
+def test_the_rounds_of_a_question_are_a_group(files):
+    groups = [item["group"] for item in load_benchmark("mmbench").items(str(files("mmbench")))]
+    assert groups == ["241", "252", "241"]
+
+
 def test_shared_images_and_the_last_option_of_four(files):
     items = load_benchmark("mmbench").items(str(files("mmbench")))
     assert items[2]["image"] == items[0]["image"]
     assert items[1]["references"] == ["D", "a cat", 'if the "spacecraft" was damaged', "how steady it was", "a dog",
-                                      "a cat"]  # fmt: skip
+                                      "a cat", "252"]  # fmt: skip
     assert items[1]["text"].startswith("What is it?\nA. if")
 
 
