@@ -21,7 +21,11 @@ capital one, a whole number, or its last six digits (of MMBench's index, which h
 
 
 class MissingField(ValueError):
-    """A record lacks a field; null and NaN count as missing."""
+    """A record lacks a field."""
+
+
+class NullField(MissingField):
+    """A field is null or NaN."""
 
 
 def fill(template: str, record: Mapping[str, Any]) -> Any:
@@ -61,9 +65,10 @@ def value_of(name: str, record: Mapping[str, Any]) -> Any:
     """A field's value: `a.b` is field b of the object a, `a|filter` is changed by one of FILTERS."""
     path, *filters = name.split("|")
     value = record[path] if path in record else _inner(path, record)
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        found = "null" if path in record else f"the fields {', '.join(record)}"
-        raise MissingField(f"{path}: expected a value, found {found:.300}")
+    if path in record and (value is None or (isinstance(value, float) and math.isnan(value))):
+        raise NullField(f"{path}: expected a value, found null")
+    if value is None:
+        raise MissingField(f"{path}: expected a value, found the fields {', '.join(record):.300}")
     for each in filters:
         if each not in FILTERS:
             raise ValueError(f"{{{name}}}: unknown filter {each}, expected one of {', '.join(FILTERS)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from string import ascii_uppercase
@@ -12,7 +13,7 @@ from lit_mm.data.media import inside
 from lit_mm.data.records import Kind, Media, RecordError
 from lit_mm.data.sources.base import Source, digest, stamp_of
 from lit_mm.evaluation.benchmarks.definition import Definition, Layout
-from lit_mm.evaluation.benchmarks.fields import MissingField, as_list, fill, or_empty, text, values
+from lit_mm.evaluation.benchmarks.fields import MissingField, NullField, as_list, fill, or_empty, text, values
 from lit_mm.evaluation.benchmarks.rows import Row, joined_files, read_rows
 
 Item = dict[str, Any]
@@ -112,10 +113,11 @@ class Questions(Source):
             item: Item = {"question_id": _id(layout.id, row), "text": self._prompt(row)}
             if references := self._references(row):
                 item["references"] = references
-            for field, template in (("type", layout.type), ("group", layout.group)):
-                if template:
-                    value = text(template, row)
-                    item[field] = layout.type_names.get(value, value) if field == "type" else value
+            with suppress(NullField):  # a question without a type
+                if layout.type:
+                    item["type"] = layout.type_names.get(kind := text(layout.type, row), kind)
+            if layout.group:
+                item["group"] = text(layout.group, row)
         except MissingField as error:
             raise RecordError(where, "missing field", str(error)) from None
         except ValueError as error:

@@ -2,6 +2,7 @@
 
 import base64
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from lit_mm.data.media import MediaFolder
 from lit_mm.data.records import parse
 from lit_mm.evaluation.benchmarks import BENCHMARKS, load_benchmark, split_name
 from lit_mm.evaluation.metrics import METRICS
-from tests.helpers.benchmark_files import pixels, write_parquet
+from tests.helpers.benchmark_files import pixels, write_json, write_parquet
 from tests.helpers.environment import ROOT
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -218,6 +219,24 @@ def test_one_file_of_several(files):
     assert benchmark.image_root(str(root / "coco_pope_random.json")) == root
 
 
+def test_a_split_without_answers_and_types(files):
+    root = files("docvqa")
+    content = json.loads((root / "val_v1.0_withQT.json").read_text())
+    for record in content["data"]:
+        record.pop("answers"), record.pop("question_types")
+    write_json(root / "test_v1.0.json", content)
+    items = load_benchmark("docvqa").items(str(root / "test_v1.0.json"))
+    assert [sorted(item) for item in items] == [["image", "question_id", "text"]] * 2
+
+
+def test_the_hubs_questions_of_gqa_beside_the_images(files, tmp_path):
+    root = files("gqa")
+    asked = {"id": "201307251", "imageId": "n161313", "question": "Is it overcast?", "answer": "no"}
+    write_parquet(tmp_path / "testdev.parquet", [asked | {"types": {"detailed": "a", "structural": "verify"}}])
+    [item] = load_benchmark("gqa").items(str(tmp_path / "testdev.parquet"), root)
+    assert fields(item) == EXPECTED["gqa"][0]
+
+
 def test_a_questions_file_in_a_folder_beside_the_images(files):
     root = files("gqa")
     (root / "questions1.2").mkdir()
@@ -263,6 +282,13 @@ def test_the_questions_of_the_hubs_parquet_files(tmp_path, name):
         assert [medium.data for medium in record.media] == [pixels()]
         assert metric.score(record.references[0], record.references) == 1.0
         assert "yes or no" not in item["text"]
+
+
+def test_the_hubs_test_split_has_no_answers_and_no_types(tmp_path):
+    row = {"questionId": "1", "question": "what?", "question_types": None, "answers": None, "image": pixels()}
+    write_parquet(tmp_path / "test.parquet", [row, row | {"questionId": "2"}])
+    items = load_benchmark("docvqa").items(str(tmp_path))
+    assert [sorted(item) for item in items] == [["image", "question_id", "text"]] * 2
 
 
 def test_benchmarks_by_name_and_by_file(files, tmp_path):
