@@ -234,12 +234,18 @@ class Model:
             memory: As for `answers`.
 
         Raises:
-            ValueError: An empty question, or an image that the scales do not fit.
-            RecordError: Images that cannot be read, or that do not match the question's markers.
+            ValueError: An empty question.
+            RecordError: Images that cannot be read, that the scales do not fit, or that do not match the question's
+                markers.
         """
         sample = self._sample(self._record(ask, where), memory)
-        for visual in sample.visuals:
-            self.grids(*visual.pixels.shape[-2:])
+        for number, visual in enumerate(sample.visuals, 1):
+            height, width = visual.pixels.shape[-2:]
+            try:
+                self.grids(height, width)
+            except ValueError as error:
+                detail = f"image {number} of {height}×{width} pixels (height × width): {error}"
+                raise RecordError(where, "scales", detail) from None
         return Prompt(sample, list(scales or self.scales[:1]), seed)
 
     def length(self, prompt: Prompt, scale: Scale) -> tuple[int, int]:

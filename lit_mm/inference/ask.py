@@ -15,7 +15,7 @@ from rich.table import Table
 from lit_mm.data.records import RecordError
 from lit_mm.hub.loading import load
 from lit_mm.inference.answering import Answer, Chat, Model
-from lit_mm.inference.generation import Generated
+from lit_mm.inference.generation import Generated, settled
 
 PROGRAM = "python -m lit_mm ask"
 USAGE = f"""{PROGRAM} --ckpt_path last photo.jpg "What is it?"
@@ -137,7 +137,7 @@ def _turn(chat: Chat, question: str, new: list[str], tokens: str, settings: dict
 
     def write(number: int, scale: Any, answer: Generated, is_all: bool) -> None:
         nonlocal written
-        ready = answer.text.lstrip() if is_all else answer.text.lstrip().removesuffix("\ufffd")  # half a character
+        ready = answer.text if is_all else settled(answer.text)
         print(ready[written:], end="", flush=True)
         written = max(written, len(ready))
 

@@ -25,6 +25,7 @@ from pydantic_core import PydanticCustomError
 from lit_mm.data.records import MARKERS, Kind
 from lit_mm.inference.answering import Answer, Ask, Model, Prompt
 from lit_mm.inference.batching import Piece
+from lit_mm.inference.generation import settled
 
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"}
 IGNORED |= {"prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "include_obfuscation"}
@@ -359,11 +360,3 @@ class Told:
     characters: int = 0
     tokens: int = 0
     first: float = 0.0
-
-
-def settled(text: str, stops: Sequence[str] = ()) -> str:
-    """The part of an unfinished answer's text that further tokens do not change: without spaces at its ends, half a
-    character, or what may be the beginning of a stop string."""
-    text = text.rstrip("\ufffd")
-    begun = (n for stop in stops for n in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:n]))
-    return text[: len(text) - max(begun, default=0)].strip()

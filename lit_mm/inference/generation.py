@@ -441,6 +441,14 @@ class StopStrings(StoppingCriteria):
         return torch.tensor([self.has_stop(row) for row in input_ids.tolist()], device=input_ids.device)
 
 
+def settled(text: str, stops: Sequence[str] = ()) -> str:
+    """The part of an unfinished answer's text that further tokens do not change: without spaces at its ends, half a
+    character, or what may be the beginning of a stop string."""
+    text = text.rstrip("\ufffd")
+    begun = (n for stop in stops for n in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:n]))
+    return text[: len(text) - max(begun, default=0)].strip()
+
+
 class RoomyLayer(DynamicLayer):
     """Keys and values [B, heads, T, d] in buffers with room for more; DynamicLayer copies all for every new token."""
 

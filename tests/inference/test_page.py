@@ -7,7 +7,7 @@ from PIL import Image
 
 from lit_mm import load
 from tests.helpers.browser import page, until  # noqa: F401 (a fixture)
-from tests.helpers.serving import serving, trained_run
+from tests.helpers.serving import Serving, trained_run
 
 pytest.importorskip("fastapi")
 
@@ -19,8 +19,8 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(run, tmp_path_factory):
-    with serving(run, log=tmp_path_factory.mktemp("log") / "log.txt") as (address, _):
-        yield address
+    with Serving(run, tmp_path_factory.mktemp("log") / "log.txt") as server:
+        yield server.url
 
 
 @pytest.fixture
