@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from tests.helpers.command_line import CONFIG, OFFLINE, SERVER, lit_mm, main_of
+from tests.helpers.command_line import CONFIG, OFFLINE, lit_mm
 from tests.helpers.environment import ROOT
 from tests.helpers.records import write_instruction_set
 
@@ -47,21 +46,14 @@ class Serving:
         run: The run's folder.
         log: A file for what the server prints.
         options: Further options.
-        anew: Whether by `python -m lit_mm`, or in a process that has imported everything already.
     """
 
-    def __init__(self, run: Path, log: Path, *options: str, anew: bool = True) -> None:
-        self.log, self.anew = log, anew
-        words = ["serve", "--ckpt_path", str(run), "--port", "0", *options]
-        log.touch()
-        if anew:
-            env = os.environ | OFFLINE | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-            command = [sys.executable, "-m", "lit_mm", *words]
-            with log.open("w") as file:
-                self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
-        else:
-            self.process = SERVER.Process(target=main_of, args=(words, str(log)))
-            self.process.start()
+    def __init__(self, run: Path, log: Path, *options: str) -> None:
+        self.log = log
+        env = os.environ | OFFLINE | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "lit_mm", "serve", "--ckpt_path", str(run), "--port", "0", *options]
+        with log.open("w") as file:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
 
     def __enter__(self) -> Serving:
         self.port = int(self.logged(r"http://127\.0\.0\.1:(\d+)", 120)[1])
@@ -69,18 +61,7 @@ class Serving:
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
-        self.wait()
-
-    def wait(self, seconds: float = 30) -> int | None:
-        """The exit code, None if it does not come."""
-        if self.anew:
-            return self.process.wait(seconds)
-        self.process.join(seconds)
-        return self.process.exitcode
-
-    def end(self, number: signal.Signals) -> None:
-        """Send a signal."""
-        os.kill(self.process.pid, number)
+        self.process.wait()
 
     @property
     def url(self) -> str:
@@ -94,7 +75,7 @@ class Serving:
         """
         end = time.monotonic() + seconds
         while not (found := re.compile(pattern).search(text := self.log.read_text(), after)):
-            if time.monotonic() > end:
+            if time.monotonic() > end or self.process.poll() is not None:
                 raise TimeoutError(f"{pattern} is not in the log:\n{text}")
             time.sleep(0.05)
         return found

@@ -70,7 +70,14 @@ def model(folder):
 
 
 @pytest.fixture(scope="module")
-def server(folder):
+def impatient(folder):
+    """Another server, which starts while the first one does."""
+    options = "--timeout", "2", "--grace", "1", "--model_name", "mine"
+    return Serving(folder / "runs", folder / "impatient.txt", *options)
+
+
+@pytest.fixture(scope="module")
+def server(folder, impatient):
     options = [word for name, value in LIMITS.items() for word in (f"--{name}", str(value))]
     with Serving(folder / "runs", folder / "log.txt", "--allow_files", str(folder / "images"), *options) as found:
         yield found
@@ -468,10 +475,8 @@ def test_a_batch_that_fails_is_answered_one_by_one(model, pictures, monkeypatch)
     assert [own[0][0].text for own in (told[0], told[2])] == texts
 
 
-def test_ctrl_c_ends_what_takes_longer_than_the_grace_time(folder):
-    with Serving(
-        folder / "runs", folder / "other.txt", "--timeout", "2", "--grace", "1", "--model_name", "mine", anew=False
-    ) as server:
+def test_ctrl_c_ends_what_takes_longer_than_the_grace_time(impatient):
+    with impatient as server:
         begun = time.monotonic()
         status, reply = server.post(asked("hello", max_tokens=LONG))
         assert status == 504 and reply["error"]["message"] == "not answered within 2 seconds, the limit"
@@ -484,8 +489,8 @@ def test_ctrl_c_ends_what_takes_longer_than_the_grace_time(folder):
         assert b" 408 " in half.recv(100)
         late = server.begin(asked("hello", max_tokens=LONG))
         time.sleep(0.3)
-        server.end(signal.SIGINT)
-        assert server.wait() == 0
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(30) == 0
         assert b" 503 " in late.recv(100)
 
 
@@ -506,12 +511,12 @@ def test_sigterm_ends_the_server_after_its_answers(server, client):
     """The last test of this server."""
     stream = create(client, user("hello"), max_tokens=600, stream=True, stream_options={"include_usage": True})
     next(stream)
-    server.end(signal.SIGTERM)
+    server.process.send_signal(signal.SIGTERM)
     server.logged("ending, requests in progress have 20 s")
     with pytest.raises(openai.APIConnectionError):
         create(client.with_options(http_client=openai.DefaultHttpxClient()), user("hello"))
     *_, last = stream
     assert last.usage.completion_tokens == 600
-    assert server.wait() == 0
+    assert server.process.wait(30) == 0
     server_log = server.log.read_text()
     assert server_log.rstrip().endswith("ended") and "Traceback" not in server_log
