@@ -159,6 +159,17 @@ def test_authors_loss_is_the_mean_over_scales(nested_step):
     assert torch.allclose(theirs, vlm(batch, nested=nested).loss, rtol=1e-5)
 
 
+def test_a_training_step_writes_its_plan_and_its_time(tmp_path, monkeypatch):
+    file = tmp_path / "out.json"
+    words = ["--device", "cpu", "--size", "tiny", "--precision", "32-true", "--steps", "1", "--json", str(file)]
+    benchmark("training_step", monkeypatch).main(words)
+    made = json.loads(file.read_text())
+    assert made["planned_bytes"] > 1536 * 1536 * 3 * 4  # normalized pixels in float32
+    assert made["step_flops"] > 0
+    assert len(made["seconds"]) == 1
+    assert made["measured_bytes"] is made["mfu"] is None
+
+
 def test_encoder_writes_its_figures(tmp_path, monkeypatch):
     file = tmp_path / "out.json"
     words = ["--backbone", "convnext_atto", "--width", "48", "--depth", "1", "--pixels", "64", "--repetitions", "1"]

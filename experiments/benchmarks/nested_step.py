@@ -13,10 +13,10 @@ Methods, each a forward and backward pass without an optimizer:
 - packed-…: one packed sequence with each attention; packed-sequential: one sequence per scale.
 
 Parts: `llm` (from image embeddings) and `model` (from images to loss). Times are medians of repetitions in alternating
-order after one warm-up; peak memory is measured in a separate process for each method. `limit` is the arithmetic
-limit of a packed step: its floating point operations over those of single, counted from shapes (linear layers, causal
-pairs of attention, the head at targets, the encoder once). It applies to `authors` and `reference` too, because no
-method needs more operations.
+order after one warm-up; on a CPU, peak memory is measured in a separate process for each method. `limit` is the
+arithmetic limit of a packed step: its floating point operations over those of single, counted from shapes (linear
+layers, causal pairs of attention, the head at targets, the encoder once). It applies to `authors` and `reference` too,
+because no method needs more operations.
 
 The script fails without writing anything if the figures are impossible: if the LLM part runs the encoder, takes longer
 than the whole model, or, on a CPU, takes less time than its operations need at the speed of single (which leaves a GPU
@@ -81,6 +81,7 @@ SIZES = {
     "wide": Size(2048, 2, 16, 32000, [32, 64, 128, 256, 512], [3, 3, 9, 3, 3]),
     "1b": Size(2048, 16, 32, 32000, [192, 384, 768, 1536, 3072], [3, 3, 27, 3, 6]),
     "3b": Size(3072, 28, 24, 32000, [192, 384, 768, 1536, 3072], [3, 3, 27, 3, 6]),
+    "7b": Size(4096, 32, 32, 32000, [192, 384, 768, 1536, 3072], [3, 3, 27, 3, 6]),
 }
 
 
@@ -231,19 +232,21 @@ def peak_bytes(arguments: argparse.Namespace, way: str, part: str, case: tuple[i
     """What a step takes beside the weights, measured in a process of its own."""
     case_words = ["--prefix", str(case[0]), "--texts", ",".join(map(str, case[1]))]
     command = [sys.executable, __file__, "--peak", way, "--parts", part, *case_words]
-    command += ["--device", arguments.device, "--size", arguments.size, "--dtype", arguments.dtype]
+    command += ["--size", arguments.size, "--dtype", arguments.dtype]
     return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
+
+
+def peak_bytes_on_gpu(step: Callable[[], None]) -> int:
+    """What a step takes beside the weights."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def print_peak(arguments: argparse.Namespace, case: tuple[int, list[int]]) -> None:
     vlm = build(SIZES[arguments.size], arguments.device, getattr(torch, arguments.dtype))
     step = make_step(vlm, arguments.peak, arguments.parts[0], case, arguments.device)
-    if arguments.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        print(torch.cuda.max_memory_allocated() - before)
-        return
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far counts no longer (Linux)
     before = resident("VmHWM")
     step()
@@ -272,7 +275,12 @@ def rows_of(arguments: argparse.Namespace, part: str, case: tuple[int, list[int]
     seconds = {way: statistics.median(values) for way, values in times.items()}
     encoder = encoder_operations(size) if part == "model" else 0.0
     limit = operations(size, part, *case, SCALES, encoder) / operations(size, part, *case, SCALES[:1], encoder)
+    peaks: dict[str, int | None] = dict.fromkeys(steps)
+    if arguments.device == "cuda":
+        peaks = {way: peak_bytes_on_gpu(step) for way, step in steps.items()}
     del vlm, steps
+    if arguments.device == "cpu" and not arguments.no_memory:
+        peaks = {way: peak_bytes(arguments, way, part, case) for way in peaks}
     return [
         Row(
             way,
@@ -283,7 +291,7 @@ def rows_of(arguments: argparse.Namespace, part: str, case: tuple[int, list[int]
             max(times[way]),
             seconds[way] / seconds["single"],
             1.0 if way == "single" else limit,
-            None if arguments.no_memory else peak_bytes(arguments, way, part, case),
+            peaks[way],
         )
         for way in seconds
     ]
@@ -356,7 +364,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
         help="tokens after the image; several samples in a row as 32,64,128",
     )
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory (CPU)")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     made = parser.parse_args(words)

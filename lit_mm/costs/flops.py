@@ -386,9 +386,18 @@ def counted(run: Callable[[Tensor], Tensor], *shape: int, gradient: bool = False
     if result.requires_grad:
         with backward:
             result.sum().backward()
-    totals = [counter.get_flop_counts().get("Global", {}) for counter in (forward, backward)]
+    totals = [_of_operators(counter) for counter in (forward, backward)]
     linear = [sum(flops for operator, flops in total.items() if operator in LINEAR) for total in totals]
     return Counted(Flops(*linear), Flops(*(sum(t.values()) - own for t, own in zip(totals, linear, strict=True))))
+
+
+def _of_operators(counter: FlopCounterMode) -> dict[Any, int]:
+    """Operator -> FLOPs, without the products of positions and frequencies that some versions of transformers count
+    among them: they are neither layers nor pairs of attention."""
+    counts = counter.get_flop_counts()
+    rotary = [own for module, own in counts.items() if module.endswith("rotary_emb")]
+    total = counts.get("Global", {})
+    return {operator: flops - sum(own.get(operator, 0) for own in rotary) for operator, flops in total.items()}
 
 
 def with_recompute(plain: Flops, checkpointed: Flops) -> Flops:

@@ -93,6 +93,7 @@ def attend(
         raise ValueError(
             f"packed sequences do not support {asked} of {type(module).__name__}: set model.packing to padded"
         )
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves those that were rotated in float32
     return packed_layout.attend(query, key, value, scaling, dropout), None
 
 
@@ -310,7 +311,11 @@ class FlexLayout(Layout):
             )
         grouped = query.shape[1] != key.shape[1]
         flex = _compiled_flex() if query.is_cuda else flex_attention
-        return flex(query, key, value, block_mask=self.mask, scale=scaling, enable_gqa=grouped).transpose(1, 2)
+        options: Any = {"BACKEND": "TRITON"}  # for short sequences torch would take another kernel, which fails
+        output = flex(
+            query, key, value, block_mask=self.mask, scale=scaling, enable_gqa=grouped, kernel_options=options
+        )
+        return output.transpose(1, 2)
 
 
 def _flex_layout(segments: Sequence[Segment]) -> FlexLayout:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, MambaConfig
 
-from lit_mm.model import loss
+from lit_mm.model import attention, loss
 from lit_mm.model.attention import BranchLayout
 from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch, Images
 from lit_mm.model.llm import PACKED, load_config, packing_of
@@ -121,6 +121,32 @@ def test_flex_computes_the_same_losses():
     with torch.no_grad():
         fast, slow = vlm(packed(batch_of(*mixed), attention="flex")), vlm(packed(batch_of(*mixed)))
     assert torch.allclose(fast.per_scale, slow.per_scale, rtol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_takes_one_kernel_for_all_lengths(monkeypatch):
+    """For sequences below 128 positions torch 2.11 would take another, which fails on an H200."""
+    found, original = [], attention.flex_attention
+
+    def spy(*arguments, **named):
+        found.append(named["kernel_options"]["BACKEND"])
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(attention, "flex_attention", spy)
+    with torch.no_grad():
+        packing_vlm64()(packed(batch_of(*samples()), attention="flex"))
+    assert found == ["TRITON", "TRITON"]  # one a layer
+
+
+def test_autocasts_queries_and_keys_are_copied_as_values_are(monkeypatch):
+    """Rotary positions leave them in float32."""
+    found, original = set(), attention._attend_group
+    monkeypatch.setattr(
+        attention, "_attend_group", lambda *a: found.add(tuple(x.dtype for x in a[1:4])) or original(*a)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        packing_vlm()(packed(batch_of(*samples())))
+    assert found == {(torch.bfloat16,) * 3}
 
 
 LLMS = [(CLASSES[kind], "packed", EXTRA.get(kind, {})) for kind in sorted(PACKED)] + [

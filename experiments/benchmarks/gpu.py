@@ -1,0 +1,61 @@
+"""What a GPU is asked for the figures of RESULTS.md, one benchmark after another in one process; 80 GB are enough.
+
+    python experiments/benchmarks/gpu.py FOLDER
+
+FOLDER gets each benchmark's output and JSON. A benchmark that fails does not stop the others.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import answering
+import nested_step
+import torch
+import training_step
+
+RECOMPUTED = "--size 7b --precision bf16-true --checkpointing encoder llm --samples"
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "nested_llm": (
+        nested_step.main,
+        "--device cuda --size 7b --dtype bfloat16 --parts llm --texts 64 256 64,64,64,64 --repetitions 3",
+    ),
+    "nested_model": (
+        nested_step.main,
+        "--device cuda --size 7b --dtype bfloat16 --parts model --texts 64 256 --repetitions 3",
+    ),
+    "training_7b_branch": (training_step.main, f"{RECOMPUTED} 12 --attention branch --no-plan"),
+    "training_7b_flex": (training_step.main, f"{RECOMPUTED} 12 --attention flex --no-plan"),
+    "training_1b_branch": (training_step.main, "--size 1b --samples 8 --checkpointing encoder --no-plan"),
+    "training_1b_flex": (
+        training_step.main,
+        "--size 1b --samples 8 --checkpointing encoder --attention flex --no-plan",
+    ),
+    "answering": (
+        answering.main,
+        "--device cuda --size 7b --dtype bfloat16 --questions 4 --new-tokens 8 --repetitions 3",
+    ),
+}
+
+
+def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (benchmark, words) in COMMANDS.items():
+        start = time.perf_counter()
+        with (folder / f"{name}.txt").open("w") as file, redirect_stdout(file):
+            try:
+                benchmark([*shlex.split(words), "--json", str(folder / f"{name}.json")])
+            except (Exception, SystemExit):
+                traceback.print_exc(file=file)
+        torch.cuda.empty_cache()
+        print(f"{name}: {time.perf_counter() - start:.0f} s\n{(folder / f'{name}.txt').read_text()}", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
