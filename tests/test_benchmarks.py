@@ -74,7 +74,7 @@ def test_operations_are_those_torch_counts(nested_step, scales):
         vlm(batch, nested=nested)
     seen = sum(35**2 / 2 + sum((s + t) * 35 + (s + t) ** 2 / 2 for s in scales) for t in (20, 7))
     counted = nested_step.operations(size, "llm", 35, [20, 7], scales, 0.0)
-    products = sum(n for name, n in counter.get_flop_counts()["Global"].items() if "mm" in str(name))
+    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]  # some transformers rotate positions with bmm
     assert products == counted - 4 * size.layers * size.width * seen
 
 

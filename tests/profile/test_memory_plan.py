@@ -179,7 +179,8 @@ def test_what_autocast_computes_in_float32_on_cuda():
     header = (Path(torch.__file__).parent / "include/ATen/autocast_mode.h").read_text()
     [listed] = re.findall(r"#define AT_FORALL_FP32\(_\)(.*?)#define AT_FORALL_DIFFERENT", header, re.DOTALL)
     names = set(re.findall(r"_\((\w+)", listed))
-    assert {function.__name__ for function in FLOAT32} - {"norm"} <= names
+    later = {"rms_norm"}  # not yet in torch 2.11's
+    assert {function.__name__ for function in FLOAT32} - {"norm"} <= names | later
     assert "frobenius_norm" in names
 
 
