@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -14,10 +16,14 @@ from lit_mm.callbacks.meter import counts_in, objects_of_ranks
 from lit_mm.costs.devices import arithmetic_of, device_name, versions
 from lit_mm.costs.timing import WARM_UP, AnswerTimer
 from lit_mm.costs.units import in_bytes, in_flops
+from lit_mm.evaluation.benchmarks import Benchmark
 from lit_mm.evaluation.efficiency import Asked, accuracy_per_tflop, scale_costs, summary
-from lit_mm.evaluation.metrics import majority_share
+from lit_mm.evaluation.metrics import METRICS, majority_share
+from lit_mm.evaluation.oracle_report import results_of
 from lit_mm.evaluation.pictures import draw_times, spread
-from lit_mm.model.batch import Batch
+from lit_mm.evaluation.results import Judged, by_type, intervals, scores_of
+from lit_mm.inference.generation import Generated
+from lit_mm.model.batch import Batch, Question
 from lit_mm.training.parts import PARTS
 
 if TYPE_CHECKING:
@@ -30,7 +36,6 @@ Result = dict[str, Any]
 MOST_NEW_TOKENS = 8
 LINES = ["#1f5fa8", "#c8641e", "#3a8f4d", "#8a4fa3", "#a33f4f"]
 """Line colors, one per time scale."""
-SPLITS = {"val": "Validation", "test": "Test"}
 
 
 class Evaluation:
@@ -38,24 +43,44 @@ class Evaluation:
 
     Args:
         lit: The LitMatryoshka that is evaluated.
-        split: Which data it is evaluated on.
+        name: What it is evaluated on: val, test, or one of several test sets, such as test/docvqa.
         repetitions: Answers timed at every scale, after a warm-up; 0: none.
     """
 
-    def __init__(self, lit: Any, split: Literal["val", "test"], repetitions: int) -> None:
-        self.lit, self.split, self.repetitions = lit, split, repetitions
-        self.expected: list[str] = []
+    def __init__(self, lit: Any, name: str, repetitions: int) -> None:
+        self.lit, self.name, self.repetitions = lit, name, repetitions
+        self.benchmark: Benchmark | None = lit.benchmark(name)
+        self.metric = METRICS[self.benchmark.metric if self.benchmark else "exact"]()
+        self.questions: list[Judged] = []
         self.asked = Asked(lit.all_scales)
 
-    def add(self, batch: Batch) -> None:
-        """Count a batch's questions and keep the first accepted answer of each."""
-        self.expected += [question.references[0] if question.references else "" for question in batch.questions]
+    def add(self, batch: Batch, answers: Sequence[Sequence[Generated]]) -> None:
+        """Judge and count a batch's questions.
+
+        Args:
+            batch: The questions.
+            answers: To every question, at each of the asked scales.
+        """
+        self.questions += [self._judged(*pair) for pair in zip(batch.questions, answers, strict=True)]
         self.asked.add(counts_in(batch), len(batch.questions))
+
+    def _judged(self, question: Question, answers: Sequence[Generated]) -> Judged:
+        references = list(question.references) or [""]
+        return Judged(
+            str(question.record),
+            question.type,
+            question.text,
+            references,
+            [answer.text for answer in answers],
+            [self.metric.score(answer.text, references) for answer in answers],
+            [sum(answer.logprobs) for answer in answers],
+            [answer.visual_tokens for answer in answers],
+        )
 
     def gather(self, trainer: Trainer) -> None:
         """Combine the questions of all ranks."""
-        shares = objects_of_ranks(trainer, (self.expected, self.asked.numbers(self.lit.costs)))
-        self.expected = [answer for answers, _ in shares for answer in answers]
+        shares = objects_of_ranks(trainer, (self.questions, self.asked.numbers(self.lit.costs)))
+        self.questions = [question for questions, _ in shares for question in questions]
         self.numbers = {name: sum(numbers[name] for _, numbers in shares) for name in shares[0][1]}
 
     def result(self, trainer: Trainer, peak: float | None) -> Result:
@@ -71,23 +96,44 @@ class Evaluation:
             cached = self.lit.costs.language.cached * (2 if half else self.lit.vlm.llm.dtype.itemsize)
         asked = {str(scale) for scale in self.lit.asked_scales}
         rows = [row for row in scale_costs(self.numbers, self.lit.all_scales, cached) if row["scale"] in asked]
-        for row in rows:
-            row["accuracy"] = trainer.callback_metrics[f"{self.split}/accuracy@{row['scale']}"].item()
-            if (loss := trainer.callback_metrics.get(f"{self.split}/loss@{row['scale']}")) is not None:
+        scores = scores_of(self.questions)
+        for row, own, interval in zip(rows, scores.T, intervals(scores), strict=True):
+            row |= {"accuracy": float(own.mean()), "interval": interval.tolist()}
+            if figures := self._figures(trainer, row["scale"]):
+                row["figures"] = figures
+            if (loss := trainer.callback_metrics.get(f"{self.name}/loss@{row['scale']}")) is not None:
                 row["loss"] = loss.item()
             row["accuracy_per_tflop"] = accuracy_per_tflop(row)
         timed = self._time(trainer, rows)
         return {
-            "split": self.split,
+            "split": self.name,
+            "metric": type(self.metric).__name__,
             "step": self.lit.place.steps,
             "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path else None,
-            "questions": len(self.expected),
-            "majority_answer": majority_share(self.expected),
+            "questions": len(self.questions),
+            "majority_answer": majority_share([question.references[0] for question in self.questions]),
             **summary(rows),
             "scales": rows,
+            "types": by_type(self.questions),
+            "oracle": self._oracle([row["scale"] for row in rows]),
             "timed": timed,
             "run": self._described(trainer, peak),
         }
+
+    def _oracle(self, scales: list[str]) -> dict[str, Any] | None:
+        """What the oracle reaches; None with one scale, or where no question shows an image."""
+        tokens = np.array([question.visual_tokens for question in self.questions])
+        if len(scales) == 1 or not tokens.any():
+            return None
+        return results_of(scores_of(self.questions), tokens, scales, [question.type for question in self.questions])
+
+    def _figures(self, trainer: Trainer, scale: str) -> dict[str, float]:
+        """The metric's further figures at a scale, and its headline figure where this is not the mean score."""
+        logged = trainer.callback_metrics
+        start, end = f"{self.name}/", f"@{scale}"
+        names = [name for name in logged if name.startswith(start) and name.endswith(end)]
+        found = {name.removeprefix(start).removesuffix(end): logged[name].item() for name in names}
+        return {name: value for name, value in found.items() if name not in ("accuracy", "loss")}
 
     def _time(self, trainer: Trainer, rows: list[dict[str, Any]]) -> dict[str, int] | None:
         """Time every scale with a question's average number of images, in the most frequent size. Returns what
@@ -166,13 +212,16 @@ def draw(result: Result) -> Figure:
 
 
 def draw_accuracy(axes: Axes, result: Result) -> None:
-    """One curve, or one per time scale, with a ring around the fewest tokens within a point of the best."""
+    """One curve, or one per time scale, with confidence intervals, and a ring around the fewest tokens within a
+    point of the best."""
     lines, tokens = _lines(result), sorted({row["visual_tokens"] for row in result["scales"]})
     for (frames, line), color in zip(lines.items(), LINES * len(tokens), strict=False):
         label = None if frames is None else f"{frames} sets of frames" if frames > 1 else "1 set of frames"
         axes.plot(*zip(*line, strict=True), "o-", color=color, linewidth=2, markersize=7, label=label, zorder=3)
         for x, y in line:
             axes.annotate(f"{y:.1f}", (x, y), (0, -16), textcoords="offset points", ha="center", color=color)
+    ends = [[100 * row["interval"][end] for row in result["scales"]] for end in (0, 1)]
+    axes.vlines([row["visual_tokens"] for row in result["scales"]], ends[0], ends[1], color="#999999", zorder=2)
     [enough] = [row for row in result["scales"] if row["scale"] == result["smallest_within_a_point"]]
     ring = enough["visual_tokens"], 100 * enough["accuracy"]
     label = "fewest tokens within a point of the best"
@@ -228,15 +277,56 @@ def table(result: Result) -> Table:
 
 def markdown(result: Result) -> str:
     """The same table for TensorBoard."""
-    names, *lines = _cells(result)
-    lines.append(["majority answer", f"{100 * result['majority_answer']:.2f}", *[""] * (len(names) - 2)])
+    cells = _cells(result)
+    cells.append(["majority answer", f"{100 * result['majority_answer']:.2f}", *[""] * (len(cells[0]) - 2)])
+    return f"**{_title(result)}**\n\n{in_markdown(cells)}\n\n{_caption(result)}"
+
+
+def in_markdown(cells: list[list[str]]) -> str:
+    """A header and rows as a markdown table."""
+    names, *lines = cells
     rule = [":--", *["--:"] * (len(names) - 1)]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in (names, rule, *lines))
-    return f"**{_title(result)}**\n\n{body}\n\n{_caption(result)}"
+    return "\n".join(f"| {' | '.join(line)} |" for line in (names, rule, *lines))
+
+
+def sets_table(results: Sequence[Result]) -> Table:
+    """A row for each scale and a column for each test set: accuracies, then mean visual tokens and FLOPs."""
+    return _as_table(sets_cells(results), "All test sets: accuracy %")
+
+
+def sets_cells(results: Sequence[Result]) -> list[list[str]]:
+    """The same as a header and rows."""
+    names, lines = [set_name(result["split"]) for result in results], []
+    for rows in zip(*(result["scales"] for result in results), strict=True):
+        tokens = sum(row["mean_visual_tokens"] for row in rows) / len(rows)
+        flops = [row["encode_flops"] + row["prefill_flops"] for row in rows if "prefill_flops" in row]
+        costs = [f"{tokens:.1f}", in_flops(sum(flops) / len(flops)) if flops else ""]
+        lines.append([rows[0]["scale"], *(_percent(row["accuracy"], row["interval"]) for row in rows), *costs])
+    return [["scale", *names, "mean visual tokens", "mean FLOPs"], *lines]
+
+
+def _as_table(cells: list[list[str]], title: str) -> Table:
+    names, *lines = cells
+    rows = Table(title=title, title_justify="left")
+    for name in names:
+        rows.add_column(name, justify="right")
+    for line in lines:
+        rows.add_row(*line)
+    return rows
+
+
+def _percent(share: float, interval: Sequence[float]) -> str:
+    """`97.70 ± 0.55`, in percent; after ± half the interval's width."""
+    return f"{100 * share:.2f} ± {50 * (interval[1] - interval[0]):.2f}"
 
 
 def _title(result: Result) -> str:
-    return f"{SPLITS[result['split']]} at step {result['step']:,}: accuracy on {result['questions']:,} questions"
+    return f"{set_name(result['split'])} at step {result['step']:,}: accuracy on {result['questions']:,} questions"
+
+
+def set_name(name: str) -> str:
+    """`Validation`, `Test`, or the name of one of several test sets."""
+    return {"val": "Validation", "test": "Test"}.get(name, name.removeprefix("test/"))
 
 
 def _caption(result: Result) -> str:
@@ -245,6 +335,7 @@ def _caption(result: Result) -> str:
     told = f"{area}Fewest tokens within a point of the best: {result['smallest_within_a_point']}."
     if "prefill_flops" in result["scales"][0]:
         told += " FLOPs until the first token of an answer, encoder included."
+    told += " ± half the 95 % confidence interval (bootstrap over questions)."
     if timed := result["timed"]:
         size = f"{timed['images']} × {timed['height']}×{timed['width']} pixels"
         told += f" Times of one answer on {result['run']['device']}, {size}: median (interquartile range)."
@@ -266,7 +357,7 @@ def _line(row: dict[str, Any]) -> list[str]:
     flops = in_flops(row["encode_flops"] + row["prefill_flops"]) if "prefill_flops" in row else ""
     return [
         name,
-        f"{100 * row['accuracy']:.2f}",
+        _percent(row["accuracy"], row["interval"]),
         f"{row['loss']:.3f}" if "loss" in row else "",
         f"{row['prompt_tokens']:.1f}" if "prompt_tokens" in row else "",
         flops,

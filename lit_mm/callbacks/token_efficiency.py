@@ -21,11 +21,23 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_mm.callbacks.efficiency_report import Evaluation, Result, draw, markdown, table
+from lit_mm.callbacks.efficiency_report import (
+    Evaluation,
+    Result,
+    draw,
+    in_markdown,
+    markdown,
+    set_name,
+    sets_cells,
+    sets_table,
+    table,
+)
 from lit_mm.callbacks.meter import GIB, OTHER, Clock, Meter, Numbers, PartTimes, over_ranks, report, training_flops
 from lit_mm.callbacks.tensorboard_page import open_page, writers
 from lit_mm.costs.devices import PeakMemory, arithmetic_of, device_name, peak_flops
+from lit_mm.evaluation import oracle_report
 from lit_mm.evaluation.pictures import print_whole
+from lit_mm.evaluation.results import write_questions
 from lit_mm.model.batch import Batch
 from lit_mm.training.parts import PARTS
 
@@ -188,11 +200,12 @@ class TokenEfficiency(Callback):
                 self.parts.cancel()
                 self.due = True
             self.memory.note()
-        self.evaluation = Evaluation(pl_module, "val", self.repetitions)
+        self.evaluations = [Evaluation(pl_module, "val", self.repetitions)]
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start collecting questions."""
-        self.evaluation = Evaluation(pl_module, "test", self.repetitions)
+        lit: Any = pl_module
+        self.evaluations = [Evaluation(lit, name, self.repetitions) for name in lit.test_names]
 
     def on_validation_batch_end(
         self,
@@ -203,21 +216,23 @@ class TokenEfficiency(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count the questions."""
-        self.evaluation.add(batch)
+        """Judge and count the questions."""
+        self.evaluations[dataloader_idx].add(batch, outputs["answers"])
 
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Combine the questions of all ranks."""
-        self.evaluation.gather(trainer)
+        for evaluation in self.evaluations:
+            evaluation.gather(trainer)
 
     on_test_epoch_end = on_validation_epoch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Time every scale; log scalars, picture and table."""
-        if not trainer.sanity_checking and trainer.is_global_zero and self.evaluation.expected:
-            self.last = self._evaluate(trainer)
+        [evaluation] = self.evaluations
+        if not trainer.sanity_checking and trainer.is_global_zero and evaluation.questions:
+            self.last = self._evaluate(trainer, evaluation)
         if trainer.state.fn == "fit":
             self.memory.forget()
             if trainer.is_global_zero and not trainer.sanity_checking:
@@ -228,35 +243,66 @@ class TokenEfficiency(Callback):
             self._tell(self.last)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Time every scale, log picture and table, and print the table."""
-        if trainer.is_global_zero and self.evaluation.expected:
-            self._tell(self._evaluate(trainer))
-        elif trainer.is_global_zero:
-            rank_zero_warn("nothing was evaluated: no test record has a question to ask")
+        """Time every scale, log picture and table, and print the table, of every test set and of all together."""
+        if not trainer.is_global_zero:
+            return
+        results = [self._evaluate(trainer, each) for each in self.evaluations if each.questions]
+        for result in results:
+            self._tell(result)
+        if len(results) > 1:
+            self._tell_all(trainer, results)
+        if len(results) < len(self.evaluations):
+            names = ", ".join(set_name(each.name) for each in self.evaluations if not each.questions)
+            rank_zero_warn(f"nothing was evaluated: no record of {names} has a question to ask")
 
-    def _evaluate(self, trainer: Trainer) -> Result:
-        result = self.evaluation.result(trainer, self.peak_of(trainer, self.evaluation.lit))
+    def _evaluate(self, trainer: Trainer, evaluation: Evaluation) -> Result:
+        result = evaluation.result(trainer, self.peak_of(trainer, evaluation.lit))
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        if self.evaluation.split == "val":
+        if evaluation.name == "val":
             log(trainer, scalars(result), step)
         for writer in writers(trainer):
-            writer.add_figure(f"{result['split']}/accuracy against tokens", draw(result), step)
-            writer.add_text(f"{result['split']}/table", markdown(result), step)
+            writer.add_figure(f"{evaluation.name}/accuracy against tokens", draw(result), step)
+            writer.add_text(f"{evaluation.name}/table", markdown(result), step)
         if self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = self.folder / FILES[result["split"]]
+            file = self.folder / file_of(evaluation.name)
             file.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
             draw(result).savefig(file.with_suffix(".png"))
+            scales = [row["scale"] for row in result["scales"]]
+            write_questions(file.with_suffix(".parquet"), evaluation.questions, scales)
+        if result["oracle"] and evaluation.name != "val":
+            self._show_oracle(trainer, result)
         return result
 
-    def _tell(self, result: Result) -> None:
-        """Print the table and the files' names."""
-        print_whole(table(result))
+    def _show_oracle(self, trainer: Trainer, result: Result) -> None:
+        step, picture = trainer.fit_loop.epoch_loop._batches_that_stepped, oracle_report.draw(result["oracle"])
+        for writer in writers(trainer):
+            writer.add_figure(f"{result['split']}/oracle", picture, step, close=False)
+            writer.add_text(f"{result['split']}/oracle", oracle_report.markdown(result["oracle"]), step)
         if self.folder:
-            print_whole(f"Picture and figures: {self.folder / FILES[result['split']]}.png and .json")
+            picture.savefig(self.folder / f"{file_of(result['split'])}_oracle.png")
+
+    def _tell(self, result: Result) -> None:
+        """Print the tables and the files' names."""
+        of_oracle = result["oracle"] if result["split"] != "val" else None
+        print_whole(table(result), *(oracle_report.tables(of_oracle) if of_oracle else []))
+        if self.folder:
+            file = self.folder / file_of(result["split"])
+            others = f", {file.name}_oracle.png" if of_oracle else ""
+            print_whole(f"Picture, figures and every question: {file}.png, .json, .parquet{others}")
+
+    def _tell_all(self, trainer: Trainer, results: list[Result]) -> None:
+        """Print and log the table of several test sets."""
+        print_whole(sets_table(results))
+        for writer in writers(trainer):
+            writer.add_text(
+                "test/all", in_markdown(sets_cells(results)), trainer.fit_loop.epoch_loop._batches_that_stepped
+            )
 
 
-FILES = {"val": "accuracy_tokens_val", "test": "accuracy_tokens"}
+def file_of(name: str) -> str:
+    """The files of a set in the run's folder, without suffix."""
+    return {"val": "accuracy_tokens_val", "test": "accuracy_tokens"}.get(name, name.replace("/", "_"))
 
 
 def log(trainer: Trainer, values: Numbers, step: int) -> None:

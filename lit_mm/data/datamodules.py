@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -30,11 +31,30 @@ from lit_mm.data.records import BadRecords
 from lit_mm.data.sampler import BatchPlans, Budget, Choice
 from lit_mm.data.sources import open_source
 from lit_mm.data.video import VideoOptions
+from lit_mm.evaluation.benchmarks import Benchmark, split_name
 
 
 def cache_folder() -> Path:
     """The default folder for cached tables."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_mm"
+
+
+def names_of(tests: Sequence[str]) -> dict[str, str]:
+    """`test/NAME` for each of several test sets: a benchmark's name, or that of a file.
+
+    Raises:
+        ValueError: Two have one name, or there is none.
+    """
+    named: dict[str, str] = {}
+    for file in tests:
+        benchmark, path = split_name(file)
+        name = f"test/{benchmark.name if benchmark else Path(path).stem}"
+        if name in named:
+            raise ValueError(f"data.test: {named[name]} and {file} would both be called {name.removeprefix('test/')}")
+        named[name] = file
+    if not named:
+        raise ValueError("data.test: expected a file, a benchmark or several, found an empty list")
+    return named
 
 
 class ImageDataModule(LightningDataModule):
@@ -56,7 +76,7 @@ class ImageDataModule(LightningDataModule):
         inputs: ModelInputs,
         train: str | list[Subset] | None = None,
         val: str | None = None,
-        test: str | None = None,
+        test: str | list[str] | None = None,
         predict: str | None = None,
         image_root: str = ".",
         image: ImageOptions = ImageOptions(),  # noqa: B008 (frozen)
@@ -78,7 +98,8 @@ class ImageDataModule(LightningDataModule):
             inputs: The model's properties that the data depends on; on the command line the model sets them.
             train: File of conversations, or a mixture: a list of sets with epochs or weights.
             val: File of conversations for validation.
-            test: File of conversations for the final test.
+            test: File of conversations for the final test, a benchmark with its file, such as docvqa:PATH (see
+                docs/evaluation.md), or a list of them.
             predict: Questions to answer: lines of {"question_id", "image", "text"}, or conversations.
             image_root: The folder that image and video paths are relative to. Nothing outside it is
                 opened.
@@ -114,12 +135,9 @@ class ImageDataModule(LightningDataModule):
         if not any(limits.values()):
             raise ValueError(f"data: set one of {', '.join(limits)}, or nothing ends a batch")
         self.inputs, self.budget = inputs, Budget(*limits.values())
-        self.files: dict[str, str | list[Subset] | None] = {
-            "train": train,
-            "val": val,
-            "test": test,
-            "predict": predict,
-        }
+        tests = {"test": test} if test is None or isinstance(test, str) else names_of(test)
+        self.tests = list(tests)
+        self.files: dict[str, str | list[Subset] | None] = {"train": train, "val": val, "predict": predict, **tests}
         self.image_root, self.image = image_root, image
         self.eval_batch_size = eval_batch_size or batch_size or 16
         self.val_questions = val_questions
@@ -142,12 +160,14 @@ class ImageDataModule(LightningDataModule):
         """
         if stage == "fit" and self.caption_epochs:
             self.sets["captions"] = self._read("captions", "train")
-        needed: dict[str, list[Split]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}
-        for split in needed.get(str(getattr(stage, "value", stage)), ["predict"]):
-            if self.files[split]:
-                self.sets[split] = self.sets.get(split) or self._read(split, split)
-            elif stage != "fit" or split == "train":
-                raise ValueError(f"data.{split}: no file of records is set")
+        stage = str(getattr(stage, "value", stage))
+        needed = {"fit": ["train", "val"], "validate": ["val"], "test": self.tests}
+        for name in needed.get(stage, ["predict"]):
+            split = cast(Split, "test" if name in self.tests else name)
+            if self.files[name]:
+                self.sets[name] = self.sets.get(name) or self._read(name, split)
+            elif stage != "fit" or name == "train":
+                raise ValueError(f"data.{name}: no file of records is set")
         if self.val_questions and "val" in self.sets and "val" not in self.chosen:
             self.chosen["val"] = self._drawn(self.sets["val"], self.val_questions)
 
@@ -179,17 +199,25 @@ class ImageDataModule(LightningDataModule):
         return Mixture(sets, shares_of(subsets, [len(each) for each in sets]))
 
     def _read_one(self, subset: Subset, split: Split) -> InstructionSet:
-        root = Path(subset.root or self.image_root).expanduser()
+        benchmark, path = split_name(subset.path) if isinstance(subset.path, str) else (None, "")
+        own_root = benchmark.image_root(path) if benchmark else self.image_root
+        root = Path(subset.root or own_root).expanduser()
         if not root.is_dir():
             raise FileNotFoundError(f"data.image_root: no folder {root}")
         try:
             self.cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"data.cache: expected a writable folder, found {error}") from None
-        source = open_source(subset.path, self.cache, subset.format)
+        source = (
+            benchmark.source(path, self.cache) if benchmark else open_source(subset.path, self.cache, subset.format)
+        )
+        inputs = self.inputs
+        if benchmark and benchmark.max_new_tokens:
+            inputs = copy(inputs)
+            inputs.max_new_tokens = benchmark.max_new_tokens
         media = MediaFolder(root, self.image, self.inputs.color, self.video, self.frame, source.fingerprint)
         limits = self.max_length, self.budget, self.image_first, self.on_bad_record
-        made = InstructionSet(source, subset.items, media, split, self.inputs, *limits)
+        made = InstructionSet(source, subset.items, media, split, inputs, *limits)
         made.look(self.cache, self.num_workers)
         if report := made.bad.report(source.name, len(source)):
             rank_zero_warn(report)
@@ -260,9 +288,14 @@ class ImageDataModule(LightningDataModule):
         """Batches of conversations and of their questions."""
         return self._eval_loader("val") if "val" in self.sets else []
 
-    def test_dataloader(self) -> ResumableLoader:
-        """Batches of questions with answers."""
-        return self._eval_loader("test")
+    def test_dataloader(self) -> list[ResumableLoader]:
+        """Batches of questions with answers, a loader for each set of `tests`."""
+        return [self._eval_loader(name) for name in self.tests]
+
+    def benchmark(self, name: str) -> Benchmark | None:
+        """The benchmark that a set is; None for a plain file."""
+        file = self.files.get(name)
+        return split_name(file)[0] if isinstance(file, str) else None
 
     def predict_dataloader(self) -> ResumableLoader:
         """Batches of questions, without records whose questions are all answered."""

@@ -20,7 +20,8 @@ from lit_mm.costs.flops import Costs
 from lit_mm.data.chat import Conversation
 from lit_mm.data.inputs import ModelInputs
 from lit_mm.data.tokenizer import load_tokenizer
-from lit_mm.evaluation.metrics import ExactMatch
+from lit_mm.evaluation.benchmarks import Benchmark
+from lit_mm.evaluation.metrics import METRICS, AnswerMetric
 from lit_mm.evaluation.pictures import print_whole
 from lit_mm.inference.decoding import Decoding, described, end_ids, settings
 from lit_mm.inference.generation import Generated, generate
@@ -121,9 +122,7 @@ class LitMatryoshka(LightningModule):
         config = load_config(llm, self.tokenizer)
         self.packing, self.positions = packing_of(config, packing), positions_of(config)
         self.end_id = Conversation(self.tokenizer).end_id
-        self.accuracy = nn.ModuleDict(
-            {f"{split}_{scale}": ExactMatch() for split in ("val", "test") for scale in self.all_scales}
-        )
+        self.metrics: dict[str, list[AnswerMetric]] = {}
         if llm.quantize and not (parts.llm.frozen or parts.llm.lora):
             raise ValueError(f"llm.quantize {llm.quantize}: these weights cannot train: set parts.llm.frozen or .lora")
         self.place, self._asked = Place(), list[Scale]()
@@ -396,8 +395,9 @@ class LitMatryoshka(LightningModule):
         """How often every rank must run its encoder in evaluation, where only sharded ranks wait for each other."""
         return self._over_ranks(batch)[1] if self.vlm.sharded else 0
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log losses and accuracies at every scale; a rank that is out of records logs with weight 0."""
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Log losses and judge answers at every scale, and return these; a rank that is out of records logs with
+        weight 0."""
         nothing = torch.zeros(len(self.all_scales), device=self.device)
         losses, encodings = Losses(nothing, nothing), self._encodings(batch)
         if batch.input_ids:
@@ -405,23 +405,40 @@ class LitMatryoshka(LightningModule):
         elif self.vlm.sharded:
             self.vlm(stand_in(batch, self.scales, self.packing, self.device), encodings=encodings)
         self._log_losses("val", losses, batch)
-        self._judge("val", batch)
+        return self._judge("val", batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Accuracies at every scale."""
-        self._judge("test", batch)
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Judge the answers at every scale by the metric of their set; return them as `answers`."""
+        return self._judge(self.test_names[dataloader_idx], batch)
+
+    @property
+    def test_names(self) -> list[str]:
+        """The test sets: `test`, or `test/docvqa`, ….`"""
+        return list(getattr(getattr(self.trainer, "datamodule", None), "tests", ["test"]))
+
+    def benchmark(self, name: str) -> Benchmark | None:
+        """The benchmark that a set of the data module is; None for a plain file."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        return data.benchmark(name) if hasattr(data, "benchmark") else None
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """One dict for each question: question_id, prompt, and by scale the answers as `Generated`."""
-        answers = zip(batch.questions, self.answers(batch), strict=True)
+        answers = zip(batch.questions, self.answers(batch, "predict"), strict=True)
         return [
             {"question_id": q.record, "prompt": q.text, "answers": dict(zip(self.asked_scales, own, strict=True))}
             for q, own in answers
         ]
 
-    def answers(self, batch: Batch) -> list[list[Generated]]:
-        """Generated answers to each of the batch's questions, at each of the asked scales, all in one batch."""
-        config = settings(self.vlm.llm, self.decoding, max_new_tokens=self.max_new_tokens)
+    def answers(self, batch: Batch, name: str = "") -> list[list[Generated]]:
+        """Generated answers to each of the batch's questions, at each of the asked scales, all in one batch.
+
+        Args:
+            batch: The questions.
+            name: The set that they are of; a benchmark may have its own max_new_tokens.
+        """
+        benchmark = self.benchmark(name) if name else None
+        most = (benchmark and benchmark.max_new_tokens) or self.max_new_tokens
+        config = settings(self.vlm.llm, self.decoding, max_new_tokens=most)
         answers = generate(
             self.vlm,
             batch.images,
@@ -437,13 +454,37 @@ class LitMatryoshka(LightningModule):
             rank_zero_warn(f"logits that are not finite, answers count as wrong: questions {', '.join(broken)}")
         return answers
 
-    def _judge(self, split: Literal["val", "test"], batch: Batch) -> None:
+    def _judge(self, name: str, batch: Batch) -> dict[str, Any]:
+        answers, metrics = self.answers(batch, name), self._metrics_of(name)
         references = [question.references or ("",) for question in batch.questions]
-        answers = self.answers(batch)
-        for place, scale in enumerate(self.asked_scales):
-            metric = cast(ExactMatch, self.accuracy[f"{split}_{scale}"])
+        for place, metric in enumerate(metrics):
             metric.update([own[place].text for own in answers], references)
-            self.log(f"{split}/accuracy@{scale}", metric, on_step=False, on_epoch=True, batch_size=len(references))
+        return {"answers": answers}
+
+    def _metrics_of(self, name: str) -> list[AnswerMetric]:
+        """The metric of a set, once for each of the asked scales."""
+        if name not in self.metrics:
+            benchmark = self.benchmark(name)
+            kind = METRICS[benchmark.metric if benchmark else "exact"]
+            self.metrics[name] = [kind().to(self.device) for _ in self.asked_scales]
+        return self.metrics[name]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the accuracies."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the headline figure of every test set at every scale: `test/accuracy@16`, or `test/docvqa@16`."""
+        for name in self.test_names:
+            self._log_metrics(name)
+
+    def _log_metrics(self, name: str) -> None:
+        for scale, metric in zip(self.asked_scales, self._metrics_of(name), strict=True):
+            values = {name if "/" in name else f"{name}/accuracy": metric.compute().float()}  # the same on all ranks
+            values |= {f"{name}/{figure}": torch.tensor(value) for figure, value in metric.figures().items()}
+            for figure, value in values.items():
+                self.log(f"{figure}@{scale}", value, sync_dist=True)
+        del self.metrics[name]
 
     def _log_losses(self, split: Literal["train", "val"], losses: Losses, batch: Batch) -> None:
         """Log the mean losses of this rank's batch: `train/loss`, and `train/loss@16`, … of the drawn scales.

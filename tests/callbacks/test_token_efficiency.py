@@ -619,11 +619,12 @@ def test_validation_is_logged_at_every_level(judged):
 def result(accuracies=(0.9, 0.7, 0.5), **figures):
     rows = [
         {"scale": str(scale), "visual_tokens": scale, "accuracy": accuracy, "measured": None, **figures}
+        | {"interval": [accuracy - 0.02, accuracy + 0.03]}
         for scale, accuracy in zip((16, 4, 1), accuracies, strict=True)
     ]
     return {
         **{"split": "test", "step": 2800, "questions": 4, "majority_answer": 0.5, "area": 0.7},
-        **{"smallest_within_a_point": "16", "scales": rows, "timed": None, "run": {"device": "a device"}},
+        **{"smallest_within_a_point": "16", "scales": rows, "types": {}, "timed": None, "run": {"device": "a device"}},
     }
 
 
@@ -638,7 +639,9 @@ def test_picture_and_table_show_every_scale(tmp_path):
     draw(result()).savefig(tmp_path / "picture.png")
     picture = np.asarray(Image.open(tmp_path / "picture.png").convert("L"))
     assert (picture < 200).mean() > 0.005  # something is drawn
-    assert "| 4 | 70.00 |" in markdown(result())
+    assert "| 4 | 70.00 ± 2.50 |" in markdown(result())
+    [bars] = [each for each in axes.collections if len(each.get_segments()) == 3]
+    assert np.allclose([segment[:, 1] for segment in bars.get_segments()], [[88, 93], [68, 73], [48, 53]])
 
 
 def test_times_are_drawn_beside_accuracies():
@@ -658,7 +661,7 @@ def test_a_line_for_every_time_scale():
     made = result()
     scales = [(8, 4, 0.9), (8, 1, 0.8), (2, 4, 0.6), (2, 1, 0.5)]
     made["scales"] = [
-        {"scale": f"{f}x{t}", "frames": f, "visual_tokens": f * t, "accuracy": a, "measured": None}
+        {"scale": f"{f}x{t}", "frames": f, "visual_tokens": f * t, "accuracy": a, "interval": [a, a], "measured": None}
         for f, t, a in scales
     ]
     made["smallest_within_a_point"] = "8x4"

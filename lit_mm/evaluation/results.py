@@ -1,0 +1,110 @@
+"""Judged questions: what each scale answered and scored, confidence intervals, and a file with a row per question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DRAWS = 1000
+CELLS = 2**24
+"""Scores that are drawn at a time, so that memory stays small."""
+
+
+@dataclass
+class Judged:
+    """A question with the answers of S scales, finest first.
+
+    Args:
+        id: Of the question.
+        type: The kind of question, as the benchmark names it; empty if it names none.
+        question: Its text.
+        references: What answers were compared with.
+        answers: [S].
+        scores: [S], each in 0..1.
+        logprobs: [S] log-probability of each answer, its end token included.
+        visual_tokens: [S] in the prompt.
+    """
+
+    id: str
+    type: str
+    question: str
+    references: list[str]
+    answers: list[str]
+    scores: list[float]
+    logprobs: list[float]
+    visual_tokens: list[int]
+
+
+def scores_of(questions: Sequence[Judged]) -> np.ndarray:
+    """[Q, S] scores."""
+    return np.array([question.scores for question in questions], np.float64)
+
+
+def intervals(scores: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
+    """95 % confidence intervals of mean scores, by the percentile bootstrap over questions.
+
+    Args:
+        scores: [Q, S]; the same questions are drawn for all S.
+        seed: Of the draws.
+        draws: Their number.
+
+    Returns:
+        [S, 2] lower and upper ends.
+    """
+    rng, (questions, scales) = np.random.default_rng(seed), scores.shape
+    each = max(1, CELLS // (questions * scales))
+    sizes = [min(each, draws - first) for first in range(0, draws, each)]
+    means = [scores[rng.integers(0, questions, (size, questions))].mean(1) for size in sizes]  # [size, S]
+    return np.quantile(np.concatenate(means), [0.025, 0.975], axis=0).T
+
+
+def by_type(questions: Sequence[Judged], seed: int = 0) -> dict[str, dict[str, Any]]:
+    """For every type of question, in alphabetical order: `questions`, `accuracy` [S] and `interval` [S, 2]."""
+    found = {}
+    for name in sorted({question.type for question in questions} - {""}):
+        scores = scores_of([question for question in questions if question.type == name])
+        told = {"accuracy": scores.mean(0).tolist(), "interval": intervals(scores, seed).tolist()}
+        found[name] = {"questions": len(scores), **told}
+    return found
+
+
+def write_questions(file: Path, questions: Sequence[Judged], scales: Sequence[str]) -> None:
+    """Write a parquet file with a row per question: `question_id`, `type`, `question`, `references`, and for every
+    scale `answer@16`, `score@16`, `logprob@16` and `visual_tokens@16`."""
+    import pyarrow
+    import pyarrow.parquet
+
+    columns: dict[str, Any] = {
+        "question_id": [question.id for question in questions],
+        "type": [question.type for question in questions],
+        "question": [question.question for question in questions],
+        "references": [question.references for question in questions],
+    }
+    for place, scale in enumerate(scales):
+        columns |= {
+            f"answer@{scale}": [question.answers[place] for question in questions],
+            f"score@{scale}": [question.scores[place] for question in questions],
+            f"logprob@{scale}": [question.logprobs[place] for question in questions],
+            f"visual_tokens@{scale}": [question.visual_tokens[place] for question in questions],
+        }
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+
+
+def read_questions(file: Path) -> tuple[list[Judged], list[str]]:
+    """What `write_questions` wrote: the questions, and the names of the scales."""
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(file).to_pylist()
+    scales = [name.removeprefix("answer@") for name in rows[0] if name.startswith("answer@")] if rows else []
+    kinds = ("answer", "score", "logprob", "visual_tokens")
+    return [
+        Judged(
+            *(row[name] for name in ("question_id", "type", "question", "references")),
+            *([row[f"{kind}@{scale}"] for scale in scales] for kind in kinds),
+        )
+        for row in rows
+    ], scales

@@ -1,0 +1,109 @@
+"""`test` with several benchmarks: each question is judged at every scale by its benchmark's metric, and all is kept."""
+
+import json
+
+import pytest
+
+from lit_mm import load
+from lit_mm.data.images import ImageOptions
+from lit_mm.evaluation.results import read_questions
+from tests.helpers import benchmark_files
+from tests.helpers.command_line import lit_mm
+from tests.helpers.serving import trained_run
+
+SCALES = ["16", "4", "1"]
+SIZE = ImageOptions("squash", 64)
+SQUASH = ("--data.image", "{mode: squash, size: 64}")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return trained_run(tmp_path_factory.mktemp("set"))
+
+
+@pytest.fixture(scope="module")
+def judged(run):
+    """The run's folder after a test on a file, DocVQA and POPE, whose references are near what the run answers."""
+    folder = run.parent.parent
+    for name in ("docvqa", "pope"):
+        getattr(benchmark_files, name)(folder / name)
+    file = folder / "docvqa/val_v1.0_withQT.json"
+    content, model = json.loads(file.read_text()), load(run, image=SIZE)
+    picture = folder / "docvqa/documents/pybv0228_81.png"
+    for record, changed in zip(content["data"], ("{}", "{}x"), strict=True):
+        prompt = f"{record['question']}\nAnswer the question using a single word or phrase."
+        record["answers"] = [
+            changed.format(model.answer(picture, prompt, max_new_tokens=32).text),
+            "none of them at all",
+        ]
+    file.write_text(json.dumps(content))
+    sets = f"[{folder}/val.json, docvqa:{folder}/docvqa, pope:{folder}/pope/coco_pope_random.json]"
+    printed = lit_mm("test", "--config", str(folder / "exp.yaml"), "--ckpt_path", "last", "--data.test", sets, *SQUASH)
+    return run, printed
+
+
+def test_each_set_is_judged_by_its_own_metric(judged):
+    run, _ = judged
+    docvqa, pope, val = (json.loads((run / f"test_{name}.json").read_text()) for name in ("docvqa", "pope", "val"))
+    assert [each["metric"] for each in (docvqa, pope, val)] == ["ANLS", "YesNo", "ExactMatch"]
+    exact, near = (question.answers[0] for question in read_questions(run / "test_docvqa.parquet")[0])
+    assert exact and near
+    anls = 1 - 1 / (len(near) + 1)  # one letter is missing
+    assert docvqa["scales"][0]["accuracy"] == pytest.approx((1 + anls) / 2)
+    assert docvqa["types"]["figure/diagram, table/list"]["questions"] == 2
+    assert [row["figures"] for row in pope["scales"]] == 3 * [  # what is not no is yes
+        {"precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3), "yes_rate": 1.0}
+    ]
+
+
+def test_every_question_is_in_a_file_with_what_was_answered(judged):
+    run, _ = judged
+    questions, scales = read_questions(run / "test_docvqa.parquet")
+    assert scales == SCALES
+    assert [question.id for question in questions] == ["49153", "24580"]
+    assert questions[0].references[1] == "none of them at all"
+    assert questions[0].visual_tokens == [16, 4, 1]
+    assert all(logprob < 0 for question in questions for logprob in question.logprobs)
+    folder = run.parent.parent
+    prompt = (
+        "What is the ‘actual’ value per 1000, during the year 1975?\nAnswer the question using a single word or phrase."
+    )
+    answers = load(run, image=SIZE).answer(
+        folder / "docvqa/documents/pybv0228_81.png", prompt, "all", max_new_tokens=32
+    )
+    assert questions[0].answers == [answer.text for answer in answers.values()]
+
+
+def test_tables_pictures_and_the_oracle(judged):
+    run, printed = judged
+    lines = [line.split("│") for line in printed.splitlines()]
+    [head] = [n for n, line in enumerate(printed.splitlines()) if "docvqa" in line and "pope" in line and "val" in line]
+    rows = {line[1].strip(): line[2:5] for line in lines[head:] if len(line) > 5}
+    accuracies = [json.loads((run / f"test_{name}.json").read_text())["scales"] for name in ("val", "docvqa", "pope")]
+    for place, scale in enumerate(SCALES):
+        for cell, own in zip(rows[scale], accuracies, strict=True):
+            assert float(cell.split("±")[0]) == pytest.approx(100 * own[place]["accuracy"], abs=0.006)
+    for name in ("val", "docvqa", "pope"):
+        for end in (".png", "_oracle.png"):
+            assert (run / f"test_{name}{end}").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((run / "test_docvqa.json").read_text())["oracle"]
+    best = [max(question.scores) for question in read_questions(run / "test_docvqa.parquet")[0]]
+    assert found["oracle"]["right"] == pytest.approx(sum(score >= 0.5 for score in best) / 2)
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        ("docvga:{}", "docvqa"),  # the known ones are listed
+        ("[docvqa:{}, docvqa:{}]", "would both be called docvqa"),
+        ("docvqa:{}/missing", "missing"),
+        ("[]", "empty list"),
+    ],
+)
+def test_what_cannot_be_judged_is_said(run, tmp_path, sets, said):
+    with pytest.raises(AssertionError, match=said):
+        lit_mm(
+            "test",
+            *("--config", str(run.parent.parent / "exp.yaml"), "--ckpt_path", "last"),
+            *("--data.test", sets.replace("{}", str(tmp_path))),
+        )

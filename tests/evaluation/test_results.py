@@ -1,0 +1,51 @@
+"""Confidence intervals against the normal approximation; questions survive their file."""
+
+import math
+
+import numpy as np
+import pytest
+
+from lit_mm.evaluation.results import Judged, by_type, intervals, read_questions, scores_of, write_questions
+
+
+def judged(number: int, type: str, scores: list[float]) -> Judged:
+    answers = [f"é {number} {place}" for place in range(len(scores))]
+    return Judged(
+        f"q{number}", type, "what?", ["a", "b"], answers, scores, [-0.5] * len(scores), [16, 1][: len(scores)]
+    )
+
+
+def test_intervals_are_those_of_the_normal_approximation():
+    rng = np.random.default_rng(3)
+    scores = (rng.random((2000, 2)) < [0.8, 0.3]).astype(float)
+    for (low, high), mean in zip(intervals(scores), scores.mean(0), strict=True):
+        half = 1.96 * math.sqrt(mean * (1 - mean) / 2000)
+        assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.15 * half)
+
+
+def test_intervals_repeat_and_know_certainty():
+    scores = np.array([[1.0, 0.0, 0.5], [1.0, 0.0, 1.0]])
+    assert intervals(scores)[0].tolist() == [1, 1] and intervals(scores)[1].tolist() == [0, 0]
+    assert (intervals(scores, seed=4) == intervals(scores, seed=4)).all()
+
+
+def test_memory_does_not_change_intervals(monkeypatch):
+    scores = np.random.default_rng(1).random((50, 3))
+    whole = intervals(scores, draws=100)
+    monkeypatch.setattr("lit_mm.evaluation.results.CELLS", 400)
+    assert intervals(scores, draws=100) == pytest.approx(whole, abs=1e-12)
+
+
+def test_types_are_judged_apart():
+    questions = [judged(n, "count" if n < 3 else "color", [1.0, float(n == 0)]) for n in range(4)]
+    found = by_type([*questions, judged(9, "", [0.0, 0.0])])
+    assert {name: own["questions"] for name, own in found.items()} == {"color": 1, "count": 3}
+    assert found["count"]["accuracy"] == pytest.approx([1, 1 / 3])
+    assert found["color"]["interval"] == [[1, 1], [0, 0]]
+
+
+def test_questions_survive_their_file(tmp_path):
+    questions = [judged(n, "", [0.25 * n, 1.0]) for n in range(3)]
+    write_questions(tmp_path / "q.parquet", questions, ["16", "8x1"])
+    assert read_questions(tmp_path / "q.parquet") == (questions, ["16", "8x1"])
+    assert scores_of(questions).shape == (3, 2)
