@@ -25,7 +25,7 @@ def start(root, verb: str, way: str, after: int, *options: str) -> tuple[int, st
     (root / "config.yaml").write_text(yaml.safe_dump(config))
     log = root / f"{verb}-{way}.txt"
     arguments = [verb, "--config", str(root / "config.yaml"), *options]
-    return forked(arguments, log, 120)
+    return forked(arguments, log, seconds=120)
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def lit_mm_anew(*arguments: str) -> str:
     return done.stdout
 
 
-def forked(arguments: list[str], log: Path, ranks: int = 1, seconds: float = 300) -> tuple[int, str]:
+def forked(arguments: list[str], log: Path, *, ranks: int = 1, seconds: float = 300) -> tuple[int, str]:
     """A command in such a process, or in one for each rank as torchrun starts them: the first exit status that is not
     0, and what they printed."""
     logs, port = [log.with_suffix(f".{rank}.txt") for rank in range(ranks)], free_port()

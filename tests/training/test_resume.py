@@ -90,7 +90,7 @@ class Runs:
         arguments = ["fit", "--config", str(folder / "config.yaml"), *options]
         if name == "whole" and self.ranks > 1:
             return 0, lit_mm_anew(*arguments)  # where Lightning starts the other ranks
-        return forked(arguments, folder / "log.txt", self.ranks)
+        return forked(arguments, folder / "log.txt", ranks=self.ranks)
 
     def batches(self, name: str) -> dict:
         """(epoch, batch, rank) -> what was in it; a batch that was trained twice was the same twice."""
