@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_mm.callbacks.token_efficiency import TokenEfficiency
 from tests.helpers.environment import ROOT, installed
+from tests.helpers.serving import trained_run
 
 
 def benchmark(name, monkeypatch):
@@ -367,3 +368,29 @@ def test_answers_that_cannot_be_are_refused(answering):
     [least] = answering.impossible([row(0.6, 1.5, 0.0, 0.6)], "cpu")
     assert least == "a, llm: 1 s, its operations alone take 1.5 s"
     assert answering.impossible([row(0.6, 1.5, 0.9, 0.6)], "cuda") == []
+
+
+@pytest.mark.slow
+@installed("fastapi")
+def test_a_load_test_loses_nothing(tmp_path, monkeypatch):
+    bench, file = benchmark("serving", monkeypatch), tmp_path / "out.json"
+    monkeypatch.chdir(ROOT)
+    run = trained_run(tmp_path)
+    bench.main(["--ckpt_path", str(run), "--requests", "40", "--alone", "4", "--json", str(file)])
+    alone, at_once = json.loads(file.read_text())["rows"]
+    assert [alone[name] for name in ("requests", "answered", "lost")] == [4, 4, 0]
+    assert [at_once[name] for name in ("requests", "answered", "refused", "hung_up", "lost")] == [40, 32, 4, 4, 0]
+    assert at_once["batch"] > 2 * alone["batch"] and at_once["p50"] <= at_once["p95"] <= at_once["seconds"]
+
+
+def test_a_load_test_knows_what_is_lost(monkeypatch):
+    bench = benchmark("serving", monkeypatch)
+    requests = bench.requests_of(["16", "1"], 20, 8, 1)
+    assert [request.kind for request in requests[:6]] == ["wrong", *["answer"] * 4, "hangs up"]
+    both = next(request for request in requests if request.choices == 2)
+    body = json.dumps({"choices": [{"finish_reason": "stop"}, {"finish_reason": "length"}]}).encode()
+    assert bench.fault_of(b"HTTP/1.1 200 OK\r\n\r\n" + body, both) == ""
+    assert "expected 1 answers" in bench.fault_of(b"HTTP/1.1 200 OK\r\n\r\n" + body, requests[1])
+    assert "found nothing" in bench.fault_of(b"", requests[1])
+    assert "found 200" in bench.fault_of(b"HTTP/1.1 200 OK\r\n\r\n" + body, requests[0])
+    assert "found 500" in bench.fault_of(b"HTTP/1.1 500 Internal Server Error\r\n\r\n{}", requests[1])
