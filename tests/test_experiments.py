@@ -14,6 +14,7 @@ from lit_mm.cli import LitMMCLI
 from tests.helpers.command_line import lit_mm
 from tests.helpers.environment import ROOT, TOKENIZER, installed
 from tests.helpers.media import draw
+from tests.helpers.serving import Serving
 
 EXPERIMENTS = sorted({*ROOT.glob("experiments/*.yaml")} - {ROOT / "experiments/base.yaml"})
 
@@ -74,6 +75,10 @@ def test_the_readmes_commands_run(tmp_path, monkeypatch):
             draw(tmp_path / "photo.jpg", (64, 64), "red")
             own = {"last": str(tmp_path), "photo.jpg": str(tmp_path / "photo.jpg")}
             assert "visual tokens" in lit_mm(*(own.get(word, word) for word in command))
+            continue
+        if verb == "serve":
+            with Serving(tmp_path, tmp_path / "log.txt", *command[3:]) as server:
+                assert server.get("/")[0] == 200
             continue
         if verb not in SHORTENED or any("help" in word or word == "--print_config" for word in command):
             assert ends_well(command, monkeypatch), command

@@ -23,6 +23,7 @@ from lit_mm.data.images import ImageOptions
 from lit_mm.data.video import VideoOptions
 from lit_mm.inference.answering import Ask
 from lit_mm.inference.serve import main as serve
+from tests.helpers.environment import ROOT
 from tests.helpers.media import noise, render, saved
 from tests.helpers.serving import Serving, asked, data_url, image_part, tokens, trained_run, user
 
@@ -473,6 +474,27 @@ def test_a_batch_that_fails_is_answered_one_by_one(model, pictures, monkeypatch)
     assert sizes == [3, 1, 1, 1]
     assert str(told[1][0]) == "out of memory"
     assert [own[0][0].text for own in (told[0], told[2])] == texts
+
+
+def test_the_readmes_example(server, model, folder, pictures, capsys):
+    [code] = [block for block in readme_blocks() if "import OpenAI" in block]
+    code = code.replace("http://127.0.0.1:8000", server.url).replace("photo.jpg", str(folder / "images/0.png"))
+    exec(code.replace("image/jpeg", "image/png"), {})
+    printed = capsys.readouterr().out
+    for scale, answer in model.answer(pictures[0], "what color is the shape?", "all").items():
+        assert f"{scale} {answer.text} {answer.visual_tokens} " in printed
+
+
+def readme_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_options_that_are_documented_are_there(capsys):
+    with pytest.raises(SystemExit):
+        serve(["--help"])
+    known = set(re.findall(r"--\w+", capsys.readouterr().out))
+    told = set(re.findall(r"`(--\w+)", (ROOT / "docs/serving.md").read_text()))
+    assert told and told <= known
 
 
 def test_ctrl_c_ends_what_takes_longer_than_the_grace_time(impatient):
