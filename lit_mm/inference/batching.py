@@ -121,7 +121,8 @@ class Batcher:
         with self.changed:
             self.closed = True
             for job in [*self.waiting, *self.running]:
-                job.tell(ClosedError())
+                if not job.dropped:
+                    job.tell(ClosedError())
                 job.dropped = True
             self.waiting.clear()
             self.changed.notify()

@@ -52,8 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_pixels", type=_positive, help="pixels of an image or a frame (default: as in training)")
     add("--max_images", type=_positive, default=16, help="images and videos in a request (16)")
     add("--max_tokens", type=_positive, help="tokens of a prompt and its answer (default: the LLM's positions)")
-    add("--timeout", type=float, default=120, help="seconds until a request must be answered (120)")
-    add("--grace", type=float, default=20, help="seconds for requests in progress when the server ends (20)")
+    add("--timeout", type=_seconds, default=120, help="seconds until a request must be answered (120)")
+    add("--grace", type=_seconds, default=20, help="seconds for requests in progress when the server ends (20)")
     return parser
 
 
@@ -61,6 +61,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a positive number, found {number}")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, found {text}")
     return number
 
 

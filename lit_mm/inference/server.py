@@ -14,6 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 
 from lit_mm.inference.answering import Answer, Ask, Model, Prompt
@@ -228,13 +230,15 @@ class Completion:
             self.server.batcher.drop(self.job)
             raise
         if isinstance(event, Piece):
-            no_cache = {"Cache-Control": "no-cache"}
-            return StreamingResponse(self._stream(event), media_type="text/event-stream", headers=no_cache)
+            # a client that hangs up this moment ends a stream that has not begun, which then cannot drop the job
+            drop, headers = BackgroundTask(self.server.batcher.drop, self.job), {"Cache-Control": "no-cache"}
+            return StreamingResponse(self._stream(event), 200, headers, "text/event-stream", drop)
         self._note_answers(event)
         return JSONResponse(self.reply.whole(event))
 
     def _tell(self, event: Piece | list[Answer] | Exception) -> None:
-        self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+        with suppress(RuntimeError):  # a second Ctrl-C closes the loop while answers are made
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
     async def _in_time(self, work: Any) -> Any:
         try:

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, WatermarkingConfig
 from lit_mm.data.collate import group_by_size
 from lit_mm.inference.decoding import HONORED, NEUTRAL, NO_CHOICE, processors, settings
 from lit_mm.inference.generation import Asked, generate, generate_each
-from lit_mm.inference.prompts import pack_prompts, prompt_codes
+from lit_mm.inference.prompts import pack_prompts, prompt_codes, prompt_length
 from lit_mm.model.batch import IMAGE, Images, Question
 from tests.helpers.batches import SCALES, picture, slow_sequence
 from tests.helpers.models import packing_vlm64, tiny_vlm64
@@ -91,8 +91,9 @@ def test_videos_with_time_scales(scale):
         done += count
     config = settings(vlm.llm, max_new_tokens=4)
     together = generate(vlm, batch.images, asked, ALL_SCALES, config, [347])
-    for pieces, ids, answers in zip(samples, batch.input_ids, together, strict=True):
-        sequence, _ = slow_video(vlm, pieces, ids.tolist(), *scale)
+    for pieces, question, answers in zip(samples, asked, together, strict=True):
+        sequence, _ = slow_video(vlm, pieces, question.input_ids.tolist(), *scale)
+        assert prompt_length(vlm, question, scale) == (len(sequence), answers[ALL_SCALES.index(scale)].visual_tokens)
         assert answers[ALL_SCALES.index(scale)].ids == greedy(vlm, sequence, 4, [347])[0]
 
 

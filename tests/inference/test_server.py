@@ -476,6 +476,20 @@ def test_a_batch_that_fails_is_answered_one_by_one(model, pictures, monkeypatch)
     assert [own[0][0].text for own in (told[0], told[2])] == texts
 
 
+def test_what_a_closed_batcher_was_asked_is_told_once(model):
+    from lit_mm.inference.batching import Batcher, ClosedError, Job
+
+    told, batcher = [], Batcher(model, 8)
+    waiting, running = (Job(model.prompt(Ask("x")), {}, told.append, 0.0) for _ in range(2))
+    batcher.submit(waiting)
+    batcher.running = [running]
+    batcher.close()
+    batcher.close()
+    assert [type(event) for event in told] == [ClosedError] * 2
+    with pytest.raises(ClosedError):
+        batcher.submit(waiting)
+
+
 def test_the_readmes_example(server, model, folder, pictures, capsys):
     [code] = [block for block in readme_blocks() if "import OpenAI" in block]
     code = code.replace("http://127.0.0.1:8000", server.url).replace("photo.jpg", str(folder / "images/0.png"))
@@ -516,7 +530,7 @@ def test_ctrl_c_ends_what_takes_longer_than_the_grace_time(impatient):
         assert b" 503 " in late.recv(100)
 
 
-def test_what_is_missing_is_named_before_anything_is_loaded(monkeypatch, tmp_path):
+def test_what_is_missing_is_named_before_anything_is_loaded(monkeypatch, tmp_path, capsys):
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
         pytest.raises(OSError, match="cannot listen on 127"),
@@ -524,6 +538,13 @@ def test_what_is_missing_is_named_before_anything_is_loaded(monkeypatch, tmp_pat
         serve(["--ckpt_path", str(tmp_path), "--port", str(taken.getsockname()[1])])
     with pytest.raises(FileNotFoundError, match="--allow_files: no folder nowhere"):
         serve(["--allow_files", "nowhere"])
+    for option, message in {
+        "--max_batch": "positive number, found 0",
+        "--timeout": "positive number of seconds",
+    }.items():
+        with pytest.raises(SystemExit):
+            serve([option, "0"])
+        assert message in capsys.readouterr().err
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"serve needs fastapi, uvicorn, .*: pip install 'lit_mm\[serve\]'"):
         serve([])
