@@ -23,6 +23,7 @@ from lit_mm.data.images import ImageOptions
 from lit_mm.data.video import VideoOptions
 from lit_mm.inference.answering import Ask
 from lit_mm.inference.serve import main as serve
+from tests.helpers.browser import until
 from tests.helpers.environment import ROOT
 from tests.helpers.media import noise, render, saved
 from tests.helpers.serving import Serving, asked, data_url, image_part, tokens, trained_run, user
@@ -199,8 +200,7 @@ def test_what_waits_is_answered_together_whatever_its_scale(server, client, mode
     """Also with other settings, beside requests that are wrong, and beside one whose logits are no numbers."""
     count = server.metric("lit_mm_batch_size_count")
     size = server.metric("lit_mm_batch_size_sum")
-    first = server.begin(asked("hello", max_tokens=LONG, stream=True))
-    first.recv(1)  # runs
+    first = begun(server, asked("hello", max_tokens=LONG))
     cases = [(n, scale, new) for n in range(4) for scale in (16, 4, "all") for new in (5, 6)]
 
     def ask(case):
@@ -226,27 +226,26 @@ def test_what_waits_is_answered_together_whatever_its_scale(server, client, mode
     assert (server.metric("lit_mm_batch_size_sum") - size) / batches > 4
 
 
-def server_waits(server, requests, seconds=20):
-    """Until so many requests wait."""
-    end = time.monotonic() + seconds
-    while (found := server.metric("lit_mm_waiting_requests")) != requests:
-        assert time.monotonic() < end, f"{found} requests wait, expected {requests}"
-        time.sleep(0.02)
+def server_waits(server, requests):
+    until(lambda: server.metric("lit_mm_waiting_requests") == requests, 20)
+
+
+def begun(server, body) -> socket.socket:
+    """A request that is being answered."""
+    batches = server.metric("lit_mm_batch_size_count")
+    connection = server.begin(body)
+    until(lambda: server.metric("lit_mm_batch_size_count") > batches, 20)
+    return connection
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_answer_of_a_client_that_hangs_up_is_dropped(server, client, stream):
-    begun = len(server.log.read_text())
-    connection = server.begin(asked("hello", max_tokens=LONG, stream=stream))
-    if stream:
-        assert b"200 OK" in connection.recv(100)
-    else:
-        time.sleep(0.3)
-    connection.close()
-    server.logged(r"POST /v1/chat/completions 499: ", after=begun)
+    before = len(server.log.read_text())
+    begun(server, asked("hello", max_tokens=LONG, stream=stream)).close()
+    server.logged(r"POST /v1/chat/completions 499: ", after=before)
     start = time.monotonic()
     create(client, user("hello"))
-    assert time.monotonic() - start < 5  # the long answer would take minutes
+    assert time.monotonic() - start < 15  # the long answer would take longer
 
 
 PIXEL = data_url(saved("PNG", noise(8, 8)))
@@ -341,7 +340,7 @@ def test_a_body_is_measured_as_it_comes(server):
 
 
 def test_too_many_requests_at_once_are_told_to_come_again(server, client):
-    begun = len(server.log.read_text())
+    before = len(server.log.read_text())
     waiting = [server.begin(asked("hello", max_tokens=LONG)) for _ in range(LIMITS["max_requests"])]
     end = time.monotonic() + 20
     while (status := server.post(asked("hello"))[0]) == 200:
@@ -352,7 +351,7 @@ def test_too_many_requests_at_once_are_told_to_come_again(server, client):
     for connection in waiting:
         connection.close()
     end = time.monotonic() + 20
-    while server.log.read_text()[begun:].count(" 499: ") < len(waiting):
+    while server.log.read_text()[before:].count(" 499: ") < len(waiting):
         assert time.monotonic() < end
     assert create(client, user("hello")).choices
 
@@ -513,18 +512,17 @@ def test_the_options_that_are_documented_are_there(capsys):
 
 def test_ctrl_c_ends_what_takes_longer_than_the_grace_time(impatient):
     with impatient as server:
-        begun = time.monotonic()
+        start = time.monotonic()
         status, reply = server.post(asked("hello", max_tokens=LONG))
         assert status == 504 and reply["error"]["message"] == "not answered within 2 seconds, the limit"
-        assert 2 <= time.monotonic() - begun < 5
+        assert 2 <= time.monotonic() - start < 15
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.APIError, match="not answered within 2 seconds"):
             list(client.chat.completions.create(model="mine", messages=[user("hello")], max_tokens=LONG, stream=True))
         half = socket.create_connection(("127.0.0.1", server.port), 30)
         half.sendall(b"POST /preview HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
         assert b" 408 " in half.recv(100)
-        late = server.begin(asked("hello", max_tokens=LONG))
-        time.sleep(0.3)
+        late = begun(server, asked("hello", max_tokens=LONG))
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(30) == 0
         assert b" 503 " in late.recv(100)
