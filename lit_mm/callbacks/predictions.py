@@ -11,11 +11,12 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
 
-import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lit_mm.callbacks.meter import objects_of_ranks
+from lit_mm.evaluation.benchmarks import Benchmark, split_name
 from lit_mm.training.saving import SHARDED
 
 UNFINISHED, FINISHED = "unfinished.json", "settings.json"
@@ -33,6 +34,8 @@ class AnswerWriter(BasePredictionWriter):
     answer), tokens, visual_tokens, finish (`stop`, `length` or `error`) and seconds (from the start of the batch to
     the answer's last token). `answers@16.jsonl`, … have the format of LLaVA's scripts, {"question_id", "prompt",
     "text"}, one file per scale. Other ranks' files are `answers.rank1.jsonl`, ….
+
+    For a benchmark with a server, `submission@16/` has the file that it wants with the answers of that scale, ….
 
     A prediction that was interrupted is gone on with: the next one with the same questions, checkpoint and settings,
     on any number of ranks, asks what has no answer yet and appends to the same files.
@@ -73,7 +76,7 @@ class AnswerWriter(BasePredictionWriter):
         self.folder.mkdir(parents=True, exist_ok=True)  # this rank may be on another machine
         suffixes = self._suffixes(trainer)
         own = set[str | int]().union(*(repaired(self.folder, suffix, told["scales"]) for suffix in suffixes))
-        self.answered = set().union(*gathered(own, trainer.world_size))
+        self.answered = set().union(*objects_of_ranks(trainer, own))
         for scale in (*told["scales"], None):
             name = f"answers{suffixes[0]}.jsonl" if scale is None else f"answers@{scale}{suffixes[0]}.jsonl"
             self.files[scale] = (self.folder / name).open("a", encoding="utf-8")
@@ -123,16 +126,43 @@ class AnswerWriter(BasePredictionWriter):
             file.flush()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the files, write parquet if asked to, and print where the answers are."""
+        """Close the files, write parquet if asked to and what a benchmark's server wants, and print where the answers
+        are.
+
+        Raises:
+            ValueError: A benchmark's questions do not have one answer each.
+            ModuleNotFoundError: Its server wants an Excel file and openpyxl is not installed.
+        """
         self._close()
         for suffix in self._suffixes(trainer) if self.parquet else ():
             write_parquet(self.folder / f"answers{suffix}.jsonl")
         trainer.strategy.barrier("answers")
+        submissions = self._submissions(trainer)  # may fail: the same command then goes on from here
         if self.lock:
             (self.folder / UNFINISHED).rename(self.folder / FINISHED)
             self.lock.close()
-        names = ", ".join(Path(file.name).name for file in self.files.values())
+        names = ", ".join([*(Path(file.name).name for file in self.files.values()), *submissions])
         rank_zero_info(f"Answers: {names} in {self.folder}")
+
+    def _submissions(self, trainer: Trainer) -> list[str]:
+        """Write the files that a benchmark's server wants, one for each scale; return their paths in the folder."""
+        benchmark, path = benchmark_of(trainer)
+        if benchmark is None or benchmark.definition.submission is None:
+            return []
+        written, error = [], None
+        for scale in (scale for scale in self.files if scale is not None):
+            files = [self.folder / f"answers@{scale}{suffix}.jsonl" for suffix in self._suffixes(trainer)]
+            own = [json.loads(line) for file in files if file.exists() for line in file.open(encoding="utf-8")]
+            answers = [answer for each in objects_of_ranks(trainer, own) for answer in each]
+            try:
+                if trainer.is_global_zero and not error:
+                    folder = self.folder / f"submission@{scale}"
+                    written.append(str(benchmark.submission(answers, folder, path).relative_to(self.folder)))
+            except (ValueError, ModuleNotFoundError) as found:
+                error = found
+        if error := trainer.strategy.broadcast(error):
+            raise error
+        return written
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """End a prediction that had nothing left to ask, and so no other hook."""
@@ -225,12 +255,10 @@ def line_ends(file: Path) -> Iterator[int]:
                 yield length
 
 
-def gathered(own: set[str | int], ranks: int) -> list[set[str | int]]:
-    """What every rank has."""
-    every: list[Any] = [own] * ranks
-    if ranks > 1:
-        dist.all_gather_object(every, own)
-    return every
+def benchmark_of(trainer: Trainer) -> tuple[Benchmark | None, str]:
+    """The benchmark that is predicted and its path; None where it is another file."""
+    file = getattr(getattr(trainer, "datamodule", None), "files", {}).get("predict")
+    return split_name(file) if file else (None, "")
 
 
 def write_parquet(file: Path) -> None:

@@ -100,7 +100,8 @@ class ImageDataModule(LightningDataModule):
             val: File of conversations for validation.
             test: File of conversations for the final test, a benchmark with its file, such as docvqa:PATH (see
                 docs/evaluation.md), or a list of them.
-            predict: Questions to answer: lines of {"question_id", "image", "text"}, or conversations.
+            predict: Questions to answer: lines of {"question_id", "image", "text"}, conversations, or a benchmark with
+                its file, with or without accepted answers.
             image_root: The folder that image and video paths are relative to. Nothing outside it is
                 opened.
             image: How images are resized.

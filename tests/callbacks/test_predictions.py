@@ -18,6 +18,7 @@ import torch
 from lit_mm.callbacks.predictions import UNFINISHED, AnswerWriter, as_line, new_folder, repaired
 from lit_mm.data.datamodules import ImageDataModule
 from lit_mm.data.images import ImageOptions
+from tests.helpers.benchmark_files import docvqa
 from tests.helpers.killing import Killed, Recorder
 from tests.helpers.records import conversation, write_instruction_set
 from tests.helpers.runs import module
@@ -59,8 +60,8 @@ def predict(run: Prediction) -> list[str]:
     """Run it; return the ids that the model was asked."""
     lit, asked = module(**run.model), list[str]()
     lit.ask_at(run.scales)
-    options = {"image_root": str(run.root), "image": ImageOptions("keep", None), "eval_batch_size": 2, **run.data}
-    data = ImageDataModule(lit.inputs, predict=str(run.root / "ask.json"), **options)
+    options = {"image_root": str(run.root), "image": ImageOptions("keep", None), "eval_batch_size": 2}
+    data = ImageDataModule(lit.inputs, **{"predict": str(run.root / "ask.json"), **options, **run.data})
     way = "exception" if run.stop_after else None
     killing = Recorder(str(run.root), way, run.stop_after, int(os.environ.get("RANK", "0")), "predict_batch_start")
     noting = lightning.pytorch.callbacks.LambdaCallback(
@@ -273,6 +274,18 @@ def test_two_ranks_answer_each_question_once_also_after_an_interruption(root, ex
     assert by_question(rows_of(part.parent)) == by_question(expected)
     tables = [pyarrow.parquet.read_table(file).to_pylist() for file in part.parent.glob("*.parquet")]
     assert len(tables) == 2 and by_question([*tables[0], *tables[1]]) == by_question(expected)
+
+
+@pytest.mark.slow
+def test_two_ranks_write_one_submission(root):
+    (folder := root / "docvqa").mkdir()
+    docvqa(folder)
+    data = {"predict": f"docvqa:{folder}", "eval_batch_size": 1, "image": ImageOptions("squash", 64)}
+    predict(Prediction(root, data=data))
+    on_ranks(2, [Prediction(root, data=data)], predict_on_rank)
+    assert len(read(root / "answers_1/answers@4.rank1.jsonl")) == 1
+    alone, together = (json.loads((root / f"answers_{n}/submission@4/docvqa.json").read_text()) for n in (0, 1))
+    assert together == alone and len(alone) == 2
 
 
 def test_folders_are_taken_in_turn(tmp_path):

@@ -107,3 +107,43 @@ def test_what_cannot_be_judged_is_said(run, tmp_path, sets, said):
             *("--config", str(run.parent.parent / "exp.yaml"), "--ckpt_path", "last"),
             *("--data.test", sets.replace("{}", str(tmp_path))),
         )
+
+
+def predict(run, *arguments):
+    config = str(run.parent.parent / "exp.yaml")
+    return lit_mm("predict", "--config", config, "--ckpt_path", "last", *SQUASH, *arguments)
+
+
+@pytest.fixture
+def unanswered(run, tmp_path):
+    """DocVQA's test split, whose answers only the server knows."""
+    folder = tmp_path / "test"
+    benchmark_files.docvqa(folder)
+    file = folder / "val_v1.0_withQT.json"
+    content = json.loads(file.read_text())
+    content["data"] = [{k: v for k, v in record.items() if k != "answers"} for record in content["data"]]
+    (folder / "test_v1.0.json").write_text(json.dumps(content))
+    file.unlink()
+    return folder
+
+
+def test_predict_writes_the_servers_file_of_every_scale(run, unanswered):
+    printed = predict(run, "--data.predict", f"docvqa:{unanswered}", "--scales", "[16, 1]")
+    assert "submission@16/docvqa.json, submission@1/docvqa.json" in " ".join(printed.split())
+    [folder] = run.glob("answers_*")
+    for scale in "16", "1":
+        lines = [json.loads(line) for line in (folder / f"answers@{scale}.jsonl").read_text().splitlines()]
+        expected = [{"questionId": line["question_id"], "answer": line["text"].strip()} for line in lines]
+        assert [each["questionId"] for each in expected] == [49153, 24580]
+        assert json.loads((folder / f"submission@{scale}/docvqa.json").read_text()) == expected
+        assert lines[0]["prompt"].endswith("\nAnswer the question using a single word or phrase.")
+    assert not (folder / "submission@4").exists()
+
+
+def test_a_prediction_that_lacks_answers_is_no_submission(run, unanswered):
+    short = ("--data.predict", f"docvqa:{unanswered}", "--data.eval_batch_size", "1")
+    with pytest.raises(AssertionError, match=r"1 answers to 2 questions: 1 without an answer, such as '24580'"):
+        predict(run, *short, "--trainer.limit_predict_batches", "1")
+    folder = sorted(run.glob("answers_*"))[-1]
+    assert len((folder / "answers@16.jsonl").read_text().splitlines()) == 1
+    assert not list(folder.glob("submission*"))
