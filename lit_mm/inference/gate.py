@@ -85,19 +85,22 @@ class Gate:
                 told.status = message["status"]
             await send(message)
 
-        self.inside += (counts := scope["method"] == "POST")
         try:
             async with asyncio.timeout_at(told.deadline + SPARE):
-                await self._pass(scope, _limited(receive, told.deadline, self.limits.max_bytes), noting, counts)
+                await self._pass(scope, _limited(receive, told.deadline, self.limits.max_bytes), noting)
         except TimeoutError:
             told.words.append("the client did not read the reply")
         finally:
-            self.inside -= counts
             self._note(scope, told, time.perf_counter() - began)
 
-    async def _pass(self, scope: Scope, receive: Receive, send: Send, counts: bool) -> None:
-        if not counts or self.inside <= self.limits.max_requests:
-            await self.app(scope, receive, send)
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        counts = scope["method"] == "POST"
+        if not counts or self.inside < self.limits.max_requests:
+            self.inside += counts
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                self.inside -= counts
             return
         message = f"{self.limits.max_requests} requests are in progress, the limit: try again later"
         scope["told"].words.append(message)
