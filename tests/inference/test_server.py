@@ -75,7 +75,10 @@ def model(folder):
 def impatient(folder):
     """Another server, which starts while the first one does."""
     options = "--timeout", "2", "--grace", "1", "--model_name", "mine"
-    return Serving(folder / "runs", folder / "impatient.txt", *options)
+    found = Serving(folder / "runs", folder / "impatient.txt", *options)
+    yield found
+    found.process.kill()  # where its test was not run
+    found.process.wait()
 
 
 @pytest.fixture(scope="module")
