@@ -17,6 +17,7 @@ _HOMES = {
     "load_llm": "model.llm",
     "load_tokenizer": "data.tokenizer",
     "MatryoshkaVLM": "model.vlm",
+    "DemoDataModule": "data.boards",
     "EasyVQADataModule": "data.easy_vqa",
     "ImageDataModule": "data.datamodules",
     "ImageOptions": "data.images",

@@ -34,6 +34,7 @@ from lit_mm.callbacks.progress import Progress
 from lit_mm.callbacks.skipped import SkippedRecords
 from lit_mm.callbacks.stopping import StopBetweenBatches
 from lit_mm.callbacks.token_efficiency import TokenEfficiency
+from lit_mm.data.boards import DemoDataModule
 from lit_mm.data.clips import VideoShapesDataModule
 from lit_mm.data.datamodules import ImageDataModule, VideoDataModule
 from lit_mm.data.easy_vqa import EasyVQADataModule
@@ -44,7 +45,13 @@ from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.saving import SHARDED, WholeFiles, check_readable, check_room, find_checkpoint, is_remote
 
 PROGRAM = "python -m lit_mm"
-DATA_MODULES = (ImageDataModule, VideoDataModule, EasyVQADataModule, VideoShapesDataModule)  # for `--data NAME`
+DATA_MODULES = (
+    ImageDataModule,
+    VideoDataModule,
+    DemoDataModule,
+    EasyVQADataModule,
+    VideoShapesDataModule,
+)  # `--data NAME`
 warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # frozen parts, on purpose
 
 

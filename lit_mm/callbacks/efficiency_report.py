@@ -36,6 +36,8 @@ Result = dict[str, Any]
 MOST_NEW_TOKENS = 8
 LINES = ["#1f5fa8", "#c8641e", "#3a8f4d", "#8a4fa3", "#a33f4f"]
 """Line colors, one per time scale."""
+TYPES = ["#c8641e", "#3a8f4d", "#8a4fa3", "#a33f4f", "#7a6a1f", "#2b8a9b"]
+"""Line colors of question types; a result with more types is told without them here, as tables show them."""
 
 
 class Evaluation:
@@ -213,10 +215,12 @@ def draw(result: Result) -> Figure:
 
 def draw_accuracy(axes: Axes, result: Result) -> None:
     """One curve, or one per time scale, with confidence intervals, and a ring around the fewest tokens within a
-    point of the best."""
+    point of the best. For images, a thin curve for each type of question, if there are a few."""
     lines, tokens = _lines(result), sorted({row["visual_tokens"] for row in result["scales"]})
+    types = _types(result) if None in lines else {}
     for (frames, line), color in zip(lines.items(), LINES * len(tokens), strict=False):
-        label = None if frames is None else f"{frames} sets of frames" if frames > 1 else "1 set of frames"
+        label = f"{frames} sets of frames" if frames and frames > 1 else "1 set of frames" if frames else None
+        label = "all questions" if types else label
         axes.plot(*zip(*line, strict=True), "o-", color=color, linewidth=2, markersize=7, label=label, zorder=3)
         for x, y in line:
             axes.annotate(f"{y:.1f}", (x, y), (0, -16), textcoords="offset points", ha="center", color=color)
@@ -226,7 +230,10 @@ def draw_accuracy(axes: Axes, result: Result) -> None:
     ring = enough["visual_tokens"], 100 * enough["accuracy"]
     label = "fewest tokens within a point of the best"
     axes.plot(*ring, "o", markersize=15, markerfacecolor="none", markeredgecolor="#333333", label=label, zorder=4)
-    axes.legend(frameon=False, loc="lower right", fontsize=10)
+    for (name, own), color in zip(types.items(), TYPES, strict=False):
+        accuracies = [100 * accuracy for accuracy in own["accuracy"]]
+        axes.plot([row["visual_tokens"] for row in result["scales"]], accuracies, ".--", color=color, label=name)
+    axes.legend(frameon=False, loc="best" if types else "lower right", fontsize=9 if types else 10)
     majority = 100 * result["majority_answer"]
     axes.axhline(majority, color="#888888", linestyle="--", linewidth=1.2)
     named = f"majority answer {majority:.1f}"
@@ -261,6 +268,37 @@ def _lines(result: Result) -> dict[int | None, list[tuple[int, float]]]:
     for row in result["scales"]:
         lines.setdefault(row.get("frames"), []).append((row["visual_tokens"], 100 * row["accuracy"]))
     return lines
+
+
+def _types(result: Result) -> dict[str, dict[str, Any]]:
+    """The figures of each type of question, cheapest to answer first; none if there is one type, or too many."""
+    found = result["types"] if 1 < len(result["types"]) <= len(TYPES) else {}
+    return dict(sorted(found.items(), key=lambda pair: (enough(result, pair[1])["visual_tokens"], pair[0])))
+
+
+def enough(result: Result, own: dict[str, Any]) -> dict[str, Any]:
+    """The row, with the type's own accuracy, of the fewest tokens within a point of the type's best."""
+    rows = [row | {"accuracy": it} for row, it in zip(result["scales"], own["accuracy"], strict=True)]
+    return next(row for row in rows if row["scale"] == summary(rows)["smallest_within_a_point"])
+
+
+def in_short(result: Result) -> list[str]:
+    """Two lines to remember: the accuracy at every scale, and how many tokens each type of question needs."""
+    if not (types := _types(result)):
+        return []
+    all_scales = [f"{_tokens(row)}: {100 * row['accuracy']:.1f} %" for row in result["scales"]]
+    return [" · ".join(all_scales), "; ".join(_need(result, name, own) for name, own in types.items())]
+
+
+def _need(result: Result, name: str, own: dict[str, Any]) -> str:
+    """`row needs 16 tokens (99.1 %; 0.2 % with 1 token)`."""
+    needed, fewest, accuracy = enough(result, own), result["scales"][-1], own["accuracy"][-1]
+    less = f"; {100 * accuracy:.1f} % with {_tokens(fewest)}" if needed["scale"] != fewest["scale"] else ""
+    return f"{name} needs {_tokens(needed)} ({100 * needed['accuracy']:.1f} %{less})"
+
+
+def _tokens(row: dict[str, Any]) -> str:
+    return f"{row['visual_tokens']} token{'s' * (row['visual_tokens'] != 1)}"
 
 
 def table(result: Result) -> Table:

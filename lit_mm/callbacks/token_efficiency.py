@@ -26,6 +26,7 @@ from lit_mm.callbacks.efficiency_report import (
     Result,
     draw,
     in_markdown,
+    in_short,
     markdown,
     set_name,
     sets_cells,
@@ -285,7 +286,7 @@ class TokenEfficiency(Callback):
     def _tell(self, result: Result) -> None:
         """Print the tables and the files' names."""
         of_oracle = result["oracle"] if result["split"] != "val" else None
-        print_whole(table(result), *(oracle_report.tables(of_oracle) if of_oracle else []))
+        print_whole(table(result), *(oracle_report.tables(of_oracle) if of_oracle else []), *in_short(result))
         if self.folder:
             file = self.folder / file_of(result["split"])
             others = f", {file.name}_oracle.png" if of_oracle else ""

@@ -131,7 +131,7 @@ def captions(split: str, by_image: Questions) -> list[dict[str, Any]]:
 
 
 def _record(name: str, split: str, image: int, pairs: list[tuple[str, str]]) -> dict[str, Any]:
-    return conversation(name, "image", f"{split}/images/{image}.png", pairs)
+    return conversation(name, "image", f"{split}/images/{image}.png", pairs) | {"type": "easy-VQA"}
 
 
 def caption(pairs: list[tuple[str, str]]) -> str | None:

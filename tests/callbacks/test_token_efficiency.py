@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_mm.callbacks import meter, token_efficiency
-from lit_mm.callbacks.efficiency_report import draw, markdown, table
+from lit_mm.callbacks.efficiency_report import draw, in_short, markdown, table
 from lit_mm.callbacks.meter import Clock, Meter, PartTimes, percentile, report
 from lit_mm.callbacks.token_efficiency import TokenEfficiency
 from lit_mm.costs import timing
@@ -670,6 +670,31 @@ def test_a_line_for_every_time_scale():
     assert [list(line.get_xdata()) for line in axes.lines[:2]] == [[32, 8], [8, 2]]
     assert np.allclose(axes.lines[1].get_ydata(), [60, 50])
     assert next(iter(table(made).columns[0].cells)) == "8 x 4 = 32"
+
+
+def test_types_of_questions_have_lines_and_are_told_in_short():
+    """By hand: with 4 tokens `wide` is within a point of its best, `fine` is not."""
+    made = result()
+    types = {"fine": [0.99, 0.9, 0.1], "wide": [0.955, 0.95, 0.92]}
+    made["types"] = {name: {"questions": 2, "accuracy": own} for name, own in types.items()}
+    lines = {line.get_label(): line for line in draw(made).axes[0].lines}
+    assert np.allclose(lines["fine"].get_xydata(), [[16, 99], [4, 90], [1, 10]])
+    assert np.allclose(lines["wide"].get_ydata(), [95.5, 95, 92])
+    assert np.allclose(lines["all questions"].get_ydata(), [90, 70, 50])
+    assert in_short(made) == [
+        "16 tokens: 90.0 % · 4 tokens: 70.0 % · 1 token: 50.0 %",
+        "wide needs 4 tokens (95.0 %; 92.0 % with 1 token); fine needs 16 tokens (99.0 %; 10.0 % with 1 token)",
+    ]
+    made["types"]["wide"]["accuracy"] = [0.955, 0.95, 0.951]
+    assert in_short(made)[1].startswith("wide needs 1 token (95.1 %); fine")
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_one_type_or_many_have_no_lines(count):
+    made = result()
+    made["types"] = {f"type {n}": {"questions": 2, "accuracy": [0.9, 0.7, 0.5]} for n in range(count)}
+    assert in_short(made) == []
+    assert len(draw(made).axes[0].lines) == len(draw(result()).axes[0].lines)
 
 
 def test_each_validation_of_a_fit_is_one_line(instruction_set, tmp_path, capsys):

@@ -1,0 +1,192 @@
+"""Renders boards of digits with questions that need few or many visual tokens, and mixes them with easy-VQA.
+
+A board has 64×64 pixels: four rows of four digits on light paper, one digit in each cell of 16×16 pixels. With a 4×4
+grid, a token shows one digit at 16 tokens, a block of four digits at 4, and all sixteen at 1.
+    "what is in row 2?"              "9074"   type `row`
+    "what is in row 2, column 3?"    "7"      type `cell`
+    "what color is the text?"        "blue"   type `color`; one token tells it
+
+Digits are independent, so that nothing but the image tells a row: a guess is right once in 10,000 times.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from lit_mm.data.dataset import Subset
+from lit_mm.data.easy_vqa import EasyVQADataModule, package_data
+from lit_mm.data.inputs import ModelInputs
+from lit_mm.data.sources.base import new_file
+from lit_mm.data.writing import conversation, write_records
+
+ROWS, CELL = 4, 16
+INKS = {
+    "black": (0, 0, 0),
+    "blue": (20, 40, 220),
+    "brown": (120, 60, 10),
+    "green": (0, 120, 0),
+    "red": (210, 0, 0),
+    "teal": (0, 130, 130),
+}
+Color = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Board:
+    """What a board shows.
+
+    Args:
+        rows: Four texts of four digits, from top to bottom.
+        ink: The digits' color, one of INKS.
+        paper: The background, RGB.
+        shifts: For each cell in reading order, pixels by which its digit is off the center: across and down, -1 to 1.
+        cells: Row and column, from 0, of the two cells that are asked for.
+    """
+
+    rows: tuple[str, ...]
+    ink: str
+    paper: Color
+    shifts: tuple[tuple[int, int], ...]
+    cells: tuple[tuple[int, int], ...]
+
+    def questions(self) -> dict[str, list[tuple[str, str]]]:
+        """The type of the questions -> pairs of question and answer."""
+        return {
+            "row": [(f"what is in row {number}?", row) for number, row in enumerate(self.rows, 1)],
+            "cell": [(f"what is in row {y + 1}, column {x + 1}?", self.rows[y][x]) for y, x in self.cells],
+            "color": [("what color is the text?", self.ink)],
+        }
+
+    def caption(self) -> tuple[str, str]:
+        """easy-VQA's caption question, and everything that the board shows: "blue 9791 9074 8337 8876"."""
+        return "what is in the image?", " ".join((self.ink, *self.rows))
+
+
+class DemoDataModule(EasyVQADataModule):
+    """easy-VQA and rendered boards of digits: some questions need one visual token, others need many.
+
+    Every question has a type, `easy-VQA`, `row`, `cell` or `color`, so that `test` tells the accuracy of each.
+    """
+
+    def __init__(
+        self,
+        inputs: ModelInputs,
+        root: str = "data/demo",
+        val_images: int = 200,
+        train_boards: int = 4000,
+        val_boards: int = 200,
+        test_boards: int = 1000,
+        caption_epochs: int = 0,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        val_questions: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        """Set where the records and boards are written and how batches are made.
+
+        Args:
+            inputs: The model's properties that the data depends on; on the command line the model sets them.
+            root: Folder for the boards, and for easy-VQA's records in easy_vqa.
+            val_images: Training images of easy-VQA held out for validation, with all their questions.
+            train_boards: Boards to train on.
+            val_boards: Boards for validation.
+            test_boards: Boards for the final test.
+            caption_epochs: Epochs of captions before the conversations. Needs
+                trainer.reload_dataloaders_every_n_epochs: 1.
+            batch_size: Conversations per batch and device in training.
+            eval_batch_size: Conversations per batch and device outside training; null: as batch_size.
+            val_questions: Number of questions that validation asks; null: all. As in ImageDataModule.
+            num_workers: Processes that load batches; 0 loads in the main process.
+        """
+        easy = f"{root}/easy_vqa"
+        super().__init__(
+            inputs, easy, val_images, caption_epochs, batch_size, eval_batch_size, val_questions, num_workers
+        )
+        self.boards = Path(root) / "boards"
+        self.counts = {"train": train_boards, "val": val_boards, "test": test_boards}
+        for name in ("captions", *self.counts):
+            images = Subset(f"{easy}/{name}.json", str(package_data()))
+            self.files[name] = [images, Subset(f"{self.boards}/{name}.json", str(self.boards))]
+
+    def prepare_data(self) -> None:
+        """Write the records, and the boards that do not exist yet."""
+        super().prepare_data()
+        write_boards(self.boards, **self.counts)
+
+
+def write_boards(root: Path, train: int, val: int, test: int, seed: int = 0) -> None:
+    """Write captions.json (of the training boards), train.json, val.json and test.json in LLaVA's format, and their
+    images.
+
+    A board depends only on the seed, its split and its number. Existing images are not written again.
+
+    Args:
+        root: Folder of the records; images go to boards_SEED in it.
+        train: Number of training boards.
+        val: Number of boards for validation.
+        test: Number of boards for the final test.
+        seed: Seed of all random choices.
+    """
+    (root / f"boards_{seed}").mkdir(parents=True, exist_ok=True)
+    for split, count in {"train": train, "val": val, "test": test}.items():
+        for number in range(count):
+            file = root / image_name(split, number, seed)
+            if not file.is_file():
+                with new_file(file) as opened:
+                    render(make_board(split, number, seed)).save(opened, "png")
+    write_records(root / "captions.json", [caption("train", number, seed) for number in range(train)])
+    write_records(root / "train.json", [talk("train", number, seed) for number in range(train)])
+    for split, count in {"val": val, "test": test}.items():
+        write_records(root / f"{split}.json", [item for n in range(count) for item in questions(split, n, seed)])
+
+
+def caption(split: str, number: int, seed: int = 0) -> dict[str, Any]:
+    """A LLaVA record that describes a board."""
+    return _record(split, number, seed, [make_board(split, number, seed).caption()], "caption")
+
+
+def talk(split: str, number: int, seed: int = 0) -> dict[str, Any]:
+    """A LLaVA record with all questions about a board in random order."""
+    pairs = [pair for own in make_board(split, number, seed).questions().values() for pair in own]
+    return _record(split, number, seed, random.Random(f"{seed} {split} {number} order").sample(pairs, len(pairs)))
+
+
+def questions(split: str, number: int, seed: int = 0) -> list[dict[str, Any]]:
+    """A LLaVA record for each type of questions about a board."""
+    by_type = make_board(split, number, seed).questions()
+    return [_record(split, number, seed, pairs, kind) | {"type": kind} for kind, pairs in by_type.items()]
+
+
+def _record(split: str, number: int, seed: int, pairs: list[tuple[str, str]], kind: str = "talk") -> dict[str, Any]:
+    return conversation(f"board_{split}_{number}_{kind}", "image", image_name(split, number, seed), pairs)
+
+
+def image_name(split: str, number: int, seed: int) -> str:
+    """The image's path below the root."""
+    return f"boards_{seed}/{split}_{number}.png"
+
+
+def make_board(split: str, number: int, seed: int = 0) -> Board:
+    """The board with this number."""
+    rng = random.Random(f"{seed} {split} {number}")
+    rows = tuple("".join(rng.choices("0123456789", k=ROWS)) for _ in range(ROWS))
+    ink, paper = rng.choice([*INKS]), tuple(rng.randint(190, 255) for _ in range(3))
+    shifts = tuple((rng.randint(-1, 1), rng.randint(-1, 1)) for _ in range(ROWS**2))
+    cells = rng.sample([(row, column) for row in range(ROWS) for column in range(ROWS)], 2)
+    return Board(rows, ink, paper, shifts, tuple(cells))
+
+
+def render(board: Board) -> Image.Image:
+    """The board, 64×64 pixels RGB, in Pillow's own font."""
+    image = Image.new("RGB", (ROWS * CELL, ROWS * CELL), board.paper)
+    drawing, font = ImageDraw.Draw(image), ImageFont.load_default(size=15)
+    for place, (digit, (across, down)) in enumerate(zip("".join(board.rows), board.shifts, strict=True)):
+        row, column = divmod(place, ROWS)
+        center = column * CELL + CELL // 2 + across, row * CELL + CELL // 2 + down
+        drawing.text(center, digit, INKS[board.ink], font, anchor="mm")
+    return image
