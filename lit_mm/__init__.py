@@ -36,6 +36,7 @@ _HOMES = {
     "LoRA": "training.parts",
     "MuonAdamW": "training.optim",
     "WarmupCosine": "training.schedule",
+    "BenchmarkEvaluation": "callbacks.benchmark_evaluation",
     "TokenEfficiency": "callbacks.token_efficiency",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605

@@ -37,7 +37,7 @@ class Clock:
     the end of an epoch), where only the wait for data counts."""
 
     def __init__(self) -> None:
-        self.seconds, self.waited, self.paused = 0.0, 0.0, True
+        self.seconds, self.waited, self.paused, self._running = 0.0, 0.0, True, False
         self._at, self._told = 0.0, 0.0
         self._loader: Any = None
 
@@ -47,13 +47,19 @@ class Clock:
         wait = told - (self._told if loader is self._loader else 0.0)
         self.seconds += wait if self.paused else now - self._at
         self.waited += wait
-        self.paused, self._at, self._loader, self._told = False, now, loader, told
+        self.paused, self._running, self._at, self._loader, self._told = False, True, now, loader, told
 
     def end(self) -> None:
-        """A batch is done, or fully queued on the GPU."""
+        """A batch is done, or fully queued on the GPU. Nothing after a pause within the batch counts."""
         now = time.perf_counter()
-        self.seconds += now - self._at
-        self._at = now
+        self.seconds += now - self._at if self._running else 0.0
+        self._at, self._running = now, False
+
+    def pause(self) -> None:
+        """What follows is no training until the next batch begins."""
+        if self._running:
+            self.end()
+        self.paused = True
 
     def take(self) -> Numbers:
         """Seconds since the last call and, if the loader reports it, how many of them were spent waiting for data."""

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -180,11 +181,22 @@ class TokenEfficiency(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Writing a checkpoint is not training time."""
-        self.clock.paused = True
+        self.clock.pause()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Neither is the end of an epoch."""
-        self.clock.paused = True
+        self.clock.pause()
+
+    @contextmanager
+    def not_training(self) -> Iterator[None]:
+        """What runs inside, during a fit, counts neither in training's time nor in its memory."""
+        self.clock.pause()
+        if self.parts.running:  # time another step
+            self.parts.cancel()
+            self.due = True
+        self.memory.note()
+        yield
+        self.memory.forget()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the last validation's result."""
@@ -195,12 +207,9 @@ class TokenEfficiency(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Pause training's clock and save its memory peak."""
+        self.pause = ExitStack()
         if trainer.state.fn == "fit":
-            self.clock.paused = True
-            if self.parts.running:  # between two batches of the timed step: time another one
-                self.parts.cancel()
-                self.due = True
-            self.memory.note()
+            self.pause.enter_context(self.not_training())
         self.evaluations = [Evaluation(pl_module, "val", self.repetitions)]
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -234,12 +243,10 @@ class TokenEfficiency(Callback):
         [evaluation] = self.evaluations
         if not trainer.sanity_checking and trainer.is_global_zero and evaluation.questions:
             self.last = self._evaluate(trainer, evaluation)
+        self.pause.close()
         if trainer.state.fn == "fit":
-            self.memory.forget()
-            if trainer.is_global_zero and not trainer.sanity_checking:
-                bar: Any = trainer.progress_bar_callback
-                told = in_a_line(trainer.callback_metrics, trainer.global_step)
-                (bar.print if bar and bar.is_enabled else print)(told)
+            if not trainer.sanity_checking:
+                say(trainer, in_a_line(trainer.callback_metrics, trainer.global_step))
         elif self.last:
             self._tell(self.last)
 
@@ -310,6 +317,13 @@ def log(trainer: Trainer, values: Numbers, step: int) -> None:
     """Log to every logger. `step` is the number of optimizer steps before this one, as Lightning counts."""
     for logger in trainer.loggers:
         logger.log_metrics(values, step)
+
+
+def say(trainer: Trainer, line: str) -> None:
+    """Print a line above the progress bar, on rank 0."""
+    if trainer.is_global_zero:
+        bar: Any = trainer.progress_bar_callback
+        (bar.print if bar and bar.is_enabled else print)(line)
 
 
 def in_a_line(metrics: Mapping[str, torch.Tensor], step: int) -> str:

@@ -39,21 +39,26 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_mm"
 
 
-def names_of(tests: Sequence[str]) -> dict[str, str]:
-    """`test/NAME` for each of several test sets: a benchmark's name, or that of a file.
+def names_of(files: Sequence[str], group: str = "test", option: str = "data.test") -> dict[str, str]:
+    """`test/NAME` for each of several sets of questions: a benchmark's name, or that of a file.
+
+    Args:
+        files: Files, and benchmarks with their files.
+        group: What stands before the slash.
+        option: What errors call the files.
 
     Raises:
         ValueError: Two have one name, or there is none.
     """
     named: dict[str, str] = {}
-    for file in tests:
+    for file in files:
         benchmark, path = split_name(file)
-        name = f"test/{benchmark.name if benchmark else Path(path).stem}"
-        if name in named:
-            raise ValueError(f"data.test: {named[name]} and {file} would both be called {name.removeprefix('test/')}")
-        named[name] = file
+        own = benchmark.name if benchmark else Path(path).stem
+        if f"{group}/{own}" in named:
+            raise ValueError(f"{option}: {named[f'{group}/{own}']} and {file} would both be called {own}")
+        named[f"{group}/{own}"] = file
     if not named:
-        raise ValueError("data.test: expected a file, a benchmark or several, found an empty list")
+        raise ValueError(f"{option}: expected a file, a benchmark or several, found an empty list")
     return named
 
 
@@ -170,12 +175,29 @@ class ImageDataModule(LightningDataModule):
             elif stage != "fit" or name == "train":
                 raise ValueError(f"data.{name}: no file of records is set")
         if self.val_questions and "val" in self.sets and "val" not in self.chosen:
-            self.chosen["val"] = self._drawn(self.sets["val"], self.val_questions)
+            self.chosen["val"] = self._drawn("val", self.val_questions, self.seed, "data.val_questions")
 
-    def _drawn(self, mixture: Mixture, most: int) -> np.ndarray:
+    def add_questions(self, name: str, file: str, most: int | None = None, seed: int = 0) -> None:
+        """Read one more set of questions with answers, for `question_loader`.
+
+        Args:
+            name: Its name, such as bench/docvqa; `benchmark` knows it then, too.
+            file: A file, or a benchmark with its file, as for `test`.
+            most: Number of questions to ask, drawn as for val_questions; None: all.
+            seed: Of the draw.
+
+        Raises:
+            As `setup`.
+        """
+        self.files[name] = file
+        self.sets[name] = self._read(name, "test")
+        if most:
+            self.chosen[name] = self._drawn(name, most, seed, name)
+
+    def _drawn(self, name: str, most: int, seed: int, told: str) -> np.ndarray:
         """Records in a fixed random order until they have so many questions; the last one may ask a part of its own."""
-        drawn, left = [], most
-        for record in np.random.default_rng([self.seed, most]).permutation(len(mixture)).tolist():
+        mixture, drawn, left = self.sets[name], list[int](), most
+        for record in np.random.default_rng([seed, most]).permutation(len(mixture)).tolist():
             if not left:
                 break
             drawn.append(record)
@@ -184,7 +206,7 @@ class ImageDataModule(LightningDataModule):
         asked = (
             f"all {most - left} questions are asked" if left else f"{most} questions of {len(drawn)} records are asked"
         )
-        rank_zero_info(f"data.val_questions {most}: {asked} in validation")
+        rank_zero_info(f"{told} {most}: {asked}")
         return np.sort(np.array(drawn, np.int64))
 
     def _read(self, name: str, split: Split) -> Mixture:
@@ -287,11 +309,11 @@ class ImageDataModule(LightningDataModule):
 
     def val_dataloader(self) -> ResumableLoader | list:
         """Batches of conversations and of their questions."""
-        return self._eval_loader("val") if "val" in self.sets else []
+        return self.question_loader("val") if "val" in self.sets else []
 
     def test_dataloader(self) -> list[ResumableLoader]:
         """Batches of questions with answers, a loader for each set of `tests`."""
-        return [self._eval_loader(name) for name in self.tests]
+        return [self.question_loader(name) for name in self.tests]
 
     def benchmark(self, name: str) -> Benchmark | None:
         """The benchmark that a set is; None for a plain file."""
@@ -304,7 +326,7 @@ class ImageDataModule(LightningDataModule):
         if answered := {*self.answered()}:
             left = [n for n, ids in enumerate(self._question_ids("predict")) if not {*ids} <= answered]
             self.chosen["predict"] = np.array(left, np.int64)
-        return self._eval_loader("predict")
+        return self.question_loader("predict")
 
     def repeated_id(self, split: Split) -> str | int | None:
         """An id that several questions have, if there is one."""
@@ -314,7 +336,8 @@ class ImageDataModule(LightningDataModule):
     def _question_ids(self, split: Split) -> list[list[str | int]]:
         return [self.sets[split].question_ids(record) for record in range(len(self.sets[split]))]
 
-    def _eval_loader(self, name: str) -> ResumableLoader:
+    def question_loader(self, name: str) -> ResumableLoader:
+        """This rank's batches of the questions of a set that was read, as many as every other rank's."""
         return self._loader(name, self._plans(name, Budget(self.eval_batch_size), 0, training=False), training=False)
 
     def _plans(self, name: str, budget: Budget, epoch: int, training: bool) -> BatchPlans:

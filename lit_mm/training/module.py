@@ -405,11 +405,11 @@ class LitMatryoshka(LightningModule):
         elif self.vlm.sharded:
             self.vlm(stand_in(batch, self.scales, self.packing, self.device), encodings=encodings)
         self._log_losses("val", losses, batch)
-        return self._judge("val", batch)
+        return self.judge("val", batch)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Judge the answers at every scale by the metric of their set; return them as `answers`."""
-        return self._judge(self.test_names[dataloader_idx], batch)
+        return self.judge(self.test_names[dataloader_idx], batch)
 
     @property
     def test_names(self) -> list[str]:
@@ -454,7 +454,8 @@ class LitMatryoshka(LightningModule):
             rank_zero_warn(f"logits that are not finite, answers count as wrong: questions {', '.join(broken)}")
         return answers
 
-    def _judge(self, name: str, batch: Batch) -> dict[str, Any]:
+    def judge(self, name: str, batch: Batch) -> dict[str, Any]:
+        """Answer questions of a set and count the answers by its metric, until `figures`; return them as `answers`."""
         answers, metrics = self.answers(batch, name), self._metrics_of(name)
         references = [question.references or ("",) for question in batch.questions]
         for place, metric in enumerate(metrics):
@@ -471,20 +472,23 @@ class LitMatryoshka(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the accuracies."""
-        self._log_metrics("val")
+        self.log_dict(self.figures("val"), sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
         """Log the headline figure of every test set at every scale: `test/accuracy@16`, or `test/docvqa@16`."""
         for name in self.test_names:
-            self._log_metrics(name)
+            self.log_dict(self.figures(name), sync_dist=True)
 
-    def _log_metrics(self, name: str) -> None:
+    def figures(self, name: str) -> dict[str, Tensor]:
+        """What the answers to a set's questions are worth on all ranks, which must all ask: `val/accuracy@16`, or
+        `test/docvqa@16`, …, and a metric's further figures. The next `judge` begins anew."""
+        found: dict[str, Tensor] = {}
         for scale, metric in zip(self.asked_scales, self._metrics_of(name), strict=True):
             values = {name if "/" in name else f"{name}/accuracy": metric.compute().float()}  # the same on all ranks
             values |= {f"{name}/{figure}": torch.tensor(value) for figure, value in metric.figures().items()}
-            for figure, value in values.items():
-                self.log(f"{figure}@{scale}", value, sync_dist=True)
+            found |= {f"{figure}@{scale}": value for figure, value in values.items()}
         del self.metrics[name]
+        return found
 
     def _log_losses(self, split: Literal["train", "val"], losses: Losses, batch: Batch) -> None:
         """Log the mean losses of this rank's batch: `train/loss`, and `train/loss@16`, … of the drawn scales.

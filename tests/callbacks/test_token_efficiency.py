@@ -235,18 +235,29 @@ def test_pauses_are_no_training(hands):
     hands[0] += 2
     clock.end()
     assert clock.take() == {"seconds": pytest.approx(12), "waited": pytest.approx(7.4)}
-    clock.paused = True
+    clock.pause()
     hands[0] += 60
     loader.waited += 0.5
     clock.start(loader)
     hands[0] += 2
     clock.end()
     assert clock.take() == {"seconds": pytest.approx(2.5), "waited": pytest.approx(0.5)}
-    clock.paused, fresh = True, Loader()
+    clock.pause()
+    fresh = Loader()
     fresh.waited = 0.25
     hands[0] += 9
     clock.start(fresh)
     assert clock.take() == {"seconds": pytest.approx(0.25), "waited": pytest.approx(0.25)}
+
+
+def test_a_pause_within_a_batch_ends_it(hands):
+    clock = Clock()
+    clock.start(Loader())
+    hands[0] += 2
+    clock.pause()
+    hands[0] += 60
+    clock.end()
+    assert clock.take()["seconds"] == pytest.approx(2)
 
 
 def test_a_loader_that_does_not_tell_is_no_wait_of_zero(hands):

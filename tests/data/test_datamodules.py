@@ -94,7 +94,7 @@ def test_validation_of_more_questions_than_there_are(make, instruction_set, monk
     monkeypatch.chdir(instruction_set)
     monkeypatch.setattr("lit_mm.data.datamodules.rank_zero_info", said.append)
     assert drawn(make, val_questions=500) == drawn(make)
-    assert said == ["data.val_questions 500: all 26 questions are asked in validation"]
+    assert said == ["data.val_questions 500: all 26 questions are asked"]
     with pytest.raises(ValueError, match=r"data\.val_questions: expected a positive number, found 0"):
         make(val_questions=0)
 
@@ -117,7 +117,7 @@ def test_a_test_asks_questions_with_lists_of_accepted_answers(make, instruction_
     question = {"question_id": 5, "image": "images/1.png", "text": "what color is the shape?", **listed}
     data = make(test=write(instruction_set, [question, one() | {"references": ["this", "that"]}, one()]))
     data.setup("test")
-    [batch] = data.test_dataloader()
+    [[batch]] = data.test_dataloader()
     assert [(q.references, q.type, q.group) for q in batch.questions] == [
         (("red", "scarlet"), "color", "3"),
         (("this", "that"), "", ""),
@@ -224,7 +224,7 @@ def test_an_unreadable_batch_does_not_end_a_run_that_skips(make, instruction_set
     data.setup("test")
     with pytest.warns(UserWarning, match="truncated image"):
         trained = [data.on_after_batch_transfer(batch, 0) for batch in data.train_dataloader()]
-        judged = [data.on_after_batch_transfer(batch, 0) for batch in data.test_dataloader()]
+        judged = [data.on_after_batch_transfer(batch, 0) for loader in data.test_dataloader() for batch in loader]
     assert [len(batch.input_ids) for batch in trained] == [1] * 14
     assert sum(len(batch.questions) == 0 for batch in judged) == 1
 
