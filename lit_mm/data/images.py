@@ -36,6 +36,8 @@ TURNS = {
 }
 """EXIF's orientation -> what makes the image upright."""
 SIDEWAYS = (5, 6, 7, 8)
+UNKNOWN_RANGE = ("I", "F")
+"""Modes whose values have no known black and white."""
 TIFF_SUBFILE, TIFF_REDUCED = 254, 1
 """The tag with a page's type, and its bit for a reduced version of another page."""
 
@@ -154,7 +156,7 @@ class ImageFile:
         if max(pixels, math.prod(self.size())) > limit:
             found = f"{height}×{width} (height × width; {self.options.mode}: {pixels} pixels)"
             raise self._fault("too many pixels", f"{found}, the limit is {limit}")
-        if mode in ("I", "F"):
+        if mode in UNKNOWN_RANGE:
             raise self._fault(
                 "unsupported pixels", f"mode {mode}, expected 8 or 16 bits per channel: its range is unknown"
             )

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_mm.data.chat import Conversation
 from lit_mm.data.collate import Sample, Visual, collate
-from lit_mm.data.images import ImageOptions
+from lit_mm.data.images import TURNS, UNKNOWN_RANGE, ImageOptions, orientation, to_rgb
 from lit_mm.data.media import MediaFolder
 from lit_mm.data.records import MARKERS, Kind, Media, Record, RecordError
 from lit_mm.data.video import VideoOptions
@@ -50,7 +50,7 @@ class Ask:
     """
 
     question: str
-    images: Sequence[Picture] = ()
+    images: Picture | Sequence[Picture] | None = None
     history: Sequence[str] = ()
     system: str | None = None
 
@@ -347,7 +347,7 @@ class Model:
         """A question with its media and with markers where they stand."""
         if not ask.question.strip():
             raise ValueError(f"{where}: expected some text, found {ask.question!r}")
-        media = tuple(_medium(picture, place) for place, picture in enumerate(ask.images, 1))
+        media = tuple(_medium(picture, place) for place, picture in enumerate(_listed(ask.images), 1))
         turns = self._with_markers([*ask.history, ask.question], media, where)
         return Record(where, media, tuple(turns), where, ask.system)
 
@@ -409,9 +409,14 @@ class Chat:
     memory: Memory = field(default_factory=Memory, repr=False)
 
     def ask(
-        self, question: str, images: Sequence[Picture] = (), tokens: int | str | Scale | None = None, **options: Any
+        self,
+        question: str,
+        images: Picture | Sequence[Picture] | None = None,
+        tokens: int | str | Scale | None = None,
+        **options: Any,
     ) -> Answer:
         """Answer the next question; `images` are new ones, in front of it unless it marks their places."""
+        images = _listed(images)
         kinds = [_medium(picture, place).kind for place, picture in enumerate(images, 1)]
         new = [] if self.turns else [_medium(picture, place).kind for place, picture in enumerate(self.images, 1)]
         if not _marked(question):
@@ -451,26 +456,55 @@ def _medium(picture: Picture, number: int) -> Media:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: An array or tensor that is not RGB in uint8.
+        ValueError: Not a picture, a PIL image that cannot be read, or an array or tensor that is not RGB in uint8.
     """
     if isinstance(picture, str | Path):
-        file = Path(picture).expanduser()
-        if not file.is_file():
-            raise FileNotFoundError(f"image {number}: no file {file}")
+        if (file := file_of(picture)) is None:
+            raise FileNotFoundError(f"image {number}: no file {str(picture)!r:.200}")
         kind: Kind = "video" if file.suffix.lower() in VIDEOS else "image"
         return Media(kind, str(file), file.read_bytes())
     if isinstance(picture, bytes):
         return Media(kind_of(picture), str(number), picture)
-    if isinstance(picture, Tensor):
-        picture = picture.cpu().movedim(0, -1).numpy()
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
-            found = f"{picture.dtype} {list(picture.shape)}"
-            raise ValueError(f"image {number}: expected uint8 [height, width, 3], found {found}")
-        picture = Image.fromarray(picture)
     encoded = BytesIO()
-    picture.save(encoded, "PNG")
+    try:
+        image = picture if isinstance(picture, Image.Image) else Image.fromarray(_array(picture))
+        _upright_rgb(image).save(encoded, "PPM")  # PNG takes seconds for a photo
+    except (ValueError, OSError, SyntaxError) as error:  # Pillow's, for a file that is read only now
+        raise ValueError(f"image {number}: {error}") from None
     return Media("image", str(number), encoded.getvalue())
+
+
+def _array(picture: np.ndarray | Tensor) -> np.ndarray:
+    """An array or a tensor as uint8 [H, W, 3].
+
+    Raises:
+        ValueError: It is neither, or of another type or shape.
+    """
+    if not isinstance(picture, np.ndarray | Tensor):
+        expected = "a path, bytes, a PIL image, an array or a tensor"
+        raise ValueError(f"expected {expected}, found {type(picture).__name__}")
+    is_tensor, dtype, shape = isinstance(picture, Tensor), str(picture.dtype).split(".")[-1], list(picture.shape)
+    if dtype != "uint8" or len(shape) != 3 or shape[0 if is_tensor else 2] != 3 or 0 in shape:
+        expected = "[3, height, width]" if is_tensor else "[height, width, 3]"
+        raise ValueError(f"expected uint8 {expected}, found {dtype} {shape}")
+    return picture.cpu().movedim(0, -1).numpy() if isinstance(picture, Tensor) else picture
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    """An opened image as its file is read: turned as EXIF says, and in RGB."""
+    if image.mode in UNKNOWN_RANGE:
+        raise ValueError(f"mode {image.mode}, expected 8 or 16 bits per channel: its range is unknown")
+    turn = TURNS.get(orientation(image))
+    return to_rgb(image if turn is None else image.transpose(turn))
+
+
+def file_of(name: str | Path) -> Path | None:
+    """The file of a name; None if there is none."""
+    try:
+        file = Path(name).expanduser()
+        return file if file.is_file() else None
+    except (OSError, RuntimeError):  # a name that is too long, or a user who does not exist
+        return None
 
 
 def kind_of(encoded: bytes) -> Kind:

@@ -58,6 +58,30 @@ def test_every_kind_of_picture_is_the_same_picture(model, picture):
     assert {answer.visual_tokens for answer in answers} == {4}
 
 
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "PA", "RGBA", "RGBa", "CMYK", "YCbCr", "HSV", "I;16"])
+def test_an_opened_image_of_any_mode_is_its_rgb(model, picture, mode):
+    """Against Pillow's own conversion; PNG and TIFF do not have all of these modes."""
+    image = Image.open(picture).convert("RGB")
+    image = image.convert("RGBA").convert(mode) if mode in ("LA", "PA", "RGBA", "RGBa") else image.convert(mode)
+    values = np.asarray(image) >> 8 if mode == "I;16" else None
+    plain = Image.fromarray(values.astype(np.uint8)) if mode == "I;16" else image
+    expected = np.asarray(plain.convert("RGBA").convert("RGB") if mode in ("RGBa", "PA") else plain.convert("RGB"))
+    assert (pixels(model, image) == pixels(model, expected.copy())).all()
+
+
+@pytest.mark.parametrize("turn", [1, 3, 6, 8])
+def test_an_opened_photo_is_as_upright_as_its_file(model, tmp_path, turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    draw = np.random.default_rng(0).integers(0, 255, (32, 128, 3), np.uint8)
+    Image.fromarray(draw).save(tmp_path / "photo.png", exif=exif)
+    assert torch.equal(pixels(model, tmp_path / "photo.png"), pixels(model, Image.open(tmp_path / "photo.png")))
+
+
+def pixels(model, image) -> torch.Tensor:
+    return model.prompt(Ask("what?", image)).sample.visuals[0].pixels
+
+
 def test_equal_pictures_are_encoded_once(model, picture):
     sizes = []
     handle = model.vlm.encoder.register_forward_hook(lambda _, pixels, __: sizes.append(len(pixels[0])))
@@ -71,7 +95,7 @@ def test_equal_pictures_are_encoded_once(model, picture):
 def test_a_conversation_repeats_its_turns(model, picture):
     chat = model.chat(picture)
     first = chat.ask("what is this?", tokens=4)
-    second = chat.ask("and the color?", [picture], tokens=4)
+    second = chat.ask("and the color?", picture, tokens=4)
     turns = ["<image>\nwhat is this?", first.text, "<image>\nand the color?"]
     assert chat.turns == [*turns, second.text]
     again = model.answer([picture, picture], turns[2], 4, history=turns[:2])
@@ -113,8 +137,19 @@ def test_mistakes_are_named(model, picture, arguments, options, error, message):
 @pytest.mark.parametrize(
     ("image", "error", "message"),
     [
-        ("nowhere.png", FileNotFoundError, "image 1: no file nowhere.png"),
+        ("nowhere.png", FileNotFoundError, "image 1: no file 'nowhere.png'"),
+        ("", FileNotFoundError, "image 1: no file ''"),
+        ("x" * 300, FileNotFoundError, "image 1: no file 'xxx"),
+        (".", FileNotFoundError, "image 1: no file '.'"),
         (np.zeros((4, 4)), ValueError, r"expected uint8 \[height, width, 3\], found float64 \[4, 4\]"),
+        (np.zeros((0, 4, 3), np.uint8), ValueError, r"expected uint8 \[height, width, 3\], found uint8 \[0, 4, 3\]"),
+        (torch.zeros(8, 4, 3), ValueError, r"expected uint8 \[3, height, width\], found float32 \[8, 4, 3\]"),
+        (torch.zeros(3, 8, 4).bfloat16(), ValueError, r"found bfloat16 \[3, 8, 4\]"),
+        (torch.zeros(3, 8, 4, requires_grad=True), ValueError, r"found float32 \[3, 8, 4\]"),
+        (5, ValueError, "image 1: expected a path, bytes, a PIL image, an array or a tensor, found int"),
+        ([None], ValueError, "found NoneType"),
+        (Image.new("F", (8, 8)), ValueError, "image 1: mode F, expected 8 or 16 bits per channel"),
+        (b"", RecordError, "not an image"),
         (b"no image", RecordError, "not an image"),
     ],
 )
