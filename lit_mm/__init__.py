@@ -36,6 +36,7 @@ _HOMES = {
     "LoRA": "training.parts",
     "MuonAdamW": "training.optim",
     "WarmupCosine": "training.schedule",
+    "AnswerGallery": "callbacks.gallery",
     "BenchmarkEvaluation": "callbacks.benchmark_evaluation",
     "TokenEfficiency": "callbacks.token_efficiency",
 }
