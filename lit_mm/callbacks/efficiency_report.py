@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import ceil
+from math import ceil, inf
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,6 +77,9 @@ class Evaluation:
             [self.metric.score(answer.text, references) for answer in answers],
             [sum(answer.logprobs) for answer in answers],
             [answer.visual_tokens for answer in answers],
+            [len(answer.logprobs) for answer in answers],
+            [-inf if answer.finish == "error" else min(answer.logprobs) for answer in answers],
+            [-inf if answer.finish == "error" else answer.margin for answer in answers],
         )
 
     def gather(self, trainer: Trainer) -> None:

@@ -27,6 +27,9 @@ class Judged:
         scores: [S], each in 0..1.
         logprobs: [S] log-probability of each answer, its end token included.
         visual_tokens: [S] in the prompt.
+        tokens: [S] of each answer, its end token included.
+        least_logprobs: [S] of each answer's least likely token; -inf where logits were not finite.
+        margins: [S] of each answer's first token, see `Generated.margin`; -inf where logits were not finite.
     """
 
     id: str
@@ -37,6 +40,14 @@ class Judged:
     scores: list[float]
     logprobs: list[float]
     visual_tokens: list[int]
+    tokens: list[int]
+    least_logprobs: list[float]
+    margins: list[float]
+
+
+COLUMNS = {"answer": "answers", "score": "scores", "logprob": "logprobs", "visual_tokens": "visual_tokens"}
+COLUMNS |= {"tokens": "tokens", "least_logprob": "least_logprobs", "margin": "margins"}
+"""What a file of questions has for every scale, and the field of `Judged` that it is."""
 
 
 def scores_of(questions: Sequence[Judged]) -> np.ndarray:
@@ -74,7 +85,7 @@ def by_type(questions: Sequence[Judged], seed: int = 0) -> dict[str, dict[str, A
 
 def write_questions(file: Path, questions: Sequence[Judged], scales: Sequence[str]) -> None:
     """Write a parquet file with a row per question: `question_id`, `type`, `question`, `references`, and for every
-    scale `answer@16`, `score@16`, `logprob@16` and `visual_tokens@16`."""
+    scale `answer@16`, `score@16`, and so on: see `COLUMNS`."""
     import pyarrow
     import pyarrow.parquet
 
@@ -85,26 +96,29 @@ def write_questions(file: Path, questions: Sequence[Judged], scales: Sequence[st
         "references": [question.references for question in questions],
     }
     for place, scale in enumerate(scales):
-        columns |= {
-            f"answer@{scale}": [question.answers[place] for question in questions],
-            f"score@{scale}": [question.scores[place] for question in questions],
-            f"logprob@{scale}": [question.logprobs[place] for question in questions],
-            f"visual_tokens@{scale}": [question.visual_tokens[place] for question in questions],
-        }
+        for name, field in COLUMNS.items():
+            columns[f"{name}@{scale}"] = [getattr(question, field)[place] for question in questions]
     pyarrow.parquet.write_table(pyarrow.table(columns), file)
 
 
 def read_questions(file: Path) -> tuple[list[Judged], list[str]]:
-    """What `write_questions` wrote: the questions, and the names of the scales."""
+    """What `write_questions` wrote: the questions, and the names of the scales.
+
+    Raises:
+        ValueError: The file has no questions, or lacks a column.
+    """
     import pyarrow.parquet
 
     rows = pyarrow.parquet.read_table(file).to_pylist()
-    scales = [name.removeprefix("answer@") for name in rows[0] if name.startswith("answer@")] if rows else []
-    kinds = ("answer", "score", "logprob", "visual_tokens")
+    if not rows:
+        raise ValueError(f"{file}: no questions")
+    scales = [name.removeprefix("answer@") for name in rows[0] if name.startswith("answer@")]
+    if missing := [f"{kind}@{scale}" for scale in scales for kind in COLUMNS if f"{kind}@{scale}" not in rows[0]]:
+        raise ValueError(f"{file}: no column {missing[0]}, an older version may have written it: evaluate again")
     return [
         Judged(
             *(row[name] for name in ("question_id", "type", "question", "references")),
-            *([row[f"{kind}@{scale}"] for scale in scales] for kind in kinds),
+            *([row[f"{kind}@{scale}"] for scale in scales] for kind in COLUMNS),
         )
         for row in rows
     ], scales

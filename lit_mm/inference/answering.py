@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lit_mm.data.chat import Conversation
 from lit_mm.data.collate import Sample, Visual, collate
@@ -22,8 +23,9 @@ from lit_mm.data.images import TURNS, UNKNOWN_RANGE, ImageOptions, orientation, 
 from lit_mm.data.media import MediaFolder
 from lit_mm.data.records import MARKERS, Kind, Media, Record, RecordError
 from lit_mm.data.video import VideoOptions
+from lit_mm.inference.choosers import Chooser
 from lit_mm.inference.decoding import Decoding, settings
-from lit_mm.inference.generation import Asked, Generated, generate_each
+from lit_mm.inference.generation import Asked, Generated, Past, generate_each
 from lit_mm.inference.memory import Memory
 from lit_mm.inference.prompts import prompt_length
 from lit_mm.inference.scoring import score
@@ -61,13 +63,15 @@ class Prompt:
 
     Args:
         sample: Its images in pixels and its text in ids.
-        scales: Where it is answered.
+        scales: Where it is answered, or with a chooser, may be.
         seed: Of sampling.
+        chooser: Chooses one of the scales; None: it is answered at all of them.
     """
 
     sample: Sample
     scales: list[Scale]
     seed: int = 0
+    chooser: Chooser | None = None
 
 
 @dataclass
@@ -77,12 +81,14 @@ class Answer:
     Args:
         text: The answer.
         scale: The scale at which it was given.
-        visual_tokens: Visual tokens in its prompt.
+        visual_tokens: Visual tokens in its prompt, and in the prompts of the scales tried before.
         ids: Its token ids, without the end token.
         logprobs: Log-probability of each id, and of the end token if there is one.
+        margin: Log-probability of the likeliest first token minus that of the second likeliest.
         finish: `stop` at an end token or stop string, `length` at max_new_tokens, `dropped` or `error`.
         first_token_seconds: From the call to the first token, encoding included.
-        seconds: From the call to the last token.
+        seconds: From the call to the last token. Both times include the scales tried before.
+        tried: The scales at which the question was answered, this one last.
     """
 
     text: str
@@ -90,9 +96,11 @@ class Answer:
     visual_tokens: int
     ids: list[int]
     logprobs: list[float]
+    margin: float
     finish: Literal["stop", "length", "dropped", "error"]
     first_token_seconds: float
     seconds: float
+    tried: list[Scale]
 
     @property
     def logprob(self) -> float:
@@ -115,6 +123,7 @@ class Model:
         image_first: Whether the marker of an only image goes before its turn's text.
         max_new_tokens: The longest answer, unless a call says otherwise.
         decoding: greedy, or own for the settings of the LLM's generation_config.
+        chooser: Chooses the scale where a call says tokens="auto"; None: such calls are refused.
     """
 
     def __init__(
@@ -127,9 +136,10 @@ class Model:
         image_first: bool = False,
         max_new_tokens: int = 64,
         decoding: Decoding = "greedy",
+        chooser: Chooser | None = None,
     ) -> None:
         self.vlm, self.tokenizer, self.image_first = vlm.eval(), tokenizer, image_first
-        self.max_new_tokens, self.decoding = max_new_tokens, decoding
+        self.max_new_tokens, self.decoding, self.chooser = max_new_tokens, decoding, chooser
         self.conversation = Conversation(tokenizer, vlm.time_scales)
         red, green, blue = (int(255 * value) for value in vlm.encoder.mean)
         self.media = MediaFolder(Path(), image, (red, green, blue), video, frame)
@@ -154,11 +164,21 @@ class Model:
             raise ValueError(f"tokens {tokens}: expected all or one of the model's scales {', '.join(known)}")
         return [known[str(tokens)]]
 
+    def chooser_of(self, tokens: Any) -> Chooser | None:
+        """The chooser that `tokens` is, or that "auto" names; None: it names scales.
+
+        Raises:
+            ValueError: "auto", and the model has none.
+        """
+        if tokens == "auto" and self.chooser is None:
+            raise ValueError("tokens auto: this model has no chooser, `python -m lit_mm calibrate RUN` makes one")
+        return self.chooser if tokens == "auto" else tokens if isinstance(tokens, Chooser) else None
+
     def answer(
         self,
         images: Picture | Sequence[Picture] | None,
         question: str,
-        tokens: int | str | Scale | None = None,
+        tokens: int | str | Scale | Chooser | None = None,
         history: Sequence[str] = (),
         system: str | None = None,
         **options: Any,
@@ -169,7 +189,7 @@ class Model:
             images: An image or a video, or several; None for a question about text.
             question: See `Ask`.
             tokens: The scale: 36, or "8x16" for a model with time scales; "all" answers at every scale in one
-                batch; None is the finest.
+                batch; "auto" lets the model's chooser decide, or give another chooser; None is the finest.
             history: Earlier questions and answers in turn.
             system: System message.
             options: seed, and settings of `decoding.settings`: max_new_tokens, temperature, num_beams, ….
@@ -190,7 +210,7 @@ class Model:
     def answers(
         self,
         asks: Sequence[Ask],
-        tokens: int | str | Scale | Sequence[int | str | Scale] | None = None,
+        tokens: int | str | Scale | Chooser | Sequence[int | str | Scale] | None = None,
         seed: int = 0,
         emit: Callable[[int, Scale, Generated, bool], bool | None] | None = None,
         memory: Memory | None = None,
@@ -203,23 +223,26 @@ class Model:
             tokens: As for `answer`, or several scales, at each of which every question is answered.
             seed: Of sampling.
             emit: Called after every token with the question's number, the scale, the answer so far, and whether
-                that is all. Returning False drops this answer.
-            memory: What a conversation keeps, for one question at one scale.
+                that is all. Returning False drops this answer. While a chooser may still replace an answer, what
+                is told of it is empty.
+            memory: What a conversation keeps, for one question at one scale or with a chooser.
             options: As for `answer`.
 
         Returns:
             For each question its answers by the name of the scale.
         """
         start = time.perf_counter()
-        named: list[Any] = tokens if isinstance(tokens, list) else [tokens]
-        scales = list(dict.fromkeys(scale for each in named for scale in self.scales_of(each)))
-        prompts = [self.prompt(ask, scales, seed, f"question {number}", memory) for number, ask in enumerate(asks, 1)]
+        chosen: Any = self.chooser_of(tokens)
+        if chosen is None:
+            named: list[Any] = tokens if isinstance(tokens, list) else [tokens]
+            chosen = list(dict.fromkeys(scale for each in named for scale in self.scales_of(each)))
+        prompts = [self.prompt(ask, chosen, seed, f"question {number}", memory) for number, ask in enumerate(asks, 1)]
         return self.answers_to(prompts, emit, start, memory, **options)
 
     def prompt(
         self,
         ask: Ask,
-        scales: Sequence[Scale] | None = None,
+        scales: Sequence[Scale] | Chooser | None = None,
         seed: int = 0,
         where: str = "question 1",
         memory: Memory | None = None,
@@ -228,7 +251,7 @@ class Model:
 
         Args:
             ask: The question.
-            scales: Where it will be answered; None: at the finest scale.
+            scales: Where it will be answered, or what chooses; None: at the finest scale.
             seed: Of sampling.
             where: What errors call it.
             memory: As for `answers`.
@@ -246,6 +269,8 @@ class Model:
             except ValueError as error:
                 detail = f"image {number} of {height}×{width} pixels (height × width): {error}"
                 raise RecordError(where, "scales", detail) from None
+        if isinstance(scales, Chooser):
+            return Prompt(sample, list(scales.scales), seed, scales)
         return Prompt(sample, list(scales or self.scales[:1]), seed)
 
     def length(self, prompt: Prompt, scale: Scale) -> tuple[int, int]:
@@ -270,7 +295,8 @@ class Model:
         memory: Memory | None = None,
         **options: Any,
     ) -> list[dict[str, Answer]]:
-        """Answer prompts in one batch, each at its own scales.
+        """Answer prompts in one batch, each at its own scales. Those with choosers are answered in rounds, each round
+        in one batch, until every answer stands; the images are encoded once.
 
         Args:
             prompts: As `prompt` makes them.
@@ -281,28 +307,13 @@ class Model:
 
         Returns:
             For each prompt its answers by the name of the scale.
+
+        Raises:
+            ValueError: A setting that is not honored, or a chooser that names a scale twice.
         """
         start = time.perf_counter() if start is None else start
         config = settings(self.vlm.llm, self.decoding, **{"max_new_tokens": self.max_new_tokens, **options})
-        images, questions = self._on_device([prompt.sample for prompt in prompts])
-        places = [(number, scale) for number, prompt in enumerate(prompts) for scale in prompt.scales]
-        asked = [Asked(questions[number], scale, prompts[number].seed) for number, scale in places]
-        times: list[list[float]] = [[] for _ in asked]
-
-        def note(place: int, answer: Generated, is_all: bool) -> bool | None:
-            times[place].append(time.perf_counter() - start)
-            return emit(*places[place], answer, is_all) if emit else None
-
-        kept: dict[str, Any] = {}
-        if memory:
-            nested = memory.encoded(self.vlm, prompts[0].sample.visuals)
-            kept = {"nested": nested, "past": memory.past(asked[0].scale)}
-        ends = [self.conversation.end_id]
-        found = generate_each(self.vlm, images, asked, config, ends, self.tokenizer, emit=note, **kept)
-        answers: list[dict[str, Answer]] = [{} for _ in prompts]
-        for (number, scale), answer, own in zip(places, found, times, strict=True):
-            answers[number][str(scale)] = _answer(answer, scale, own)
-        return answers
+        return Rounds(self, prompts, config, emit, start, memory).run()
 
     def score(
         self,
@@ -332,7 +343,7 @@ class Model:
         """
         scales, record = self.scales_of(tokens), self._record(Ask(question, _listed(images), history, system))
         sample = self._sample(record)
-        shown, questions = self._on_device([sample])
+        shown, questions = self.on_device([sample])
         labels, length = [visual.labels for visual in sample.visuals], len(questions[0].input_ids)
         replies = [replace(record, turns=(*record.turns, answer)) for answer in answers]
         ids = [self.conversation.encode(reply, labels).ids[length:] for reply in replies]
@@ -368,7 +379,7 @@ class Model:
         known |= {key: replace(visual, key=key) for key, visual in zip(new, made, strict=True)}
         return [known[key] for key in keys]
 
-    def _on_device(self, samples: Sequence[Sample]) -> tuple[Images, list[Question]]:
+    def on_device(self, samples: Sequence[Sample]) -> tuple[Images, list[Question]]:
         """The samples' images, equal ones once, and their questions."""
         batch = collate(samples, self.vlm.time_scales)
         device = next(self.vlm.projector.parameters()).device
@@ -388,6 +399,115 @@ class Model:
             marker = MARKERS["image"]
             return [f"{marker}\n{t.replace(marker, '').strip()}".strip() if marker in t else t for t in turns]
         return turns
+
+
+class Rounds:
+    """Answers prompts: first all of them, then again and again those whose chooser wants another scale.
+
+    Args:
+        model: Answers.
+        prompts: What is asked.
+        config: Of decoding.
+        emit: As for `Model.answers`.
+        start: Where times begin, by `time.perf_counter`.
+        memory: As for `Model.answers`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[Prompt],
+        config: GenerationConfig,
+        emit: Callable[[int, Scale, Generated, bool], bool | None] | None,
+        start: float,
+        memory: Memory | None,
+    ) -> None:
+        self.model, self.prompts, self.config, self.emit, self.start = model, prompts, config, emit, start
+        self.memory = memory
+        self.images, self.questions = model.on_device([prompt.sample for prompt in prompts])
+        self.answers: list[list[Answer]] = [[] for _ in prompts]
+        self.past = Past() if len(prompts) == 1 and prompts[0].chooser else None  # of the text before the image
+
+    def run(self) -> list[dict[str, Answer]]:
+        """For each prompt its answers by the name of the scale, of those with a chooser the last."""
+        nested = self._encoded()
+        places = [(number, scale) for number in range(len(self.prompts)) for scale in self._first(number)]
+        while places:
+            places = self._round(places, nested)
+        for prompt, own in zip(self.prompts, self.answers, strict=True):
+            if prompt.chooser:
+                visual, tried = sum(answer.visual_tokens for answer in own), [answer.scale for answer in own]
+                own[:] = [replace(own[-1], visual_tokens=visual, tried=tried)]
+        return [{str(answer.scale): answer for answer in own} for own in self.answers]
+
+    def _encoded(self) -> Tensor | None:
+        """The images' nested tokens; None: they are needed once, and `generate_each` encodes them."""
+        if self.memory:
+            return self.memory.encoded(self.model.vlm, self.prompts[0].sample.visuals)
+        if any(prompt.chooser for prompt in self.prompts):
+            with torch.no_grad():
+                return self.model.vlm.encode(self.images)
+        return None
+
+    def _first(self, number: int) -> Sequence[Scale]:
+        prompt = self.prompts[number]
+        if prompt.chooser is None:
+            return prompt.scales
+        if (first := prompt.chooser.next(self.questions[number], [])) is None:
+            raise ValueError("the chooser names no scale to begin with")
+        return [first]
+
+    def _round(self, places: Sequence[tuple[int, Scale]], nested: Tensor | None) -> list[tuple[int, Scale]]:
+        """Answer prompts at scales; return what is to be tried next."""
+        asked = [Asked(self.questions[number], scale, self.prompts[number].seed) for number, scale in places]
+        times: list[list[float]] = [[] for _ in asked]
+
+        def note(place: int, answer: Generated, is_all: bool) -> bool | None:
+            times[place].append(time.perf_counter() - self.start)
+            return self._tell(*places[place], answer, is_all)
+
+        model, past = self.model, self.memory.past(asked[0].scale) if self.memory else self.past
+        ends = [model.conversation.end_id]
+        found = generate_each(
+            model.vlm, self.images, asked, self.config, ends, model.tokenizer, nested, note, past=past
+        )
+        following = []
+        for (number, scale), made, own in zip(places, found, times, strict=True):
+            self.answers[number].append(_answer(made, scale, own))
+            further = self._next(number)
+            if further is not None:
+                following.append((number, further))
+            elif self._may_change(number, scale) and self.emit:
+                self.emit(number, scale, made, True)
+        return following
+
+    def _tell(self, number: int, scale: Scale, answer: Generated, is_all: bool) -> bool | None:
+        if self.emit is None:
+            return None
+        if self._may_change(number, scale):
+            return self.emit(number, scale, Generated(), False)
+        return self.emit(number, scale, answer, is_all)
+
+    def _may_change(self, number: int, scale: Scale) -> bool:
+        """Whether an answer at this scale may be replaced by another one. A question without images is the same
+        prompt at every scale."""
+        prompt = self.prompts[number]
+        return bool(prompt.chooser and prompt.sample.visuals and scale != prompt.scales[-1])
+
+    def _next(self, number: int) -> Scale | None:
+        """The scale to try next; None: the last answer stands.
+
+        Raises:
+            ValueError: The chooser names a scale that was tried.
+        """
+        prompt, answers = self.prompts[number], self.answers[number]
+        last = answers[-1]
+        if prompt.chooser is None or last.finish == "dropped" or not self._may_change(number, last.scale):
+            return None
+        scale = prompt.chooser.next(self.questions[number], answers)
+        if scale in [answer.scale for answer in answers]:
+            raise ValueError(f"the chooser names scale {scale} again: it was tried")
+        return scale
 
 
 @dataclass
@@ -437,8 +557,8 @@ def _listed(images: Any) -> list[Picture]:
 
 
 def _answer(made: Generated, scale: Scale, times: Sequence[float]) -> Answer:
-    told = made.text, scale, made.visual_tokens, made.ids, made.logprobs, made.finish
-    return Answer(*told, first_token_seconds=times[0], seconds=times[-1])
+    told = made.text, scale, made.visual_tokens, made.ids, made.logprobs, made.margin, made.finish
+    return Answer(*told, first_token_seconds=times[0], seconds=times[-1], tried=[scale])
 
 
 def _marked(text: str) -> list[Kind]:

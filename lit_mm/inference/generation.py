@@ -50,6 +50,8 @@ class Generated:
         ids: New token ids, without the end token.
         logprobs: Log-probability of each id under the model's own distribution, before any setting changes it;
             the end token's, if there is one, comes last.
+        margin: Log-probability of the likeliest first token minus that of the second likeliest, under the
+            model's own distribution.
         finish: `stop` at an end token or a stop string, `length` at max_new_tokens, `dropped` when its asker
             gave up, `error` where the model's logits were not finite.
         visual_tokens: Visual tokens in its prompt.
@@ -59,6 +61,7 @@ class Generated:
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    margin: float = 0.0
     finish: Literal["stop", "length", "dropped", "error"] = "length"
     visual_tokens: int = 0
     text: str = ""
@@ -274,6 +277,9 @@ class Decoder:
         scores = self.processors(cast(torch.LongTensor, self.made), cast(Any, logits))
         chosen = self._choose(scores)
         logprobs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+        if not self.made.shape[1]:
+            for number, margin in zip(self.numbers, margins(logits).tolist(), strict=True):
+                self.answers[number].margin = margin
         self.made = torch.cat([self.made, chosen[:, None]], dim=1)
         found = zip(self.numbers, chosen.tolist(), logprobs.tolist(), strict=True)
         return [place for place, each in enumerate(found) if self._goes_on(*each)]
@@ -425,6 +431,7 @@ class Decoder:
             answer.ids, told, finish = ids[:stopped], ids[:stopped], "stop"
         for logits, beam, token in zip(output.logits, beams, told, strict=False):
             answer.logprobs.append(float(logits[beam].float().log_softmax(-1)[token]))
+        answer.margin = float(margins(output.logits[0][beams[0]].float()))
         if any(math.isnan(each) for each in answer.logprobs):
             finish = "error"
         self._end(number, cast(Any, finish))
@@ -439,6 +446,12 @@ class StopStrings(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **others: Any) -> Any:
         """New ids [B, t] -> [B] whether each answer has ended."""
         return torch.tensor([self.has_stop(row) for row in input_ids.tolist()], device=input_ids.device)
+
+
+def margins(logits: Tensor) -> Tensor:
+    """[..., vocabulary] -> [...] how far the likeliest token is above the second likeliest, as log-probabilities."""
+    first, second = logits.topk(2).values.unbind(-1)
+    return first - second
 
 
 def settled(text: str, stops: Sequence[str] = ()) -> str:

@@ -64,6 +64,11 @@ def test_every_question_is_in_a_file_with_what_was_answered(judged):
     assert questions[0].references[1] == "none of them at all"
     assert questions[0].visual_tokens == [16, 4, 1]
     assert all(logprob < 0 for question in questions for logprob in question.logprobs)
+    for question in questions:
+        for whole, least, tokens, margin in zip(
+            question.logprobs, question.least_logprobs, question.tokens, question.margins, strict=True
+        ):
+            assert whole <= least <= whole / tokens and margin >= 0
     folder = run.parent.parent
     prompt = (
         "What is the ‘actual’ value per 1000, during the year 1975?\nAnswer the question using a single word or phrase."

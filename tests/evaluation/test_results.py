@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from lit_mm.evaluation.results import Judged, by_type, intervals, read_questions, scores_of, write_questions
@@ -10,9 +11,9 @@ from lit_mm.evaluation.results import Judged, by_type, intervals, read_questions
 
 def judged(number: int, type: str, scores: list[float]) -> Judged:
     answers = [f"é {number} {place}" for place in range(len(scores))]
-    return Judged(
-        f"q{number}", type, "what?", ["a", "b"], answers, scores, [-0.5] * len(scores), [16, 1][: len(scores)]
-    )
+    count = len(scores)
+    figures = [-0.5] * count, [16, 1][:count], [2] * count, [-0.4] * count, [0.3] * count
+    return Judged(f"q{number}", type, "what?", ["a", "b"], answers, scores, *figures)
 
 
 def test_intervals_are_those_of_the_normal_approximation():
@@ -49,3 +50,11 @@ def test_questions_survive_their_file(tmp_path):
     write_questions(tmp_path / "q.parquet", questions, ["16", "8x1"])
     assert read_questions(tmp_path / "q.parquet") == (questions, ["16", "8x1"])
     assert scores_of(questions).shape == (3, 2)
+
+
+def test_a_file_without_a_column_is_named(tmp_path):
+    write_questions(tmp_path / "q.parquet", [judged(0, "", [1.0, 0.0])], ["16", "8x1"])
+    table = pyarrow.parquet.read_table(tmp_path / "q.parquet").drop(["margin@8x1"])
+    pyarrow.parquet.write_table(table, tmp_path / "q.parquet")
+    with pytest.raises(ValueError, match=r"q\.parquet: no column margin@8x1"):
+        read_questions(tmp_path / "q.parquet")

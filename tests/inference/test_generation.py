@@ -21,18 +21,19 @@ LLMS = ["LlamaConfig", "Qwen2Config", "Qwen3Config"]
 
 
 @torch.no_grad()
-def greedy(vlm, sequence, steps, ends) -> tuple[list[int], list[float]]:
-    """The likeliest token again and again, without a cache; and the log-probabilities."""
-    answer, logprobs = [], []
+def greedy(vlm, sequence, steps, ends) -> tuple[list[int], list[float], float]:
+    """The likeliest token again and again, without a cache; the log-probabilities, and the first token's margin."""
+    answer, logprobs, margin = [], [], None
     for _ in range(steps):
         logarithms = vlm.llm(inputs_embeds=sequence[None]).logits[0, -1].log_softmax(-1)
         token = int(logarithms.argmax())
+        margin = float(logarithms.sort().values[-2:].diff()) if margin is None else margin
         logprobs.append(float(logarithms[token]))
         if token in ends:
             break
         answer.append(token)
         sequence = torch.cat([sequence, vlm.llm.get_input_embeddings()(torch.tensor([token]))])
-    return answer, logprobs
+    return answer, logprobs, margin
 
 
 def answered(vlm, asked=None, scales=SCALES, images=None, ends=(347,), decoding="greedy", **chosen):
@@ -62,9 +63,11 @@ def test_all_scales_at_once_equal_a_greedy_loop_without_cache(kind, own):
         for scale, answer in zip(SCALES, at_scales, strict=True):
             shown = [images[i] for i in question.image_index]
             sequence = slow_sequence(vlm, question.input_ids.tolist(), shown, scale)
-            ids, logprobs = greedy(vlm, sequence, 6, [345, 346, 347])
+            ids, logprobs, margin = greedy(vlm, sequence, 6, [345, 346, 347])
             assert answer.ids == ids
-            assert answer.logprobs == pytest.approx(logprobs, abs=1e-9 if kind == "packed" else 1e-5)
+            exact = 1e-9 if kind == "packed" else 1e-5
+            assert answer.logprobs == pytest.approx(logprobs, abs=exact)
+            assert answer.margin == pytest.approx(margin, abs=exact)
             assert answer.finish == ("length" if len(ids) == 6 else "stop")
             assert answer.visual_tokens == scale * len(shown)
     assert vlm.llm.generation_config is kept

@@ -1,0 +1,151 @@
+"""Which scale a question is answered at: fixed, or by how certain the answers at coarser scales are.
+
+A chooser is asked again and again: it names the scale to try next, until the last answer stands.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from lit_mm.model.scales import Scale
+
+if TYPE_CHECKING:
+    from lit_mm.inference.answering import Answer
+    from lit_mm.model.batch import Question
+
+FILE = "chooser.json"
+"""Of a run's calibrated chooser, in the run's folder."""
+Statistic = Literal["mean", "least", "margin", "agreement"]
+STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
+
+
+class Chooser(ABC):
+    """Chooses the scale of each question.
+
+    Args:
+        scales: The scales that it tries, in their order.
+    """
+
+    scales: list[Scale]
+
+    @abstractmethod
+    def next(self, question: Question, answers: Sequence[Answer]) -> Scale | None:
+        """The scale to try next; None: the last answer stands.
+
+        Args:
+            question: What is asked.
+            answers: At the scales tried so far, in that order; empty at first.
+        """
+
+
+@dataclass
+class Fixed(Chooser):
+    """Always the same scale."""
+
+    scale: Scale
+
+    @property
+    def scales(self) -> list[Scale]:  # type: ignore[override]
+        """This one."""
+        return [self.scale]
+
+    def next(self, question: Question, answers: Sequence[Answer]) -> Scale | None:
+        """See `Chooser`."""
+        return None if answers else self.scale
+
+
+@dataclass
+class Confidence(Chooser):
+    """Goes from scale to scale while the answers are uncertain.
+
+    Args:
+        scales: Its path, usually the coarsest scale first.
+        thresholds: For all scales but the last: an answer stands if its statistic is at least this.
+        statistic: What tells how certain an answer is, see `certainty`.
+
+    Raises:
+        ValueError: They do not fit each other.
+    """
+
+    scales: list[Scale]
+    thresholds: list[float]
+    statistic: Statistic = "mean"
+
+    def __post_init__(self) -> None:
+        if not self.scales or len(set(self.scales)) < len(self.scales):
+            raise ValueError(f"scales: expected different ones, at least one, found {_named(self.scales)}")
+        if len(self.thresholds) != len(self.scales) - 1:
+            expected = f"{len(self.scales) - 1}, one for each of the scales {_named(self.scales)} but the last"
+            raise ValueError(f"thresholds: expected {expected}, found {len(self.thresholds)}")
+        if self.statistic not in STATISTICS:
+            raise ValueError(f"statistic: expected one of {', '.join(STATISTICS)}, found {self.statistic!r}")
+
+    def next(self, question: Question, answers: Sequence[Answer]) -> Scale | None:
+        """See `Chooser`."""
+        if not answers:
+            return self.scales[0]
+        place = self.scales.index(answers[-1].scale) + 1
+        if place == len(self.scales) or certainty(self.statistic, answers) >= self.thresholds[place - 1]:
+            return None
+        return self.scales[place]
+
+
+def certainty(statistic: Statistic, answers: Sequence[Answer]) -> float:
+    """How certain the last of the answers is; -inf where the model's logits were not finite.
+
+    Args:
+        statistic: Of the last answer: `mean` or `least` log-probability of its tokens, the end token included;
+            `margin`: see `Answer.margin`; `agreement`: 1 if its text is that of the answer before it, otherwise 0.
+        answers: At the scales tried so far, in that order.
+    """
+    last = answers[-1]
+    if last.finish == "error":
+        return -inf
+    if statistic == "agreement":
+        return float(len(answers) > 1 and last.text == answers[-2].text)
+    if statistic == "margin":
+        return last.margin
+    return min(last.logprobs) if statistic == "least" else sum(last.logprobs) / len(last.logprobs)
+
+
+def read_chooser(file: Path, scales: Sequence[Scale], mean_tokens: float | None = None) -> Confidence:
+    """The chooser that `calibrate` wrote.
+
+    Args:
+        file: A run's chooser.json.
+        scales: Of the model.
+        mean_tokens: Take the best of the file's choosers that tries at most so many visual tokens a question, on
+            average over the questions that it was calibrated on; None: the one that was calibrated for its target.
+
+    Raises:
+        ValueError: The file does not describe a chooser of this model, or none is that cheap.
+    """
+    told = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        chosen = told if mean_tokens is None else _within(told["front"], mean_tokens)
+        known = {str(scale): scale for scale in scales}
+        path = [known[str(name)] for name in chosen["path"]]
+        return Confidence(path, [float(each) for each in chosen["thresholds"]], told["statistic"])
+    except KeyError as error:
+        detail = f"no {error.args[0]!r}; the model has scales {_named(scales)}"
+        raise ValueError(f"{file}: {detail}: run `calibrate` again") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _within(front: Sequence[dict[str, Any]], mean_tokens: float) -> dict[str, Any]:
+    cheap = [each for each in front if each["mean_tokens"] <= mean_tokens]
+    if not cheap:
+        least = min(each["mean_tokens"] for each in front)
+        raise ValueError(f"mean_tokens {mean_tokens:g}: the fewest that a chooser reaches are {least:g}")
+    return max(cheap, key=lambda each: (each["accuracy"], -each["mean_tokens"]))
+
+
+def _named(scales: Sequence[Scale]) -> str:
+    return ", ".join(map(str, scales)) or "none"
