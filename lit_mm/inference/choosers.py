@@ -11,18 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
+from lit_mm.evaluation.calibration import STATISTICS, Statistic
 from lit_mm.model.scales import Scale
 
 if TYPE_CHECKING:
     from lit_mm.inference.answering import Answer
     from lit_mm.model.batch import Question
-
-FILE = "chooser.json"
-"""Of a run's calibrated chooser, in the run's folder."""
-Statistic = Literal["mean", "least", "margin", "agreement"]
-STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
 
 
 class Chooser(ABC):

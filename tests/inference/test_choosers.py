@@ -85,7 +85,7 @@ def test_the_chosen_answer_is_that_of_its_scale_alone(alone, statistic):
         assert (answer.tried, answer.scale) == (tried, tried[-1])
         assert (answer.ids, answer.finish) == (own[answer.scale].ids, own[answer.scale].finish)
         assert answer.logprobs == pytest.approx(own[answer.scale].logprobs, abs=exact)
-        assert answer.visual_tokens == len(ask.images) * sum(tried)
+        assert answer.visual_tokens == len(ask.images or []) * sum(tried)
         assert 0 < answer.first_token_seconds <= answer.seconds
     if statistic != "agreement":
         assert len({len(answer.tried) for answer in found}) == 3
