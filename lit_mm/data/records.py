@@ -208,14 +208,14 @@ def _format(where: str, item: Any, format: ItemFormat | None) -> ItemFormat:
 
 def _question(where: str, item: dict[str, Any]) -> Record:
     columns = _columns(where, item)
-    text = _text(where, "text", item["text"])
+    text = checked_text(where, "text", item["text"])
     in_front = [f"{MARKERS[kind]}\n" * len(column) for kind, column in columns.items() if MARKERS[kind] not in text]
     return _record(where, item, ("".join(in_front) + text,), columns)
 
 
 def _conversation(where: str, item: dict[str, Any]) -> Record:
     raw = _turn_list(where, item, "conversations", ("from", "value"), "turn")
-    texts = [_text(where, f"conversations[{number}].value", turn["value"]) for number, turn in enumerate(raw)]
+    texts = [checked_text(where, f"conversations[{number}].value", turn["value"]) for number, turn in enumerate(raw)]
     roles = [turn["from"] for turn in raw]
     system, turns = _dialog(where, "conversations", ("from", "value"), roles, texts, ("human", "gpt"), "a gpt turn")
     if len(turns) % 2 or not turns:
@@ -240,7 +240,7 @@ def _messages(where: str, item: dict[str, Any]) -> Record:
             parts = [_part(where, f"{field}[{place}]", part, shown) for place, part in enumerate(content)]
             texts.append("\n".join(parts))
         else:
-            texts.append(_part_text(where, field, content) if in_parts else _text(where, field, content))
+            texts.append(_part_text(where, field, content) if in_parts else checked_text(where, field, content))
     roles, names = [message["role"] for message in raw], ("user", "assistant")
     system, turns = _dialog(where, "messages", ("role", "content"), roles, texts, names, "an assistant message")
     if not turns:
@@ -272,7 +272,7 @@ def _dialog(
     """The system message, if any, and the texts of the turns after it, whose roles must alternate."""
     system = texts[0] if roles[0] == "system" else None
     first = int(system is not None)
-    _refuse_markers(where, f"{field}[0].{keys[1]}", system or "", "in a system message", "in a system message")
+    refuse_markers(where, f"{field}[0].{keys[1]}", system or "", "in a system message", "in a system message")
     for number, (role, text) in enumerate(zip(roles[first:], texts[first:], strict=True)):
         place, expected = f"{field}[{number + first}]", names[number % 2]
         if role not in names:
@@ -282,7 +282,7 @@ def _dialog(
             reason = f"two {role} turns in a row" if number else f"first turn is not {names[0]}'s"
             raise RecordError(where, reason, f"{place}.{keys[0]}: expected {expected}, found {role}")
         if role == names[1]:
-            _refuse_markers(where, f"{place}.{keys[1]}", text, "in an answer", f"in {answer}")
+            refuse_markers(where, f"{place}.{keys[1]}", text, "in an answer", f"in {answer}")
     return system, tuple(texts[first:])
 
 
@@ -305,8 +305,8 @@ def _part(where: str, field: str, part: Any, shown: list[tuple[Kind, Media | Non
 
 
 def _part_text(where: str, field: str, value: Any) -> str:
-    text = _text(where, field, value)
-    _refuse_markers(where, field, text, "marker in a text part", "in a text, expected a part of that type")
+    text = checked_text(where, field, value)
+    refuse_markers(where, field, text, "marker in a text part", "in a text, expected a part of that type")
     return text
 
 
@@ -327,7 +327,12 @@ def _own_file(where: str, field: str, kind: Kind, part: dict[str, Any]) -> Media
     return media
 
 
-def _text(where: str, field: str, value: Any) -> str:
+def checked_text(where: str, field: str, value: Any) -> str:
+    """A text without spaces at its ends.
+
+    Raises:
+        RecordError: It is not text, empty, or not Unicode.
+    """
     if not isinstance(value, str) and value is not None:
         raise RecordError(where, "not text", f"{field}: expected text, found {type(value).__name__} {value!r:.60}")
     if not value or not value.strip():
@@ -339,7 +344,12 @@ def _text(where: str, field: str, value: Any) -> str:
     return value.strip()
 
 
-def _refuse_markers(where: str, field: str, text: str, reason: str, place: str) -> None:
+def refuse_markers(where: str, field: str, text: str, reason: str, place: str) -> None:
+    """Whether a text that may not show images or videos has no markers.
+
+    Raises:
+        RecordError: It has one.
+    """
     for kind, marker in MARKERS.items():
         if marker in text:
             raise RecordError(where, f"{kind} {reason}", f"{field}: {marker} {place}")

@@ -21,7 +21,7 @@ from lit_mm.data.chat import Conversation
 from lit_mm.data.collate import Sample, Visual, collate
 from lit_mm.data.images import TURNS, UNKNOWN_RANGE, ImageOptions, orientation, to_rgb
 from lit_mm.data.media import MediaFolder
-from lit_mm.data.records import MARKERS, Kind, Media, Record, RecordError
+from lit_mm.data.records import MARKERS, Kind, Media, Record, RecordError, checked_text, refuse_markers
 from lit_mm.data.video import VideoOptions
 from lit_mm.inference.choosers import Chooser
 from lit_mm.inference.decoding import Decoding, settings
@@ -36,6 +36,8 @@ from lit_mm.model.vlm import MatryoshkaVLM
 Picture = str | Path | bytes | Image.Image | np.ndarray | Tensor
 """An image or a video: a path, an encoded file's bytes, a PIL image, or an RGB array: uint8 [H, W, 3] of numpy or
 uint8 [3, H, W] of torch."""
+Tokens = int | str | Scale | list[int | str | Scale] | Chooser | None
+"""What names scales; see `Model.answer`."""
 VIDEOS = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v"}
 
 
@@ -149,13 +151,15 @@ class Model:
         """What the model answers at, finest first."""
         return self.vlm.all_scales
 
-    def scales_of(self, tokens: int | str | Scale | None) -> list[Scale]:
+    def scales_of(self, tokens: Tokens) -> list[Scale]:
         """The scales that `tokens` names.
 
         Raises:
             ValueError: It names none; the message lists those that there are.
         """
         known = {str(scale): scale for scale in self.scales}
+        if isinstance(tokens, list) and tokens:
+            return list(dict.fromkeys(scale for each in tokens for scale in self.scales_of(each)))
         if tokens is None:
             return self.scales[:1]
         if tokens == "all":
@@ -178,7 +182,7 @@ class Model:
         self,
         images: Picture | Sequence[Picture] | None,
         question: str,
-        tokens: int | str | Scale | Chooser | None = None,
+        tokens: Tokens = None,
         history: Sequence[str] = (),
         system: str | None = None,
         **options: Any,
@@ -189,28 +193,31 @@ class Model:
             images: An image or a video, or several; None for a question about text.
             question: See `Ask`.
             tokens: The scale: 36, or "8x16" for a model with time scales; "all" answers at every scale in one
-                batch; "auto" lets the model's chooser decide, or give another chooser; None is the finest.
+                batch, and a list at each of its scales; "auto" lets the model's chooser decide, or give another
+                chooser; None is the finest.
             history: Earlier questions and answers in turn.
             system: System message.
             options: seed, and settings of `decoding.settings`: max_new_tokens, temperature, num_beams, ….
 
         Returns:
-            An `Answer`; for "all" a dict with one for each scale, by its name.
+            An `Answer`; for "all" or a list a dict with one for each scale, by its name.
 
         Raises:
-            ValueError: No such scale or setting, an empty question, or logits that are not finite.
-            RecordError: Images that cannot be read, or that do not match the question's markers.
+            ValueError: No such scale or setting, a prompt and an answer that are longer than the LLM's positions, or
+                logits that are not finite.
+            RecordError: Texts that are empty or not Unicode, images that cannot be read, or that do not match the
+                question's markers.
         """
         shown = _listed(images)
         [answers] = self.answers([Ask(question, shown, history, system)], tokens, **options)
         if broken := [answer for answer in answers.values() if answer.finish == "error"]:
             raise ValueError(f"the model's logits at scale {broken[0].scale} are not finite")
-        return answers if tokens == "all" else next(iter(answers.values()))
+        return answers if tokens == "all" or isinstance(tokens, list) else next(iter(answers.values()))
 
     def answers(
         self,
         asks: Sequence[Ask],
-        tokens: int | str | Scale | Chooser | Sequence[int | str | Scale] | None = None,
+        tokens: Tokens = None,
         seed: int = 0,
         emit: Callable[[int, Scale, Generated, bool], bool | None] | None = None,
         memory: Memory | None = None,
@@ -220,7 +227,7 @@ class Model:
 
         Args:
             asks: The questions.
-            tokens: As for `answer`, or several scales, at each of which every question is answered.
+            tokens: As for `answer`; every question is answered at each scale.
             seed: Of sampling.
             emit: Called after every token with the question's number, the scale, the answer so far, and whether
                 that is all. Returning False drops this answer. While a chooser may still replace an answer, what
@@ -232,10 +239,7 @@ class Model:
             For each question its answers by the name of the scale.
         """
         start = time.perf_counter()
-        chosen: Any = self.chooser_of(tokens)
-        if chosen is None:
-            named: list[Any] = tokens if isinstance(tokens, list) else [tokens]
-            chosen = list(dict.fromkeys(scale for each in named for scale in self.scales_of(each)))
+        chosen = self.chooser_of(tokens) or self.scales_of(tokens)
         prompts = [self.prompt(ask, chosen, seed, f"question {number}", memory) for number, ask in enumerate(asks, 1)]
         return self.answers_to(prompts, emit, start, memory, **options)
 
@@ -257,9 +261,8 @@ class Model:
             memory: As for `answers`.
 
         Raises:
-            ValueError: An empty question.
-            RecordError: Images that cannot be read, that the scales do not fit, or that do not match the question's
-                markers.
+            RecordError: An empty question, a history without all answers, images that cannot be read, that the scales
+                do not fit, or that do not match the question's markers.
         """
         sample = self._sample(self._record(ask, where), memory)
         for number, visual in enumerate(sample.visuals, 1):
@@ -276,6 +279,16 @@ class Model:
     def length(self, prompt: Prompt, scale: Scale) -> tuple[int, int]:
         """Tokens of a prompt at a scale, and how many of them are visual tokens."""
         return prompt_length(self.vlm, prompt.sample.questions[0], scale)
+
+    def check_length(self, prompt: int, answer: int) -> None:
+        """Whether the LLM has positions for so many tokens of a prompt and of its answer.
+
+        Raises:
+            ValueError: It has not.
+        """
+        most = getattr(self.vlm.llm.config, "max_position_embeddings", None)
+        if most and prompt + answer > most:
+            raise ValueError(f"{prompt} tokens of the prompt and {answer} of the answer: the LLM has {most} positions")
 
     def grids(self, height: int, width: int) -> dict[str, tuple[int, int]]:
         """Rows and columns of the visual tokens of an image of height × width pixels, by the name of the scale.
@@ -313,6 +326,9 @@ class Model:
         """
         start = time.perf_counter() if start is None else start
         config = settings(self.vlm.llm, self.decoding, **{"max_new_tokens": self.max_new_tokens, **options})
+        for prompt in prompts:
+            for scale in prompt.scales:
+                self.check_length(self.length(prompt, scale)[0], config.max_new_tokens)
         return Rounds(self, prompts, config, emit, start, memory).run()
 
     def score(
@@ -320,7 +336,7 @@ class Model:
         images: Picture | Sequence[Picture] | None,
         question: str,
         answers: Sequence[str],
-        tokens: int | str | Scale | None = "all",
+        tokens: Tokens = "all",
         history: Sequence[str] = (),
         system: str | None = None,
     ) -> dict[str, list[float]]:
@@ -330,7 +346,7 @@ class Model:
             images: As for `answer`.
             question: As for `answer`.
             answers: Possible answers, such as the options of a multiple choice.
-            tokens: A scale, or "all".
+            tokens: As for `answer`.
             history: Earlier questions and answers in turn.
             system: System message.
 
@@ -345,8 +361,14 @@ class Model:
         sample = self._sample(record)
         shown, questions = self.on_device([sample])
         labels, length = [visual.labels for visual in sample.visuals], len(questions[0].input_ids)
+        if isinstance(answers, str):
+            raise ValueError(f"score: expected a list of answers, found the text {answers!r:.80}")
+        for number, answer in enumerate(answers):
+            refuse_markers("score", f"answers[{number}]", answer, "in an answer", "in an answer")
         replies = [replace(record, turns=(*record.turns, answer)) for answer in answers]
         ids = [self.conversation.encode(reply, labels).ids[length:] for reply in replies]
+        for scale in scales:
+            self.check_length(prompt_length(self.vlm, questions[0], scale)[0], max(map(len, ids), default=0))
         [found] = score(self.vlm, shown, questions, [ids], scales)
         return {str(scale): [float(own.sum()) for own in each] for scale, each in zip(scales, found, strict=True)}
 
@@ -356,11 +378,9 @@ class Model:
 
     def _record(self, ask: Ask, where: str = "question 1") -> Record:
         """A question with its media and with markers where they stand."""
-        if not ask.question.strip():
-            raise ValueError(f"{where}: expected some text, found {ask.question!r}")
+        turns, system = _texts(ask, where)
         media = tuple(_medium(picture, place) for place, picture in enumerate(_listed(ask.images), 1))
-        turns = self._with_markers([*ask.history, ask.question], media, where)
-        return Record(where, media, tuple(turns), where, ask.system)
+        return Record(where, media, tuple(self._with_markers(turns, media, where)), where, system)
 
     def _sample(self, record: Record, memory: Memory | None = None) -> Sample:
         visuals = self._visuals(record, memory.visuals if memory else {})
@@ -532,7 +552,7 @@ class Chat:
         self,
         question: str,
         images: Picture | Sequence[Picture] | None = None,
-        tokens: int | str | Scale | None = None,
+        tokens: Tokens = None,
         **options: Any,
     ) -> Answer:
         """Answer the next question; `images` are new ones, in front of it unless it marks their places."""
@@ -540,10 +560,10 @@ class Chat:
         kinds = [_medium(picture, place).kind for place, picture in enumerate(images, 1)]
         new = [] if self.turns else [_medium(picture, place).kind for place, picture in enumerate(self.images, 1)]
         if not _marked(question):
-            question = "".join(f"{MARKERS[kind]}\n" for kind in [*new, *kinds]) + question
+            question = "".join(f"{MARKERS[kind]}\n" for kind in [*new, *kinds]) + question.strip()
         shown = [*self.images, *images]
-        if tokens == "all":
-            raise ValueError("tokens all: a conversation goes on from one answer, name one scale")
+        if tokens == "all" or isinstance(tokens, list):
+            raise ValueError(f"tokens {tokens}: a conversation goes on from one answer, name one scale")
         options["memory"] = self.memory
         answer: Answer = self.model.answer(shown, question, tokens, self.turns, self.system, **options)
         self.images, self.turns = shown, [*self.turns, question, answer.text]
@@ -554,6 +574,27 @@ def _listed(images: Any) -> list[Picture]:
     if images is None:
         return []
     return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def _texts(ask: Ask, where: str) -> tuple[list[str], str | None]:
+    """The turns of a question, and its system message, checked as those of records are.
+
+    Raises:
+        RecordError: A text is empty or not Unicode, history is not questions and answers in turn, or a marker stands in
+            an answer or in the system message.
+    """
+    turns, system = [], None
+    if isinstance(ask.history, str) or len(ask.history) % 2:
+        found = "a text" if isinstance(ask.history, str) else f"{len(ask.history)} of them"
+        raise RecordError(where, "history", f"expected a list of questions and their answers in turn, found {found}")
+    for number, text in enumerate(ask.history):
+        turns.append("" if text == "" else checked_text(where, f"history[{number}]", text))  # a model may say nothing
+        if number % 2:
+            refuse_markers(where, f"history[{number}]", turns[-1], "in an answer", "in an answer")
+    if ask.system:
+        system = checked_text(where, "system", ask.system)
+        refuse_markers(where, "system", system, "in a system message", "in a system message")
+    return [*turns, checked_text(where, "question", ask.question)], system
 
 
 def _answer(made: Generated, scale: Scale, times: Sequence[float]) -> Answer:

@@ -95,7 +95,7 @@ def test_equal_pictures_are_encoded_once(model, picture):
 def test_a_conversation_repeats_its_turns(model, picture):
     chat = model.chat(picture)
     first = chat.ask("what is this?", tokens=4)
-    second = chat.ask("and the color?", picture, tokens=4)
+    second = chat.ask(" and the color? ", picture, tokens=4)
     turns = ["<image>\nwhat is this?", first.text, "<image>\nand the color?"]
     assert chat.turns == [*turns, second.text]
     again = model.answer([picture, picture], turns[2], 4, history=turns[:2])
@@ -111,6 +111,25 @@ def test_scores_of_given_answers(model, picture):
         assert all(own < 0 for own in scores)
 
 
+def test_given_answers_that_cannot_be_scored(model, picture):
+    for answers, message in [
+        ("red", "expected a list of answers, found the text 'red'"),
+        (["<image>"], r"answers\[0\]: <image> in an answer"),
+        (["red " * 5000], "of the answer: the LLM has .* positions"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model.score(picture, "what is this?", answers)
+    assert model.score(picture, "what is this?", []) == {"16": [], "4": [], "1": []}
+
+
+def test_several_scales(model, picture):
+    found = model.answer(picture, "what is this?", [1, "16"])
+    assert {scale: answer.ids for scale, answer in found.items()} == {
+        scale: model.answer(picture, "what is this?", scale).ids for scale in ("1", "16")
+    }
+    assert list(model.score(picture, "what is this?", ["red"], [1, "16"])) == ["1", "16"]
+
+
 def test_text_alone_and_tokens_by_default(model):
     assert model.answer(None, "hello?").visual_tokens == 0
     assert {answer.text for answer in model.answer(None, "hello?", "all").values()} == {
@@ -122,7 +141,18 @@ def test_text_alone_and_tokens_by_default(model):
     ("arguments", "options", "error", "message"),
     [
         (("what?", 5), {}, ValueError, "tokens 5: expected all or one of the model's scales 16, 4, 1"),
-        ((" ", 4), {}, ValueError, "question 1: expected some text"),
+        (("what?", []), {}, ValueError, r"tokens \[\]: expected all or one of the model's scales 16, 4, 1"),
+        ((" ", 4), {}, RecordError, "question: expected text, found ' '"),
+        ((None, 4), {}, RecordError, "question: expected text, found None"),
+        ((3, 4), {}, RecordError, "question: expected text, found int 3"),
+        (("a\ud800", 4), {}, RecordError, "question: expected Unicode text"),
+        (("what?", 4), {"history": ["red?"]}, RecordError, "questions and their answers in turn, found 1 of them"),
+        (("what?", 4), {"history": "red?"}, RecordError, "questions and their answers in turn, found a text"),
+        (("what?", 4), {"history": ["red?", "<image>"]}, RecordError, r"history\[1\]: <image> in an answer"),
+        (("what?", 4), {"history": ["red?", "a\ud800"]}, RecordError, r"history\[1\]: expected Unicode text"),
+        (("what?", 4), {"system": "<image>"}, RecordError, "system: <image> in a system message"),
+        (("what? " * 3000, 4), {}, ValueError, "tokens of the prompt and 3 of the answer: the LLM has .* positions"),
+        (("what?", 4), {"max_new_tokens": 99999}, ValueError, "and 99999 of the answer: the LLM has .* positions"),
         (("<image> or <image>?", 4), {}, RecordError, "markers for image, image, given are image"),
         (("what?", 4), {"temprature": 1.0}, ValueError, "temprature: not a setting"),
         (("what?", 4), {"max_new_tokens": -1}, ValueError, "max_new_tokens"),
