@@ -54,7 +54,7 @@ class Ask:
     """
 
     question: str
-    images: Picture | Sequence[Picture] | None = None
+    images: Picture | Sequence[Picture] = ()
     history: Sequence[str] = ()
     system: str | None = None
 
