@@ -357,6 +357,19 @@ class Model:
             ValueError: As `answer`.
             RecordError: As `answer`.
         """
+        found = self.logprobs(images, question, answers, tokens, history, system)
+        return {scale: [float(own.sum()) for own in each] for scale, each in found.items()}
+
+    def logprobs(
+        self,
+        images: Picture | Sequence[Picture] | None,
+        question: str,
+        answers: Sequence[str],
+        tokens: int | str | Scale | None = "all",
+        history: Sequence[str] = (),
+        system: str | None = None,
+    ) -> dict[str, list[Tensor]]:
+        """Like `score`, but for each answer the log-probabilities [t] of its tokens, the end token last."""
         scales, record = self.scales_of(tokens), self._record(Ask(question, _listed(images), history, system))
         sample = self._sample(record)
         shown, questions = self.on_device([sample])
@@ -370,7 +383,7 @@ class Model:
         for scale in scales:
             self.check_length(prompt_length(self.vlm, questions[0], scale)[0], max(map(len, ids), default=0))
         [found] = score(self.vlm, shown, questions, [ids], scales)
-        return {str(scale): [float(own.sum()) for own in each] for scale, each in zip(scales, found, strict=True)}
+        return {str(scale): own for scale, own in zip(scales, found, strict=True)}
 
     def chat(self, images: Picture | Sequence[Picture] | None = None, system: str | None = None) -> Chat:
         """A conversation, whose earlier turns are part of every further question."""
