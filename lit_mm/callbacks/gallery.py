@@ -116,11 +116,12 @@ def picture_of(images: Images, index: Sequence[int]) -> np.ndarray:
 def draw(shown: Sequence[Shown], scales: Sequence[str]) -> Figure:
     """A row for each question: the image, then the question, the expected answer, and a line for each scale."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     texts = [textwrap.wrap(plain(each.question, 300), 62) or [""] for each in shown]
     heights = [LINE * (len(lines) + len(scales) + 2) for lines in texts]
-    figure = Figure(figsize=(9, sum(heights) + 0.2), dpi=110, layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.05, hspace=0.02)  # type: ignore[union-attr]
+    engine = ConstrainedLayoutEngine(h_pad=0.05, hspace=0.02)
+    figure = Figure(figsize=(9, sum(heights) + 0.2), dpi=110, layout=engine)
     axes = figure.subplots(len(shown), 2, squeeze=False, width_ratios=[1, 2.2], height_ratios=heights)
     for (left, right), each, lines, height in zip(axes, shown, texts, heights, strict=True):
         left.imshow(each.picture, interpolation="nearest" if max(each.picture.shape) < 200 else None)

@@ -31,7 +31,7 @@ from lit_mm.data.records import BadRecords
 from lit_mm.data.sampler import BatchPlans, Budget, Choice
 from lit_mm.data.sources import open_source
 from lit_mm.data.video import VideoOptions
-from lit_mm.evaluation.benchmarks import Benchmark, split_name
+from lit_mm.evaluation.benchmarks import Benchmark, Questions, split_name
 
 
 def cache_folder() -> Path:
@@ -234,6 +234,11 @@ class ImageDataModule(LightningDataModule):
         source = (
             benchmark.source(path, self.cache) if benchmark else open_source(subset.path, self.cache, subset.format)
         )
+        if isinstance(source, Questions) and source.layout.compute == "padded_box" and self.image.mode != "pad":
+            detail = (
+                f"its boxes are in parts of the padded image, found data.image.mode {self.image.mode}, expected pad"
+            )
+            raise ValueError(f"{source.name}: {detail}")
         inputs = self.inputs
         if benchmark and benchmark.max_new_tokens:
             inputs = copy(inputs)

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lit_mm.evaluation.oracle import Curve, checked, envelope, fixed_mixture, oracle, shuffled
+from lit_mm.evaluation.results import types_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +40,8 @@ def results_of(
         scores: [questions, scales] of the answers, 0..1.
         tokens: [scales] or [questions, scales] visual tokens of a question.
         scales: The scales' names, e.g. `576` or `8x16`.
-        types: [questions] each question's type; None or all alike: no figures by type.
+        types: [questions] each question's type, or several as `a, b`; None or all alike: no figures by
+            type.
         threshold: An answer is right if it scores at least this.
 
     Raises:
@@ -84,11 +86,13 @@ def _corners(curve: Curve) -> dict[str, list[float]]:
 
 
 def _by_type(scores: np.ndarray, tokens: np.ndarray, types: Sequence[str], threshold: float) -> dict[str, Result]:
-    """The main figures of each question type, the most frequent first; none if all questions are alike."""
-    names = [name for name, _ in Counter(types).most_common()]
+    """The main figures of each question type, the most frequent first; none if all questions are alike. A question of
+    several types counts for each."""
+    each = [types_of(kind) for kind in types]
+    names = [name for name, _ in Counter(name for kinds in each for name in kinds).most_common()]
     found = {}
     for name in names if len(names) > 1 else []:
-        own = np.array([type == name for type in types])
+        own = np.array([name in kinds for kinds in each])
         chosen = oracle(scores[own], tokens[own], threshold)
         found[name or "no type"] = {
             "questions": int(own.sum()),

@@ -73,11 +73,17 @@ def intervals(scores: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarr
     return np.quantile(np.concatenate(means), [0.025, 0.975], axis=0).T
 
 
+def types_of(kind: str) -> list[str]:
+    """The types of a question, of which DocVQA's may have several: `figure/diagram, table/list`."""
+    return kind.split(", ")
+
+
 def by_type(questions: Sequence[Judged], seed: int = 0) -> dict[str, dict[str, Any]]:
-    """For every type of question, in alphabetical order: `questions`, `accuracy` [S] and `interval` [S, 2]."""
+    """For every type of question, in alphabetical order: `questions`, `accuracy` [S] and `interval` [S, 2]. A question
+    of several types counts for each."""
     found = {}
-    for name in sorted({question.type for question in questions} - {""}):
-        scores = scores_of([question for question in questions if question.type == name])
+    for name in sorted({name for question in questions for name in types_of(question.type)} - {""}):
+        scores = scores_of([question for question in questions if name in types_of(question.type)])
         told = {"accuracy": scores.mean(0).tolist(), "interval": intervals(scores, seed).tolist()}
         found[name] = {"questions": len(scores), **told}
     return found

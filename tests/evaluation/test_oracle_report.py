@@ -36,6 +36,12 @@ def test_figures_by_hand(result):
     assert text["oracle"] == pytest.approx({"accuracy": 3 / 4, "mean_tokens": 22 / 4})
 
 
+def test_a_question_of_several_types_counts_for_each():
+    found = results_of(SCORES, [16, 4, 1], SCALES, ["a, b", "b", "a, c", "a", "a", "b"])["types"]
+    assert {name: own["questions"] for name, own in found.items()} == {"a": 4, "b": 3, "c": 1}
+    assert found["c"]["accuracy"] == SCORES[2]
+
+
 def test_tables_have_the_figures(result):
     shown = io.StringIO()
     Console(file=shown, width=120).print(*tables(result))

@@ -45,6 +45,14 @@ def test_types_are_judged_apart():
     assert found["color"]["interval"] == [[1, 1], [0, 0]]
 
 
+def test_a_question_of_several_types_counts_for_each():
+    found = by_type([judged(0, "a, b", [1.0]), judged(1, "b", [0.0])])
+    assert {name: (own["questions"], own["accuracy"]) for name, own in found.items()} == {
+        "a": (1, [1]),
+        "b": (2, [0.5]),
+    }
+
+
 def test_questions_survive_their_file(tmp_path):
     questions = [judged(n, "", [0.25 * n, 1.0]) for n in range(3)]
     write_questions(tmp_path / "q.parquet", questions, ["16", "8x1"])

@@ -19,7 +19,7 @@ class YesNo(AnswerMetric):
     """Accuracy on questions whose answer is yes or no (POPE; arXiv 2305.10355).
 
     References: `yes` or `no`. `figures` has the precision, recall and F1 of yes, and the share of answers that say
-    yes. LLaVA's, ConvLLaVA's and M3's tables show F1, the mean of POPE's three splits.
+    yes. LLaVA-1.5's paper reports the F1 of each of POPE's three splits.
     """
 
     counts: Tensor

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lit_mm.data.datamodules import ImageDataModule
 from lit_mm.data.dataset import InstructionSet
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.inputs import ModelInputs
@@ -37,6 +38,18 @@ def test_questions_become_samples(files, tmp_path, tokenizer, name):
     assert [list(question.references) for question in questions] == [item["references"] for item in items]
     assert [question.text for question in questions] == [item["text"] for item in items]
     assert [question.group for question in questions] == [item.get("group", "") for item in items]
+
+
+@pytest.mark.parametrize("mode", ["pad", "squash"])
+def test_boxes_need_padded_images(files, tmp_path, tokenizer, mode):
+    inputs = ModelInputs(tokenizer, 16, [4, 1], (122, 116, 104))
+    named = f"refcoco:{files('refcoco')}"
+    data = ImageDataModule(inputs, test=named, image=ImageOptions(mode, 32), cache=str(tmp_path / "cache"))
+    if mode == "pad":
+        data.setup("test")
+    else:
+        with pytest.raises(ValueError, match=r"refcoco: its boxes are .* found data\.image\.mode squash, expected pad"):
+            data.setup("test")
 
 
 def test_images_of_a_table_are_read_when_they_are_needed(tmp_path, tokenizer):
