@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from numbers import Integral, Real
 from typing import Any, Literal, cast
 
 import torch
@@ -16,6 +17,8 @@ ALWAYS = ("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "min_ne
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 BEAMS = ("num_beams", "length_penalty", "early_stopping")
 HONORED = {*ALWAYS, *SAMPLING, *BEAMS, "do_sample", "max_new_tokens", "stop_strings"}
+WHOLE = {"max_new_tokens", "min_new_tokens", "num_beams", "top_k", "no_repeat_ngram_size"}
+NUMBERS = {"temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "length_penalty"}
 NO_CHOICE = {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "max_length", "use_cache"}
 NO_CHOICE |= {"cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "low_memory"}
 NO_CHOICE |= {"compile_config", "disable_compile", "continuous_batching_config", "transformers_version"}
@@ -45,11 +48,14 @@ def settings(llm: PreTrainedModel, decoding: Decoding = "greedy", **chosen: Any)
             is given; temperature 0 means greedy.
 
     Raises:
-        ValueError: A setting that is not honored here, or not in its range.
+        ValueError: A setting that is not honored here, of another type, or not in its range.
     """
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    if unknown := sorted(set(chosen) - HONORED - NO_CHOICE):
+    if unknown := sorted(set(chosen) - HONORED):
         raise ValueError(f"{unknown[0]}: not a setting of answers, expected some of {', '.join(sorted(HONORED))}")
+    check_types(chosen)
+    if isinstance(chosen.get("stop_strings"), str):
+        chosen["stop_strings"] = [chosen["stop_strings"]]
     if chosen.get("temperature") == 0:
         chosen = {"do_sample": False, **{name: value for name, value in chosen.items() if name not in SAMPLING}}
     elif any(chosen.get(name) is not None for name in SAMPLING):
@@ -62,6 +68,23 @@ def settings(llm: PreTrainedModel, decoding: Decoding = "greedy", **chosen: Any)
         config.top_k = 50 if decoding == "own" else 0  # transformers' own default
     check_settings(config)
     return config
+
+
+def check_types(chosen: dict[str, Any]) -> None:
+    """Whether chosen settings are numbers and texts where those are expected.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for name in WHOLE & set(chosen):
+        if not isinstance(chosen[name], Integral) or isinstance(chosen[name], bool):
+            raise ValueError(f"{name} {chosen[name]!r:.80}: expected a whole number")
+    for name in NUMBERS & set(chosen):
+        if not isinstance(chosen[name], Real) or isinstance(chosen[name], bool):
+            raise ValueError(f"{name} {chosen[name]!r:.80}: expected a number")
+    stops = chosen.get("stop_strings", [])
+    if any(not stop or not isinstance(stop, str) for stop in ([stops] if isinstance(stops, str) else stops)):
+        raise ValueError(f"stop_strings {stops!r:.80}: expected texts of one character at least")
 
 
 def check_settings(config: GenerationConfig) -> None:

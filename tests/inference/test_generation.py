@@ -217,6 +217,7 @@ def test_a_stop_string_ends_an_answer_before_it(kind, tokenizer):
     assert (answer.finish, answer.text) == ("stop", texts[8][: texts[8].index(stop)].strip())
     assert answer.ids == free.ids[:first]
     assert answer.logprobs == pytest.approx(free.logprobs[:first], abs=1e-5)
+    assert settings(vlm.llm, stop_strings=stop).stop_strings == [stop]
     with pytest.raises(ValueError, match="without a tokenizer"):
         generate(vlm, groups, questions()[:1], [4], config, [347])
 
@@ -268,7 +269,18 @@ def test_logits_that_are_no_numbers_at_the_very_beginning_end_their_answer_alone
         ({"guidance_scale": 2.0}, "guidance_scale: not a setting"),
         ({"temperatur": 1.0}, "temperatur: not a setting"),
         ({"max_new_tokens": 0}, "max_new_tokens.* must be greater than 0"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens 1.5: expected a whole number"),
+        ({"max_new_tokens": "5"}, "max_new_tokens '5': expected a whole number"),
+        ({"num_beams": True}, "num_beams True: expected a whole number"),
+        ({"temperature": "hot"}, "temperature 'hot': expected a number"),
         ({"top_p": 1.5}, "top_p 1.5: expected 0 to 1"),
+        ({"stop_strings": [""]}, "stop_strings .*: expected texts"),
+        ({"stop_strings": ""}, "stop_strings '': expected texts"),
+        ({"stop_strings": [3]}, "stop_strings .*: expected texts"),
+        ({"max_length": 3}, "max_length: not a setting"),
+        ({"num_return_sequences": 2}, "num_return_sequences: not a setting"),
+        ({"eos_token_id": 3}, "eos_token_id: not a setting"),
+        ({"output_scores": True}, "output_scores: not a setting"),
     ],
 )
 def test_settings_that_are_not_honored_are_refused(chosen, message):
