@@ -16,6 +16,7 @@ lit_mm trains and studies large multimodal models with elastic visual tokens.
   python -m lit_mm predict  --config … --ckpt_path last                write answers to files
   python -m lit_mm ask      --ckpt_path last photo.jpg "What is it?"   an answer, or a conversation
   python -m lit_mm serve    --ckpt_path last [--port 8000]             a server for OpenAI's clients, and a page
+  python -m lit_mm calibrate last [--mean_tokens 40]                   the scale chosen per question: --tokens auto
   python -m lit_mm export   --config … --ckpt_path last --to FOLDER    plain weights, a Hugging Face LLM
   python -m lit_mm profile  --config … [--sizes 768 1024]              what every visual token costs, without weights
 
@@ -27,7 +28,7 @@ lit_mm trains and studies large multimodal models with elastic visual tokens.
 """
 INTERRUPTED = 130
 """The exit status of shells for Ctrl-C."""
-VERBS = ("fit", "validate", "test", "predict", "ask", "serve", "export", "profile")
+VERBS = ("fit", "validate", "test", "predict", "ask", "serve", "calibrate", "export", "profile")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -61,6 +62,10 @@ def run(arguments: list[str]) -> None:
             from lit_mm.inference.serve import main as serve
 
             serve(arguments[1:])
+        elif arguments[0] == "calibrate":
+            from lit_mm.inference.calibrate import main as calibrate
+
+            calibrate(arguments[1:])
         else:
             from lit_mm.cli import LitMMCLI
 

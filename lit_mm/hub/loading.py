@@ -12,7 +12,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.video import VideoOptions
+from lit_mm.evaluation.calibration import CHOOSER
 from lit_mm.inference.answering import Model
+from lit_mm.inference.choosers import Confidence, read_chooser
 from lit_mm.renamed import with_new_names
 from lit_mm.training.checkpoints import InitFrom, start_from
 from lit_mm.training.module import LitMatryoshka
@@ -28,8 +30,10 @@ def load(
     dtype: torch.dtype | None = None,
     image: ImageOptions | None = None,
     video: VideoOptions | None = None,
+    mean_tokens: float | None = None,
 ) -> Model:
-    """Open a trained model, with adapters merged and without quantization, which a warning says.
+    """Open a trained model, with adapters merged and without quantization, which a warning says, and with the chooser
+    of its run, if it was calibrated.
 
     Args:
         path: A run's folder, a folder of runs (its newest), or a checkpoint, sharded or not.
@@ -37,12 +41,14 @@ def load(
         dtype: Type of its weights; None: as configured.
         image: How images are brought to size; None: as in training.
         video: Which frames of a video are shown; None: as in training.
+        mean_tokens: Visual tokens of a question that the chooser may spend on average; None: as calibrated.
 
     Returns:
         A model that answers; see `Model.answer`.
 
     Raises:
-        FileNotFoundError: No such checkpoint, or a tokenizer or LLM config that is not at hand.
+        FileNotFoundError: No such checkpoint, no chooser for mean_tokens, or a tokenizer or LLM config that is not at
+            hand.
         ValueError: The checkpoint does not describe its model, or holds more than tensors.
     """
     checkpoint = find_checkpoint(str(path), Path("runs"), "load")
@@ -68,7 +74,23 @@ def load(
         given.get("image_first", False),
         lit.max_new_tokens,
         lit.decoding,
+        _chooser(checkpoint, lit, saved.get("global_step"), mean_tokens),
     )
+
+
+def _chooser(checkpoint: Path, lit: LitMatryoshka, step: int | None, mean_tokens: float | None) -> Confidence | None:
+    """The chooser of a checkpoint's run; a warning says if it was calibrated on other weights."""
+    file = checkpoint.parent.parent / CHOOSER
+    if not file.is_file():
+        if mean_tokens is not None:
+            raise FileNotFoundError(f"mean_tokens {mean_tokens:g}: no {file}, `python -m lit_mm calibrate` writes it")
+        return None
+    chooser, at = read_chooser(file, lit.all_scales, mean_tokens)
+    if at != step:
+        rank_zero_warn(
+            f"{file} was calibrated at step {at}, the weights are of step {step}: validate and calibrate again"
+        )
+    return chooser
 
 
 def _module(hyper_parameters: dict[str, Any], tokenizer: Path) -> LitMatryoshka:

@@ -110,8 +110,10 @@ def certainty(statistic: Statistic, answers: Sequence[Answer]) -> float:
     return min(last.logprobs) if statistic == "least" else sum(last.logprobs) / len(last.logprobs)
 
 
-def read_chooser(file: Path, scales: Sequence[Scale], mean_tokens: float | None = None) -> Confidence:
-    """The chooser that `calibrate` wrote.
+def read_chooser(
+    file: Path, scales: Sequence[Scale], mean_tokens: float | None = None
+) -> tuple[Confidence, int | None]:
+    """The chooser that `calibrate` wrote, and the step of the weights that it was calibrated on.
 
     Args:
         file: A run's chooser.json.
@@ -127,7 +129,8 @@ def read_chooser(file: Path, scales: Sequence[Scale], mean_tokens: float | None 
         chosen = told if mean_tokens is None else _within(told["front"], mean_tokens)
         known = {str(scale): scale for scale in scales}
         path = [known[str(name)] for name in chosen["path"]]
-        return Confidence(path, [float(each) for each in chosen["thresholds"]], told["statistic"])
+        chooser = Confidence(path, [float(each) for each in chosen["thresholds"]], told["statistic"])
+        return chooser, told["calibrated_on"]["step"]
     except KeyError as error:
         detail = f"no {error.args[0]!r}; the model has scales {_named(scales)}"
         raise ValueError(f"{file}: {detail}: run `calibrate` again") from None

@@ -189,10 +189,11 @@ def test_a_file_describes_a_chooser(tmp_path):
         {"path": ["1", "16"], "thresholds": [-0.5], "mean_tokens": 9.0, "accuracy": 0.8},
     ]
     told = {"statistic": "least", "path": ["1", "4", "16"], "thresholds": [-1, -0.25], "front": front}
+    told["calibrated_on"] = {"step": 7}
     file.write_text(json.dumps(told))
-    assert read_chooser(file, [16, 4, 1]) == Confidence([1, 4, 16], [-1, -0.25], "least")
-    assert read_chooser(file, [16, 4, 1], mean_tokens=9) == Confidence([1, 16], [-0.5], "least")
-    assert read_chooser(file, [16, 4, 1], mean_tokens=8.9) == Confidence([1], [], "least")
+    assert read_chooser(file, [16, 4, 1]) == (Confidence([1, 4, 16], [-1, -0.25], "least"), 7)
+    assert read_chooser(file, [16, 4, 1], mean_tokens=9)[0] == Confidence([1, 16], [-0.5], "least")
+    assert read_chooser(file, [16, 4, 1], mean_tokens=8.9)[0] == Confidence([1], [], "least")
     with pytest.raises(ValueError, match="the fewest that a chooser reaches are 1"):
         read_chooser(file, [16, 4, 1], mean_tokens=0.5)
     with pytest.raises(ValueError, match=r"chooser\.json: no '4'; the model has scales 16, 1"):
