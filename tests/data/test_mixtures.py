@@ -206,7 +206,7 @@ def test_adaptive_pooling_takes_images_of_any_shape(make, sets):
 
 
 def test_image_instructions_refuse_videos(make):
-    with pytest.raises(RecordError, match=r"unexpected video: video 0\.mp4: expected images"):
+    with pytest.raises(RecordError, match=r"unexpected video: video 0\.mp4: expected an image"):
         make(["videos.json"], cls=ImageDataModule).setup("fit")
 
 
