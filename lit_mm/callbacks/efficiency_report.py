@@ -17,7 +17,7 @@ from lit_mm.costs.devices import arithmetic_of, device_name, versions
 from lit_mm.costs.timing import WARM_UP, AnswerTimer
 from lit_mm.costs.units import in_bytes, in_flops
 from lit_mm.evaluation.benchmarks import Benchmark
-from lit_mm.evaluation.efficiency import Asked, accuracy_per_tflop, scale_costs, summary
+from lit_mm.evaluation.efficiency import UNTRAINED, Asked, accuracy_per_tflop, scale_costs, summary, untrained
 from lit_mm.evaluation.metrics import METRICS, majority_share
 from lit_mm.evaluation.oracle_report import results_of
 from lit_mm.evaluation.pictures import draw_times, spread
@@ -101,9 +101,9 @@ class Evaluation:
             cached = self.lit.costs.language.cached * (2 if half else self.lit.vlm.llm.dtype.itemsize)
         asked = {str(scale) for scale in self.lit.asked_scales}
         rows = [row for row in scale_costs(self.numbers, self.lit.all_scales, cached) if row["scale"] in asked]
-        scores = scores_of(self.questions)
+        scores, trained = scores_of(self.questions), {str(scale) for scale in self.lit.trained_scales}
         for row, own, interval in zip(rows, scores.T, intervals(scores), strict=True):
-            row |= {"accuracy": float(own.mean()), "interval": interval.tolist()}
+            row |= {"trained": row["scale"] in trained, "accuracy": float(own.mean()), "interval": interval.tolist()}
             if figures := self._figures(trainer, row["scale"]):
                 row["figures"] = figures
             if (loss := trainer.callback_metrics.get(f"{self.name}/loss@{row['scale']}")) is not None:
@@ -120,17 +120,19 @@ class Evaluation:
             **summary(rows),
             "scales": rows,
             "types": by_type(self.questions),
-            "oracle": self._oracle([row["scale"] for row in rows]),
+            "oracle": self._oracle(rows),
             "timed": timed,
             "run": self._described(trainer, peak),
         }
 
-    def _oracle(self, scales: list[str]) -> dict[str, Any] | None:
+    def _oracle(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         """What the oracle reaches; None with one scale, or where no question shows an image."""
         tokens = np.array([question.visual_tokens for question in self.questions])
-        if len(scales) == 1 or not tokens.any():
+        if len(rows) == 1 or not tokens.any():
             return None
-        return results_of(scores_of(self.questions), tokens, scales, [question.type for question in self.questions])
+        scales, trained = ([row[name] for row in rows] for name in ("scale", "trained"))
+        types = [question.type for question in self.questions]
+        return results_of(scores_of(self.questions), tokens, scales, types, trained=trained)
 
     def _figures(self, trainer: Trainer, scale: str) -> dict[str, float]:
         """The metric's further figures at a scale, and its headline figure where this is not the mean score."""
@@ -227,6 +229,11 @@ def draw_accuracy(axes: Axes, result: Result) -> None:
         axes.plot(*zip(*line, strict=True), "o-", color=color, linewidth=2, markersize=7, label=label, zorder=3)
         for x, y in line:
             axes.annotate(f"{y:.1f}", (x, y), (0, -16), textcoords="offset points", ha="center", color=color)
+    if hollow := [(row["visual_tokens"], 100 * row["accuracy"]) for row in result["scales"] if untrained(row)]:
+        places, heights = zip(*hollow, strict=True)
+        axes.plot(
+            tokens_of, accuracies, "o", color=LINES[0], markerfacecolor="white", markersize=7, label=UNTRAINED, zorder=3
+        )
     ends = [[100 * row["interval"][end] for row in result["scales"]] for end in (0, 1)]
     axes.vlines([row["visual_tokens"] for row in result["scales"]], ends[0], ends[1], color="#999999", zorder=2)
     [enough] = [row for row in result["scales"] if row["scale"] == result["smallest_within_a_point"]]
@@ -301,7 +308,7 @@ def _need(result: Result, name: str, own: dict[str, Any]) -> str:
 
 
 def _tokens(row: dict[str, Any]) -> str:
-    return f"{row['visual_tokens']} token{'s' * (row['visual_tokens'] != 1)}"
+    return f"{row['visual_tokens']} token{'s' * (row['visual_tokens'] != 1)}{untrained(row)}"
 
 
 def table(result: Result) -> Table:
@@ -342,7 +349,13 @@ def sets_cells(results: Sequence[Result]) -> list[list[str]]:
         tokens = sum(row["mean_visual_tokens"] for row in rows) / len(rows)
         flops = [row["encode_flops"] + row["prefill_flops"] for row in rows if "prefill_flops" in row]
         costs = [f"{tokens:.1f}", in_flops(sum(flops) / len(flops)) if flops else ""]
-        lines.append([rows[0]["scale"], *(_percent(row["accuracy"], row["interval"]) for row in rows), *costs])
+        lines.append(
+            [
+                rows[0]["scale"] + untrained(rows[0]),
+                *(_percent(row["accuracy"], row["interval"]) for row in rows),
+                *costs,
+            ]
+        )
     return [["scale", *names, "mean visual tokens", "mean FLOPs"], *lines]
 
 
@@ -374,6 +387,8 @@ def _caption(result: Result) -> str:
     """The figures that belong to no single scale, and how times were measured."""
     area = "" if result["area"] is None else f"Area under accuracy over log2(tokens): {100 * result['area']:.2f} %. "
     told = f"{area}Fewest tokens within a point of the best: {result['smallest_within_a_point']}."
+    if any(map(untrained, result["scales"])):
+        told += " Untrained: the model was not trained at this scale; its tokens are only pooled now."
     if "prefill_flops" in result["scales"][0]:
         told += " FLOPs until the first token of an answer, encoder included."
     told += " ± half the 95 % confidence interval (bootstrap over questions)."
@@ -397,7 +412,7 @@ def _line(row: dict[str, Any]) -> list[str]:
     name = f"{frames} x {tokens // frames} = {tokens}" if frames else str(tokens)
     flops = in_flops(row["encode_flops"] + row["prefill_flops"]) if "prefill_flops" in row else ""
     return [
-        name,
+        name + untrained(row),
         _percent(row["accuracy"], row["interval"]),
         f"{row['loss']:.3f}" if "loss" in row else "",
         f"{row['prompt_tokens']:.1f}" if "prompt_tokens" in row else "",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import log2
 from typing import Any
@@ -13,6 +13,8 @@ from lit_mm.model.batch import Counts, Prompts
 from lit_mm.model.scales import Scale, VideoScale
 
 ONE_POINT = 0.01
+UNTRAINED = "not trained at this scale"
+"""The legend of pictures."""
 
 
 class Asked:
@@ -81,6 +83,11 @@ def _named(scale: Scale) -> dict[str, int]:
     if isinstance(scale, VideoScale):
         return {"frames": scale.frames, "visual_tokens": scale.frames * scale.tokens}
     return {"visual_tokens": scale}
+
+
+def untrained(row: Mapping[str, Any]) -> str:
+    """` (untrained)` after the name of a scale that the model was not trained at, otherwise nothing."""
+    return "" if row.get("trained", True) else " (untrained)"
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

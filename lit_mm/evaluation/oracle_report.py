@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from rich.markup import escape
 from rich.table import Table
 
+from lit_mm.evaluation.efficiency import UNTRAINED, untrained
 from lit_mm.evaluation.oracle import Curve, checked, envelope, fixed_mixture, oracle, shuffled
 from lit_mm.evaluation.results import types_of
 
@@ -33,6 +34,7 @@ def results_of(
     scales: Sequence[str],
     types: Sequence[str] | None = None,
     threshold: float = 0.5,
+    trained: Sequence[bool] | None = None,
 ) -> Result:
     """All figures about one benchmark, ready for JSON; accuracies and shares in 0..1.
 
@@ -43,6 +45,7 @@ def results_of(
         types: [questions] each question's type, or several as `a, b`; None or all alike: no figures by
             type.
         threshold: An answer is right if it scores at least this.
+        trained: [scales] whether the model was trained at each; None: at all.
 
     Raises:
         ValueError: The arguments do not fit each other, or no question has visual tokens.
@@ -56,14 +59,22 @@ def results_of(
     found = oracle(scores, tokens, threshold)
     if not (means := tokens.mean(0)).all():
         raise ValueError("tokens: expected visual tokens at every scale, found none: no question shows an image")
-    columns = zip(scales, means, scores.mean(0), found.histogram, best.at(means), strict=True)
+    known = [True] * len(scales) if trained is None else trained
+    columns = zip(scales, known, means, scores.mean(0), found.histogram, best.at(means), strict=True)
     dealt = shuffled(found.needed, scores, tokens)
     return {
         "questions": len(scores),
         "threshold": threshold,
         "scales": [
-            {"scale": name, "mean_tokens": float(t), "accuracy": float(a), "needed_by": int(n), "envelope": float(e)}
-            for name, t, a, n, e in columns
+            {
+                "scale": name,
+                "trained": k,
+                "mean_tokens": float(t),
+                "accuracy": float(a),
+                "needed_by": int(n),
+                "envelope": float(e),
+            }
+            for name, k, t, a, n, e in columns
         ],
         "oracle": {"accuracy": found.accuracy, "right": float(found.right.mean()), "mean_tokens": found.mean_tokens},
         "shuffled": {"accuracy": dealt[0], "mean_tokens": dealt[1]},
@@ -135,7 +146,7 @@ def _parts(result: Result) -> list[tuple[str, list[list[str]], str]]:
     parts = [(f"Oracle on {result['questions']:,} questions", _scale_cells(result), _caption(result))]
     if result["types"]:
         parts.append(("By question type: accuracy % at each scale, and the oracle", _type_cells(result), ""))
-    names = [row["scale"] for row in result["scales"]]
+    names = [row["scale"] + untrained(row) for row in result["scales"]]
     agreement = [[name, *map(_percent, row)] for name, row in zip(names, result["agreement"], strict=True)]
     told = "% of the questions that both scales answer right, or both wrong"
     return [*parts, ("Agreement between scales", [["scale", *names], *agreement], told)]
@@ -146,7 +157,7 @@ def _scale_cells(result: Result) -> list[list[str]]:
     for row in result["scales"]:
         needed = _percent(row["needed_by"] / result["questions"])
         percents = [_percent(row["accuracy"]), needed, _percent(row["envelope"])]
-        cells.append([row["scale"], f"{row['mean_tokens']:.1f}", *percents])
+        cells.append([row["scale"] + untrained(row), f"{row['mean_tokens']:.1f}", *percents])
     for name, label in (("oracle", "oracle"), ("shuffled", "oracle's scales, shuffled")):
         cells.append([label, f"{result[name]['mean_tokens']:.1f}", _percent(result[name]["accuracy"]), "", ""])
     fixed = _percent(result["fixed_at_oracle_tokens"])
@@ -164,7 +175,7 @@ def _caption(result: Result) -> str:
 
 
 def _type_cells(result: Result) -> list[list[str]]:
-    names = [row["scale"] for row in result["scales"]]
+    names = [row["scale"] + untrained(row) for row in result["scales"]]
     cells = [["type", "questions", *names, "oracle %", "oracle's tokens", "no scale right %"]]
     for name, own in result["types"].items():
         wrong = _percent(own["no_scale_right"] / own["questions"])
@@ -206,6 +217,12 @@ def draw_envelope(axes: Axes, result: Result) -> None:
         curve = Curve(*(np.array(result[name][key]) for key in ("tokens", "accuracy")))
         axes.plot(budgets, 100 * curve.at(budgets), style, color=color, linewidth=2, label=label, zorder=2)
     axes.plot(*zip(*fixed, strict=True), "o", color=BLUE, markersize=7, label="fixed scale", zorder=4)
+    hollow = [point for point, row in zip(fixed, result["scales"], strict=True) if untrained(row)]
+    if hollow:
+        places, heights = zip(*hollow, strict=True)
+        axes.plot(
+            tokens_of, accuracies, "o", color=BLUE, markerfacecolor="white", markersize=7, label=UNTRAINED, zorder=4
+        )
     for point in fixed:
         _note(axes, f"{point[1]:.1f}", point, (12, -15), BLUE)
     best, dealt = ((result[name]["mean_tokens"], 100 * result[name]["accuracy"]) for name in ("oracle", "shuffled"))
@@ -237,7 +254,11 @@ def draw_needed(axes: Axes, result: Result) -> None:
     ]
     bars = axes.bar(range(len(shares)), shares, 0.72, color=[*_shades(len(rows)), "#cfcfcf"], zorder=2)
     axes.bar_label(bars, [f"{share:.1f}" for share in shares], padding=2, fontsize=10)
-    axes.set_xticks(range(len(shares)), [*(row["scale"] for row in rows), "none"], fontsize=11 if len(rows) < 8 else 9)
+    axes.set_xticks(
+        range(len(shares)),
+        [*(row["scale"] + untrained(row).replace(" ", "\n") for row in rows), "none"],
+        fontsize=11 if len(rows) < 8 else 9,
+    )
     axes.tick_params(axis="x", length=0)
     axes.margins(y=0.15)
     axes.grid(axis="y", color="#e5e5e5", zorder=0)

@@ -18,6 +18,7 @@ from lit_mm.inference.choosers import Confidence, read_chooser
 from lit_mm.renamed import with_new_names
 from lit_mm.training.checkpoints import InitFrom, start_from
 from lit_mm.training.module import LitMatryoshka
+from lit_mm.training.resume import scales_in
 from lit_mm.training.saving import SHARDED, find_checkpoint, load_tensors
 
 TOKENIZER = "tokenizer"
@@ -31,6 +32,7 @@ def load(
     image: ImageOptions | None = None,
     video: VideoOptions | None = None,
     mean_tokens: float | None = None,
+    scales: list[int] | None = None,
 ) -> Model:
     """Open a trained model, with adapters merged and without quantization, which a warning says, and with the chooser
     of its run, if it was calibrated.
@@ -42,6 +44,9 @@ def load(
         image: How images are brought to size; None: as in training.
         video: Which frames of a video are shown; None: as in training.
         mean_tokens: Visual tokens of a question that the chooser may spend on average; None: as calibrated.
+        scales: Visual tokens per image to answer at, finest first, also others than in training; None: those of
+            training. `Model.trained_scales` has these in any case. The chooser is left out unless mean_tokens asks
+            for it.
 
     Returns:
         A model that answers; see `Model.answer`.
@@ -49,7 +54,8 @@ def load(
     Raises:
         FileNotFoundError: No such checkpoint, no chooser for mean_tokens, or a tokenizer or LLM config that is not at
             hand.
-        ValueError: The checkpoint does not describe its model, or holds more than tensors.
+        ValueError: The checkpoint does not describe its model, or holds more than tensors, or its tokens depend on
+            the scales (adaptive pooling) and there are others.
     """
     checkpoint = find_checkpoint(str(path), Path("runs"), "load")
     sharded = (checkpoint / SHARDED).is_file()
@@ -59,7 +65,11 @@ def load(
             f"load: {checkpoint} does not describe its model, as it was not trained by the command line: "
             "build a lit_mm.Model from its parts instead"
         )
-    lit = _module(saved["hyper_parameters"], checkpoint.parent.parent / TOKENIZER)
+    lit = _module(saved["hyper_parameters"], checkpoint.parent.parent / TOKENIZER, scales)
+    identity: dict[str, Any] = saved.get("identity", {})
+    if lit.pooling != "exact" and lit.scales != identity.get("scales", lit.scales):
+        said = f"with pooling {lit.pooling} expected those of training, {identity['scales']}, found {lit.scales}"
+        raise ValueError(f"load: scales: {said}")
     lit.configure_model()
     start_from(lit.vlm, InitFrom(str(checkpoint)))
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -74,7 +84,8 @@ def load(
         given.get("image_first", False),
         lit.max_new_tokens,
         lit.decoding,
-        _chooser(checkpoint, lit, saved.get("global_step"), mean_tokens),
+        _chooser(checkpoint, lit, saved.get("global_step"), mean_tokens) if not scales or mean_tokens else None,
+        scales_in(identity) if identity else None,
     )
 
 
@@ -93,10 +104,11 @@ def _chooser(checkpoint: Path, lit: LitMatryoshka, step: int | None, mean_tokens
     return chooser
 
 
-def _module(hyper_parameters: dict[str, Any], tokenizer: Path) -> LitMatryoshka:
-    """The module of a checkpoint, without weights of its own from elsewhere."""
+def _module(hyper_parameters: dict[str, Any], tokenizer: Path, scales: list[int] | None) -> LitMatryoshka:
+    """The module of a checkpoint, perhaps with other scales, without weights of its own from elsewhere."""
     config = {name: value for name, value in hyper_parameters.items() if name != "_instantiator"}
     config = with_new_names({"model": config})["model"]
+    config["scales"] = scales or config["scales"]
     config["init_from"] = None
     if bits := config["llm"].get("quantize"):
         dtype = config["llm"].get("dtype") or "float32"

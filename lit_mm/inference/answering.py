@@ -126,6 +126,7 @@ class Model:
         max_new_tokens: The longest answer, unless a call says otherwise.
         decoding: greedy, or own for the settings of the LLM's generation_config.
         chooser: Chooses the scale where a call says tokens="auto"; None: such calls are refused.
+        trained_scales: The scales that it was trained at; None: all that it answers at.
     """
 
     def __init__(
@@ -139,12 +140,14 @@ class Model:
         max_new_tokens: int = 64,
         decoding: Decoding = "greedy",
         chooser: Chooser | None = None,
+        trained_scales: Sequence[Scale] | None = None,
     ) -> None:
         self.vlm, self.tokenizer, self.image_first = vlm.eval(), tokenizer, image_first
         self.max_new_tokens, self.decoding, self.chooser = max_new_tokens, decoding, chooser
         self.conversation = Conversation(tokenizer, vlm.time_scales)
         red, green, blue = (int(255 * value) for value in vlm.encoder.mean)
         self.media = MediaFolder(Path(), image, (red, green, blue), video, frame)
+        self.trained_scales = self.scales if trained_scales is None else list(trained_scales)
 
     @property
     def scales(self) -> list[Scale]:

@@ -37,7 +37,7 @@ from lit_mm.training.check import check_packing, stand_in
 from lit_mm.training.checkpoints import InitFrom, Weights, expected_names, llm_weights, start_from
 from lit_mm.training.optim import FusedAdamW, MuonAdamW
 from lit_mm.training.parts import Parts, apply_parts, parameter_groups, parts_table, with_parameters
-from lit_mm.training.resume import Place, check_model, check_order, seed_step, write_place
+from lit_mm.training.resume import Place, check_model, check_order, scales_in, seed_step, write_place
 from lit_mm.training.saving import is_remote
 from lit_mm.training.schedule import WarmupCosine
 from lit_mm.training.steps import clip, refuse_hidden_scale, refuse_not_finite, refuse_unknown_metrics, set_options
@@ -125,7 +125,7 @@ class LitMatryoshka(LightningModule):
         self.metrics: dict[str, list[AnswerMetric]] = {}
         if llm.quantize and not (parts.llm.frozen or parts.llm.lora):
             raise ValueError(f"llm.quantize {llm.quantize}: these weights cannot train: set parts.llm.frozen or .lora")
-        self.place, self._asked = Place(), list[Scale]()
+        self.place, self._asked, self._trained_at = Place(), list[Scale](), list[Scale]()
         self.recent: list[tuple[list[str], Tensor]] = []
 
     @property
@@ -137,6 +137,11 @@ class LitMatryoshka(LightningModule):
     def asked_scales(self) -> list[Scale]:
         """The scales at which questions are answered."""
         return self._asked or self.all_scales
+
+    @property
+    def trained_scales(self) -> list[Scale]:
+        """The scales that the weights were trained at: those of the checkpoint that is evaluated, otherwise all."""
+        return self._trained_at or self.all_scales
 
     def ask_at(self, scales: Sequence[str | int] | str | int | None) -> None:
         """Answer at one or some of the model's scales only; None: at all of them.
@@ -218,7 +223,7 @@ class LitMatryoshka(LightningModule):
         if self.packing == "sequential" and is_sharded(self.trainer):
             raise ValueError("model.packing sequential: sharded ranks would run the LLM a different number of times")
         self.divisor: Tensor | None = None
-        self.checked = False
+        self.checked, self._trained_at = False, []
         folder = self.trainer.log_dir  # asked on every rank
         if self.trainer.is_global_zero:
             if folder and self.trainer.logger and not is_remote(folder):
@@ -348,7 +353,8 @@ class LitMatryoshka(LightningModule):
                 f"{self.trainer.ckpt_path}: trained {checkpoint.get('trained')}, model.parts now trains "
                 f"{self._trained()}: a run is resumed as it was; --model.init_from begins another with its weights"
             )
-        check_model(checkpoint.get("identity", {}), self._identity())
+        check_model(identity := checkpoint.get("identity", {}), self._identity())
+        self._trained_at = scales_in(identity) if identity and not fitting else []
         self.place = Place(**checkpoint.get("place", {}))
         if fitting:
             check_order(checkpoint["order"], self._order(), self.place)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_mm.model.scales import Scale, all_scales
+
 
 @dataclass
 class Place:
@@ -100,6 +102,11 @@ def check_model(before: dict[str, Any], now: dict[str, Any]) -> None:
         )
     if allowed:
         rank_zero_warn(f"the checkpoint was trained differently: {said}. To answer at some of its scales give --scales")
+
+
+def scales_in(identity: dict[str, Any]) -> list[Scale]:
+    """The scales that a checkpoint's weights were trained at, finest first, by its settings."""
+    return all_scales(identity["scales"], identity["time_scales"])
 
 
 def _set(progress: dict[str, Any], values: dict[str, int]) -> None:
