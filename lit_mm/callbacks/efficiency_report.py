@@ -232,7 +232,7 @@ def draw_accuracy(axes: Axes, result: Result) -> None:
     if hollow := [(row["visual_tokens"], 100 * row["accuracy"]) for row in result["scales"] if untrained(row)]:
         places, heights = zip(*hollow, strict=True)
         axes.plot(
-            tokens_of, accuracies, "o", color=LINES[0], markerfacecolor="white", markersize=7, label=UNTRAINED, zorder=3
+            places, heights, "o", color=LINES[0], markerfacecolor="white", markersize=7, label=UNTRAINED, zorder=3
         )
     ends = [[100 * row["interval"][end] for row in result["scales"]] for end in (0, 1)]
     axes.vlines([row["visual_tokens"] for row in result["scales"]], ends[0], ends[1], color="#999999", zorder=2)

@@ -220,9 +220,7 @@ def draw_envelope(axes: Axes, result: Result) -> None:
     hollow = [point for point, row in zip(fixed, result["scales"], strict=True) if untrained(row)]
     if hollow:
         places, heights = zip(*hollow, strict=True)
-        axes.plot(
-            tokens_of, accuracies, "o", color=BLUE, markerfacecolor="white", markersize=7, label=UNTRAINED, zorder=4
-        )
+        axes.plot(places, heights, "o", color=BLUE, markerfacecolor="white", markersize=7, label=UNTRAINED, zorder=4)
     for point in fixed:
         _note(axes, f"{point[1]:.1f}", point, (12, -15), BLUE)
     best, dealt = ((result[name]["mean_tokens"], 100 * result[name]["accuracy"]) for name in ("oracle", "shuffled"))
