@@ -55,8 +55,9 @@ def load(
         FileNotFoundError: No such checkpoint, no chooser for mean_tokens, or a tokenizer or LLM config that is not at
             hand.
         ValueError: The checkpoint does not describe its model, or holds more than tensors, or its tokens depend on
-            the scales (adaptive pooling) and there are others.
+            the scales (adaptive pooling) and there are others; or no such device.
     """
+    target = _device(device)
     checkpoint = find_checkpoint(str(path), Path("runs"), "load")
     sharded = (checkpoint / SHARDED).is_file()
     saved = load_tensors(checkpoint / "meta.pt" if sharded else checkpoint, "load: ")
@@ -72,7 +73,6 @@ def load(
         raise ValueError(f"load: scales: {said}")
     lit.configure_model()
     start_from(lit.vlm, InitFrom(str(checkpoint)))
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     given: dict[str, Any] = saved.get("answering", {})
     own_video = VideoOptions(**given["video"]) if given.get("video") else None
     return Model(
@@ -87,6 +87,18 @@ def load(
         _chooser(checkpoint, lit, saved.get("global_step"), mean_tokens) if not scales or mean_tokens else None,
         scales_in(identity) if identity else None,
     )
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    """Where the model computes.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    try:
+        return torch.zeros(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        raise ValueError(f"load: device {name}: {str(error).splitlines()[0]}") from None
 
 
 def _chooser(checkpoint: Path, lit: LitMatryoshka, step: int | None, mean_tokens: float | None) -> Confidence | None:

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import registered_extensions
 from rich.console import Console
 from rich.table import Table
 
-from lit_mm.data.records import RecordError
 from lit_mm.hub.loading import load
-from lit_mm.inference.answering import Answer, Chat, Model
+from lit_mm.inference.answering import VIDEOS, Answer, Ask, Chat, Model, file_of
 from lit_mm.inference.generation import Generated, settled
 
 PROGRAM = "python -m lit_mm ask"
@@ -22,7 +22,9 @@ USAGE = f"""{PROGRAM} --ckpt_path last photo.jpg "What is it?"
        {PROGRAM} --ckpt_path runs/mine --tokens all a.jpg b.jpg "What differs?"
        {PROGRAM} --ckpt_path last photo.jpg - < questions.txt      one question a line
        {PROGRAM} --ckpt_path last photo.jpg                        a conversation"""
-HELP = "/tokens 9 changes the scale, /image FILE adds an image, /new begins again, /quit or Ctrl-D ends"
+SUFFIXES = {*registered_extensions(), *VIDEOS}
+HELP = """/tokens 9 changes the scale, /image FILE adds an image, /new begins again
+Ctrl-C stops an answer, /quit or Ctrl-D ends"""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -42,6 +44,8 @@ def main(arguments: Sequence[str]) -> None:
     model = load(options.ckpt_path, options.device)
     tokens = options.tokens or str(model.scales[0])
     model.scales_of(tokens)  # a wrong one is named before a question is typed
+    if questions is None and options.json:
+        raise ValueError("--json: expected a question, or - for questions from standard input")
     if questions is None:
         converse(model, files, tokens, settings)
         return
@@ -67,10 +71,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _split(words: Sequence[str]) -> tuple[list[Path | str], Iterator[str] | None]:
     """Images and videos, and the questions; None for a conversation."""
-    files: list[Path | str] = [word for word in words if word != "-" and Path(word).expanduser().is_file()]
+    files: list[Path | str] = [word for word in words if word != "-" and file_of(word)]
     others = [word for word in words if word not in files]
     if len(others) > 1:
         raise FileNotFoundError(f"ask: {others[0]!r} is not a file, and the question is {others[-1]!r}")
+    if others and " " not in others[0] and Path(others[0]).suffix.lower() in SUFFIXES:
+        raise FileNotFoundError(f"ask: no file {others[0]}")  # a mistyped name, not a question
     if not others:
         return files, None
     return files, (line.strip() for line in sys.stdin if line.strip()) if others == ["-"] else iter(others)
@@ -110,7 +116,9 @@ def _cost(answer: Answer) -> str:
 
 def converse(model: Model, files: Sequence[Path | str], tokens: str, settings: dict[str, Any]) -> None:
     """A conversation in the terminal, with answers as they are made."""
-    print(f"{HELP}; scales: {', '.join(map(str, model.scales))}", file=sys.stderr)
+    print(f"{HELP}\nscales: {', '.join(map(str, model.scales))}", file=sys.stderr)
+    tokens = _one_scale(model, tokens)
+    model.prompt(Ask("what?", files))  # a bad image is named before a question is typed
     chat, new = model.chat(list(files)), list[str]()
     while (line := _read()) is not None:
         command, _, rest = line.partition(" ")
@@ -118,18 +126,36 @@ def converse(model: Model, files: Sequence[Path | str], tokens: str, settings: d
             return
         try:
             if command == "/tokens":
-                model.scales_of(rest if rest != "all" else "")
-                tokens = rest
+                tokens = _one_scale(model, rest)
             elif command == "/image":
-                new = [*new, str(_existing(rest))]
+                model.prompt(Ask("what?", rest))  # a bad one is not added
+                new = [*new, rest]
+                print("(goes with the next question)", file=sys.stderr)
             elif command == "/new":
                 chat, new = model.chat(list(files)), []
             elif command.startswith("/"):
                 print(HELP, file=sys.stderr)
             elif line:
                 chat, new = _turn(chat, line, new, tokens, settings), []
-        except (ValueError, RecordError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:  # ends the answer; while a question is typed, it ends the conversation
+            print("\n(stopped; this question is forgotten)", file=sys.stderr)
+
+
+def _one_scale(model: Model, tokens: str) -> str:
+    """A scale for one answer.
+
+    Raises:
+        ValueError: It is none of the model's.
+    """
+    scales = ", ".join(map(str, model.scales))
+    if tokens == "all":
+        raise ValueError(f"tokens all: a conversation goes on from one answer, expected one of {scales}")
+    if not tokens:
+        raise ValueError(f"/tokens: expected one of {scales}")
+    model.scales_of(tokens)
+    return tokens
 
 
 def _turn(chat: Chat, question: str, new: list[str], tokens: str, settings: dict[str, Any]) -> Chat:
@@ -151,10 +177,3 @@ def _read() -> str | None:
         return input("> ").strip()
     except EOFError:
         return None
-
-
-def _existing(name: str) -> Path:
-    file = Path(name).expanduser()
-    if not file.is_file():
-        raise FileNotFoundError(f"no file {file}")
-    return file

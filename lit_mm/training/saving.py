@@ -94,6 +94,8 @@ def load_tensors(path: Path, option: str = "") -> dict[str, Any]:
     Raises:
         ValueError: The file holds pickled code, or is not a checkpoint.
     """
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{option}{path} is not a checkpoint, or a truncated one ({path.stat().st_size} bytes)")
     try:
         return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError:

@@ -12,7 +12,9 @@ from PIL import Image
 
 from lit_mm import load
 from lit_mm.data.records import RecordError
+from lit_mm.inference import ask
 from lit_mm.inference.answering import Ask
+from lit_mm.inference.generation import Decoder
 from tests.helpers.command_line import forked, lit_mm
 from tests.helpers.environment import ROOT
 from tests.helpers.serving import trained_run
@@ -232,6 +234,11 @@ def test_the_readmes_ten_lines(folder, model, picture, capsys):
 def test_what_is_no_run_is_refused(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="load: no checkpoint"):
         load(tmp_path / "nowhere")
+    whole = (folder / "runs/version_0/checkpoints/last.ckpt").read_bytes()
+    for size in (0, 1000, len(whole) // 2):
+        (tmp_path / "part.ckpt").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=rf"part.ckpt is not a checkpoint, or a truncated one \({size} bytes\)"):
+            load(tmp_path / "part.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "bare.ckpt")
     with pytest.raises(ValueError, match="does not describe its model"):
         load(tmp_path / "bare.ckpt")
@@ -252,3 +259,46 @@ def test_ask_in_the_terminal(folder, model, picture, tmp_path):
     assert status and "expected all or one of the model's scales 16, 4, 1" in printed
     status, printed = forked([*run, "nowhere.png", "what?"], tmp_path / "log")
     assert status and "'nowhere.png' is not a file" in printed
+    long = "what is this and " * 30
+    status, printed = forked([*run, "--tokens", "4", str(picture), long], tmp_path / "log")
+    assert status == 0 and model.answer(picture, long, 4).text in printed
+    for words, message in [
+        (["nowhere.png"], "no file nowhere.png"),
+        (["--tokens", "all", str(picture)], "tokens all: a conversation goes on from one answer"),
+        (["--json", str(picture)], "--json: expected a question"),
+        (["--device", "cuda:99", str(picture), "what?"], "device cuda:99"),
+        (["--device", "toaster", str(picture), "what?"], "device toaster"),
+    ]:
+        status, printed = forked([*run, *words], tmp_path / "log")
+        assert status and message in printed.splitlines()[-1], printed
+
+
+def test_mistakes_in_a_conversation_do_not_end_it(folder, model, picture, tmp_path, monkeypatch, capsys):
+    """They are named, and nothing of them is kept."""
+    (tmp_path / "bad.png").write_bytes(picture.read_bytes()[:60])
+    wrong = ["/tokens", "/tokens all", "/tokens 5", "/image", f"/image {tmp_path}", "/image " + "x" * 300, "/image bad"]
+    wrong += [f"/image {tmp_path / 'bad.png'}", "<image><image> what?", "caf\udce9?"]
+    given = iter([*wrong, "/tokens 4", "what is this?"])
+    monkeypatch.setattr("builtins.input", lambda _: next(given, "/quit"))
+    ask.main(["--ckpt_path", str(folder / "runs"), str(picture)])
+    printed, told = capsys.readouterr()
+    assert told.count("error: ") == len(wrong)
+    assert "/tokens: expected one of 16, 4, 1" in told
+    assert model.answer(picture, "what is this?", 4).text in printed
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(folder, model, picture, monkeypatch, capsys):
+    given, chosen = iter(["what is this?", "what is this?"]), Decoder._choose
+    interrupted = iter([True])
+
+    def choose(decoder, scores):
+        if next(interrupted, False):
+            raise KeyboardInterrupt
+        return chosen(decoder, scores)
+
+    monkeypatch.setattr(Decoder, "_choose", choose)
+    monkeypatch.setattr("builtins.input", lambda _: next(given, "/quit"))
+    ask.main(["--ckpt_path", str(folder / "runs"), str(picture)])
+    printed, told = capsys.readouterr()
+    assert "stopped" in told
+    assert printed.strip() == model.answer(picture, "what is this?").text
