@@ -28,6 +28,8 @@ from PIL.Image import Transpose
 from lit_mm.data.records import RecordError
 from lit_mm.data.timeline import Entry, Timeline, VideoOptions, evenly_indexed, timeline_of
 
+OLDEST = (17, 1)
+"""The first version of PyAV that reads every video; older ones have no index of MP4, or crash."""
 CONTAINERS = "mov,mp4,matroska,webm,avi,flv,mpegts,mpeg"
 """FFmpeg's names of the supported formats; none of them is a playlist."""
 SKIPPING = ("h264", "hevc", "mpeg4")
@@ -58,9 +60,15 @@ class Video:
         name: The video's name, for errors.
         source: Its file, or the file's bytes.
         options: Which frames are shown.
+
+    Raises:
+        ImportError: PyAV is too old for videos.
     """
 
     def __init__(self, where: str, name: str, source: Path | bytes, options: VideoOptions) -> None:
+        if tuple(map(int, av.__version__.split(".")[:2])) < OLDEST:
+            needed = ".".join(map(str, OLDEST))
+            raise ImportError(f"videos need PyAV {needed} or newer, found {av.__version__}: pip install --upgrade av")
         self.where, self.name, self.source, self.options = where, name, source, options
 
     def header(self) -> tuple[tuple[int, int], tuple[float, ...]]:

@@ -324,6 +324,13 @@ def test_no_other_file_is_opened(tmp_path, monkeypatch, scheme, guarded):
         assert fault(tmp_path / name).reason in ("not a video", "no video stream", "no frames", "truncated video")
 
 
+def test_a_pyav_that_would_crash_is_refused(tmp_path, monkeypatch):
+    path = render(tmp_path / "a.mp4")
+    monkeypatch.setattr(av, "__version__", "15.1.0")
+    with pytest.raises(ImportError, match=r"videos need PyAV 17\.1 or newer, found 15\.1\.0: "):
+        Video("here", "a.mp4", path, VideoOptions())
+
+
 @pytest.mark.parametrize(("field", "value"), [("max_frames", 0), ("fps", 0.0), ("fps", float("nan"))])
 def test_options_are_checked(field, value):
     with pytest.raises(ValueError, match=field):

@@ -242,6 +242,43 @@ def test_simple_models_score_options_on_two_ranks(run, model, tasks, tmp_path):
     assert results["config"]["model_backend"] == "lit_mm.hub.lmms_eval.models.SimpleModel (simple)"
 
 
+def request_of(kind: str, *arguments: Any, repeats: int = 1) -> Any:
+    """A request of lmms-eval about a red image."""
+    from lmms_eval.api.instance import Instance
+
+    told = (*arguments, lambda document: [RED], 0, "colors", "test")
+    return Instance(kind, told, 0, {"task": "colors", "doc_id": 0, "repeats": repeats})
+
+
+@pytest.fixture
+def simple(run):
+    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install 'lit_mm[eval]'")
+    from lit_mm.hub.lmms_eval.models import SimpleModel
+
+    found = SimpleModel(str(run), 4, batch_size=2)
+    found.task_dict = {"colors": {"test": [{}]}}
+    return found
+
+
+def test_repeated_questions_get_other_seeds(simple, model):
+    hot = {"temperature": 20.0, "do_sample": True, "max_new_tokens": 3, "seed": 5}
+    repeated = request_of("generate_until", "why?", hot, repeats=3)
+    other = request_of("generate_until", "why?", {"max_new_tokens": 2, "temperature": 0})
+    found = [each.text for each in simple.generate_until([repeated, repeated, repeated, other])]
+    sampled = [model.answer(RED, "why?", 4, temperature=20.0, max_new_tokens=3, seed=seed).text for seed in (5, 6, 7)]
+    assert found == [*sampled, model.answer(RED, "why?", 4, max_new_tokens=2).text]
+    assert len({*sampled}) == 3
+
+
+def test_requests_that_are_refused(simple):
+    with pytest.raises(ValueError, match="max_thoughts: not a setting"):
+        simple.generate_until([request_of("generate_until", "why?", {"max_thoughts": 3})])
+    with pytest.raises(ValueError, match=r"colors: answers without a question .*acc_mutual_info"):
+        simple.loglikelihood([request_of("loglikelihood", "", " red")])
+    with pytest.raises(ValueError, match="colors, test, document 0: empty text"):
+        simple.generate_until([request_of("generate_until", " ", {})])
+
+
 @pytest.mark.parametrize(
     ("model_args", "said"),
     [
