@@ -368,7 +368,7 @@ class Model:
         images: Picture | Sequence[Picture] | None,
         question: str,
         answers: Sequence[str],
-        tokens: int | str | Scale | None = "all",
+        tokens: Tokens = "all",
         history: Sequence[str] = (),
         system: str | None = None,
     ) -> dict[str, list[Tensor]]:
