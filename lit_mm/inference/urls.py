@@ -112,7 +112,7 @@ def _decoded(url: str, kind: str) -> bytes:
     if not comma or not re.fullmatch(rf"data:{kind}/[\w.+-]+;base64", header, re.IGNORECASE):
         raise ValueError(f"expected data:{kind}/…;base64,…, found {short(header)}")
     try:
-        found = base64.b64decode(content, validate=True)
+        found = base64.b64decode("".join(content.split()), validate=True)  # `base64 FILE` breaks lines
     except ValueError as error:
         raise ValueError(f"the base64 is broken: {error}") from None
     if not found:

@@ -369,6 +369,14 @@ def test_files_below_the_allowed_folder(client, folder, shown):
         create(client, user(image_part(link.as_uri()), QUESTION))
 
 
+def test_base64_in_lines_is_opened(pictures):
+    """As `base64 FILE` and Python's encodebytes write it."""
+    from lit_mm.inference.urls import MediaURLs
+
+    url = f"data:image/png;base64,{base64.encodebytes(pictures[0]).decode()}"
+    assert "\n" in url.strip() and MediaURLs().read(url, "image", "f") == pictures[0]
+
+
 def test_remote_images_where_they_are_allowed(pictures):
     from lit_mm.inference.chat_completions import RefusedError
     from lit_mm.inference.urls import MediaURLs
