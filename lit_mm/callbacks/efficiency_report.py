@@ -21,7 +21,7 @@ from lit_mm.evaluation.efficiency import UNTRAINED, Asked, accuracy_per_tflop, s
 from lit_mm.evaluation.metrics import METRICS, majority_share
 from lit_mm.evaluation.oracle_report import results_of
 from lit_mm.evaluation.pictures import draw_times, spread
-from lit_mm.evaluation.results import Judged, by_type, intervals, scores_of
+from lit_mm.evaluation.results import Judged, by_type, headline_of, intervals, scores_of
 from lit_mm.inference.generation import Generated
 from lit_mm.model.batch import Batch, Question
 from lit_mm.training.parts import PARTS
@@ -109,6 +109,9 @@ class Evaluation:
             if (loss := trainer.callback_metrics.get(f"{self.name}/loss@{row['scale']}")) is not None:
                 row["loss"] = loss.item()
             row["accuracy_per_tflop"] = accuracy_per_tflop(row)
+        if strata := self.metric.strata(scores, [question.references for question in self.questions]):
+            for row, value, interval in zip(rows, *headline_of(strata), strict=True):
+                row["headline"] = {"name": self.metric.headline, "value": float(value), "interval": interval.tolist()}
         timed = self._time(trainer, rows)
         return {
             "split": self.name,
@@ -344,7 +347,7 @@ def sets_table(results: Sequence[Result]) -> Table:
 
 def sets_cells(results: Sequence[Result]) -> list[list[str]]:
     """The same as a header and rows."""
-    names, lines = [set_name(result["split"]) for result in results], []
+    names, lines = [_set_head(result) for result in results], []
     for rows in zip(*(result["scales"] for result in results), strict=True):
         tokens = sum(row["mean_visual_tokens"] for row in rows) / len(rows)
         flops = [row["encode_flops"] + row["prefill_flops"] for row in rows if "prefill_flops" in row]
@@ -352,11 +355,25 @@ def sets_cells(results: Sequence[Result]) -> list[list[str]]:
         lines.append(
             [
                 rows[0]["scale"] + untrained(rows[0]),
-                *(_percent(row["accuracy"], row["interval"]) for row in rows),
+                *(_headline(row) or _percent(row["accuracy"], row["interval"]) for row in rows),
                 *costs,
             ]
         )
     return [["scale", *names, "mean visual tokens", "mean FLOPs"], *lines]
+
+
+def _set_head(result: Result) -> str:
+    """`docvqa`, or `mme (perception points)` for a headline figure that is not the accuracy."""
+    name = result["scales"][0].get("headline", {}).get("name")
+    return f"{set_name(result['split'])} ({name})" if name else set_name(result["split"])
+
+
+def _headline(row: dict[str, Any]) -> str:
+    """The headline figure where this is not the accuracy, otherwise nothing."""
+    if not (told := row.get("headline")):
+        return ""
+    (low, high), value = told["interval"], told["value"]
+    return _percent(value, (low, high)) if told["name"].endswith("%") else f"{value:.1f} ± {(high - low) / 2:.1f}"
 
 
 def _as_table(cells: list[list[str]], title: str) -> Table:
@@ -400,7 +417,17 @@ def _caption(result: Result) -> str:
 
 def _cells(result: Result) -> list[list[str]]:
     """The header and one row per scale, without columns that are empty for every scale."""
-    heads = ["visual tokens", "accuracy %", "loss", "prompt tokens", "FLOPs", "accuracy per TFLOP", "KV cache"]
+    headline = result["scales"][0].get("headline", {}).get("name", "")
+    heads = [
+        "visual tokens",
+        headline,
+        "accuracy %",
+        "loss",
+        "prompt tokens",
+        "FLOPs",
+        "accuracy per TFLOP",
+        "KV cache",
+    ]
     heads += ["encode ms", "first token ms", "next token ms", "memory"]
     columns = zip(heads, *map(_line, result["scales"]), strict=True)
     kept = [column for column in columns if any(column[1:])]
@@ -413,6 +440,7 @@ def _line(row: dict[str, Any]) -> list[str]:
     flops = in_flops(row["encode_flops"] + row["prefill_flops"]) if "prefill_flops" in row else ""
     return [
         name + untrained(row),
+        _headline(row),
         _percent(row["accuracy"], row["interval"]),
         f"{row['loss']:.3f}" if "loss" in row else "",
         f"{row['prompt_tokens']:.1f}" if "prompt_tokens" in row else "",

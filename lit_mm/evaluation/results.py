@@ -66,11 +66,37 @@ def intervals(scores: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarr
     Returns:
         [S, 2] lower and upper ends.
     """
-    rng, (questions, scales) = np.random.default_rng(seed), scores.shape
-    each = max(1, CELLS // (questions * scales))
+    return _ends(_means(scores, np.random.default_rng(seed), draws))
+
+
+def headline_of(strata: Sequence[np.ndarray], seed: int = 0, draws: int = DRAWS) -> tuple[np.ndarray, np.ndarray]:
+    """A headline figure that is not the mean score, and its 95 % confidence interval: a sum of means, each over things
+    that are drawn on their own, such as the images of each of MME's subtasks.
+
+    Args:
+        strata: Of each mean [n, S], as `AnswerMetric.strata` has them.
+        seed: Of the draws.
+        draws: Their number.
+
+    Returns:
+        [S] figures and [S, 2] lower and upper ends.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [_means(values, rng, draws) for values in strata]
+    return np.sum([values.mean(0) for values in strata], axis=0), _ends(np.sum(drawn, axis=0))
+
+
+def _means(values: np.ndarray, rng: np.random.Generator, draws: int) -> np.ndarray:
+    """[draws, S] means of values [n, S], of which n are drawn each time."""
+    count, scales = values.shape
+    each = max(1, CELLS // (count * scales))
     sizes = [min(each, draws - first) for first in range(0, draws, each)]
-    means = [scores[rng.integers(0, questions, (size, questions))].mean(1) for size in sizes]  # [size, S]
-    return np.quantile(np.concatenate(means), [0.025, 0.975], axis=0).T
+    return np.concatenate([values[rng.integers(0, count, (size, count))].mean(1) for size in sizes])
+
+
+def _ends(means: np.ndarray) -> np.ndarray:
+    """[S, 2] ends of the middle 95 % of the draws [draws, S]."""
+    return np.quantile(means, [0.025, 0.975], axis=0).T
 
 
 def types_of(kind: str) -> list[str]:

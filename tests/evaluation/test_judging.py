@@ -56,6 +56,23 @@ def test_each_set_is_judged_by_its_own_metric(judged):
     ]
 
 
+def test_headlines_that_are_no_means_of_questions(run, tmp_path):
+    for name in ("mme", "mmbench"):
+        (tmp_path / name).mkdir()
+        getattr(benchmark_files, name)(tmp_path / name)
+    config = str(run.parent.parent / "exp.yaml")
+    sets = f"[mme:{tmp_path}/mme, mmbench:{tmp_path}/mmbench]"
+    printed = lit_mm("test", "--config", config, "--ckpt_path", "last", "--data.test", sets, *SQUASH)
+    mme, mmbench = (json.loads((run / f"test_{name}.json").read_text())["scales"] for name in ("mme", "mmbench"))
+    for row in mme:
+        assert row["headline"]["value"] == pytest.approx(row["figures"]["perception"], abs=1e-4)
+        assert row["headline"]["interval"][0] <= row["headline"]["value"] <= row["headline"]["interval"][1]
+    questions, _ = read_questions(run / "test_mmbench.parquet")
+    right = [all(q.scores[0] == 1 for q in questions if q.references[-1] == group) for group in ("241", "252")]
+    assert mmbench[0]["headline"]["value"] == pytest.approx(sum(right) / 2)
+    assert "mme (perception points)" in printed and "mmbench (all rounds right %)" in printed
+
+
 def test_every_question_is_in_a_file_with_what_was_answered(judged):
     run, _ = judged
     questions, scales = read_questions(run / "test_docvqa.parquet")

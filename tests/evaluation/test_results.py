@@ -6,7 +6,16 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from lit_mm.evaluation.results import Judged, by_type, intervals, read_questions, scores_of, write_questions
+from lit_mm.evaluation.metrics import METRICS
+from lit_mm.evaluation.results import (
+    Judged,
+    by_type,
+    headline_of,
+    intervals,
+    read_questions,
+    scores_of,
+    write_questions,
+)
 
 
 def judged(number: int, type: str, scores: list[float]) -> Judged:
@@ -35,6 +44,28 @@ def test_memory_does_not_change_intervals(monkeypatch):
     whole = intervals(scores, draws=100)
     monkeypatch.setattr("lit_mm.evaluation.results.CELLS", 400)
     assert intervals(scores, draws=100) == pytest.approx(whole, abs=1e-12)
+
+
+def test_questions_that_count_together_are_drawn_together():
+    """300 questions of MMBench in four rounds each, all right or all wrong: as sure as 300 answers, not as 1200."""
+    right = (np.random.default_rng(2).random((300, 2)) < [0.7, 0.4]).astype(float)
+    references = [["A", "x", "x", "y", "z", "w", str(n)] for n in range(300)]
+    strata = METRICS["circular"]().strata(np.tile(right, (4, 1)), references * 4)
+    values, found = headline_of(strata)
+    assert values == pytest.approx(right.mean(0)) and (found == intervals(right)).all()
+
+
+def test_points_of_mme_have_the_interval_of_their_sum():
+    rng, metric = np.random.default_rng(5), METRICS["mme"]()
+    references = [["Yes", subtask, f"{n // 2}"] for subtask in ("OCR", "count", "code_reasoning") for n in range(800)]
+    right = (rng.random(2400) < 0.8).astype(float)
+    metric.update(["yes" if good else "no" for good in right], references)
+    [value], [(low, high)] = headline_of(metric.strata(right[:, None], references))
+    assert value == pytest.approx(float(metric.compute()))
+    points = [100 * (own.mean(1) + own.all(1)) for own in right.reshape(3, 400, 2)[:2]]
+    half = 1.96 * math.sqrt(sum(own.var() / 400 for own in points))
+    assert (low, high) == pytest.approx((value - half, value + half), abs=0.15 * half)
+    assert metric.strata(right[1:, None], references[1:]) == []  # an image with one question
 
 
 def test_types_are_judged_apart():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -19,6 +20,8 @@ class AnswerMetric(Metric, ABC):
 
     points: Tensor
     total: Tensor
+    headline = ""
+    """The name of the headline figure where this is not the mean score; one that ends in % is a share."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,6 +65,19 @@ class AnswerMetric(Metric, ABC):
     def compute(self) -> Tensor:
         """The benchmark's headline figure: the mean score, 0..1; nan before the first update."""
         return self.points / (self.total * UNIT)
+
+    def strata(self, scores: np.ndarray, references: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """The headline figure where it is not the mean score, as a sum of means over questions that count together.
+
+        Args:
+            scores: [Q, S] of the answers to Q questions at S scales.
+            references: [Q] of the questions.
+
+        Returns:
+            For each mean the values [n, S] of what it is over; none where the headline is the mean score, or where
+            questions that count together are not all there.
+        """
+        return []
 
     def figures(self) -> dict[str, float]:
         """The benchmark's further figures by name. With several ranks, all of them must call this."""

@@ -6,11 +6,12 @@ import re
 from collections.abc import Sequence
 from string import ascii_uppercase
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lit_mm.evaluation.metrics.base import AnswerMetric
-from lit_mm.evaluation.metrics.groups import GroupedMetric
+from lit_mm.evaluation.metrics.groups import GroupedMetric, scores_by
 from lit_mm.evaluation.metrics.text import normalize
 
 WORD = r"(?i:(?:\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*))"
@@ -49,6 +50,8 @@ class CircularChoice(GroupedMetric):
     are answered right, and `incomplete`: how many questions were asked in fewer rounds than they have options.
     """
 
+    headline = "all rounds right %"
+
     def score(self, answer: str, references: Sequence[str]) -> float:
         """1 if the answer to this round means the right option, else 0. Raises ValueError as `MultipleChoice`."""
         return score_choice(answer, references[:-1])
@@ -56,6 +59,11 @@ class CircularChoice(GroupedMetric):
     def _count(self, score: float, answer: str, references: Sequence[str]) -> None:
         super()._count(score, answer, references)
         self._keep(len(references) - 3, references[-1], score == 1)
+
+    def strata(self, scores: np.ndarray, references: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """Whether all rounds of a question are right [questions, S]."""
+        rounds = scores_by([(len(own), own[-1]) for own in references], scores)
+        return [np.stack([(own == 1).all(0) for own in rounds.values()]).astype(float)]
 
     def compute(self) -> Tensor:
         """The share of questions, 0..1; nan before the first update."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lit_mm.evaluation.metrics.base import AnswerMetric
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class GroupedMetric(AnswerMetric):
@@ -48,3 +52,11 @@ class GroupedMetric(AnswerMetric):
         for (kind, _), answers in groups.items():
             kinds[kind].append(answers)
         return kinds
+
+
+def scores_by(keys: Sequence[Key], scores: np.ndarray) -> dict[Key, np.ndarray]:
+    """By key the scores [n, S] of its questions, of scores [Q, S]."""
+    places = defaultdict[Key, list[int]](list)
+    for place, key in enumerate(keys):
+        places[key].append(place)
+    return {key: scores[own] for key, own in places.items()}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lit_mm.evaluation.metrics.base import AnswerMetric
-from lit_mm.evaluation.metrics.groups import GroupedMetric
+from lit_mm.evaluation.metrics.groups import GroupedMetric, scores_by
 
 PERCEPTION = ["existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"]
 COGNITION = ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"]
@@ -73,6 +74,8 @@ class MMEScore(GroupedMetric):
     the ten subtasks of perception, at most 2000, which the papers' tables show; without such questions it is 0.
     """
 
+    headline = "perception points"
+
     def score(self, answer: str, references: Sequence[str]) -> float:
         """1 if the answer says what the reference does, else 0."""
         return float(mme_label(answer) == ("yes" if is_yes(references[0]) else "no"))
@@ -83,6 +86,15 @@ class MMEScore(GroupedMetric):
             expected = f"yes or no, one of {', '.join(SUBTASKS)}, and the image"
             raise ValueError(f"the references of an MME question must be {expected}; found {list(references)!r}")
         self._keep(SUBTASKS.index(references[1]), references[2], score == 1)
+
+    def strata(self, scores: np.ndarray, references: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        """Of each subtask of perception the points [images, S]; none if a question is alone with its image."""
+        images = scores_by([(own[1], own[2]) for own in references], scores)
+        if any(len(own) != 2 for own in images.values()):
+            return []
+        points = {image: 100 * (own.mean(0) + (own == 1).all(0)) for image, own in images.items()}
+        asked = [name for name in PERCEPTION if any(name == subtask for subtask, _ in points)]
+        return [np.stack([own for (subtask, _), own in points.items() if subtask == name]) for name in asked]
 
     def compute(self) -> Tensor:
         """The points of perception, 0..2000."""
