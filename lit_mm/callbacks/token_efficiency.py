@@ -37,9 +37,11 @@ from lit_mm.callbacks.efficiency_report import (
 from lit_mm.callbacks.meter import GIB, OTHER, Clock, Meter, Numbers, PartTimes, over_ranks, report, training_flops
 from lit_mm.callbacks.tensorboard_page import open_page, writers
 from lit_mm.costs.devices import PeakMemory, arithmetic_of, device_name, peak_flops
-from lit_mm.evaluation import oracle_report
+from lit_mm.evaluation import front, oracle_report
+from lit_mm.evaluation.answer_costs import rows_by_cost
+from lit_mm.evaluation.calibration import CHOOSER
 from lit_mm.evaluation.pictures import print_whole
-from lit_mm.evaluation.results import write_questions
+from lit_mm.evaluation.results import Judged, write_questions
 from lit_mm.model.batch import Batch
 from lit_mm.training.parts import PARTS
 
@@ -265,6 +267,8 @@ class TokenEfficiency(Callback):
 
     def _evaluate(self, trainer: Trainer, evaluation: Evaluation) -> Result:
         result = evaluation.result(trainer, self.peak_of(trainer, evaluation.lit))
+        if self.folder and evaluation.name.startswith("test") and (self.folder / CHOOSER).is_file():
+            result["chooser"] = chosen(self.folder / CHOOSER, evaluation.questions, result)
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         if evaluation.name == "val":
             log(trainer, scalars(result), step)
@@ -279,24 +283,30 @@ class TokenEfficiency(Callback):
             scales = [row["scale"] for row in result["scales"]]
             write_questions(file.with_suffix(".parquet"), evaluation.questions, scales)
         if result["oracle"] and evaluation.name != "val":
-            self._show_oracle(trainer, result)
+            self._show(trainer, result, "oracle", oracle_report.draw, oracle_report.markdown)
+        if result.get("chooser"):
+            self._show(trainer, result, "chooser", front.draw, front.markdown)
         return result
 
-    def _show_oracle(self, trainer: Trainer, result: Result) -> None:
-        step, picture = trainer.fit_loop.epoch_loop._batches_that_stepped, oracle_report.draw(result["oracle"])
+    def _show(self, trainer: Trainer, result: Result, part: str, draw: Any, markdown: Any) -> None:
+        """Log the picture and the table of one part of the figures, and write the picture."""
+        step, picture = trainer.fit_loop.epoch_loop._batches_that_stepped, draw(result[part])
         for writer in writers(trainer):
-            writer.add_figure(f"{result['split']}/oracle", picture, step, close=False)
-            writer.add_text(f"{result['split']}/oracle", oracle_report.markdown(result["oracle"]), step)
+            writer.add_figure(f"{result['split']}/{part}", picture, step, close=False)
+            writer.add_text(f"{result['split']}/{part}", markdown(result[part]), step)
         if self.folder:
-            picture.savefig(self.folder / f"{file_of(result['split'])}_oracle.png")
+            picture.savefig(self.folder / f"{file_of(result['split'])}_{part}.png")
 
     def _tell(self, result: Result) -> None:
         """Print the tables and the files' names."""
         of_oracle = result["oracle"] if result["split"] != "val" else None
-        print_whole(table(result), *(oracle_report.tables(of_oracle) if of_oracle else []), *in_short(result))
+        auto = [front.table(result["chooser"])] if result.get("chooser") else []
+        print_whole(table(result), *(oracle_report.tables(of_oracle) if of_oracle else []), *auto, *in_short(result))
         if self.folder:
             file = self.folder / file_of(result["split"])
-            others = f", {file.name}_oracle.png" if of_oracle else ""
+            others = "".join(
+                f", {file.name}_{part}.png" for part in ("oracle", "chooser") if result.get(part) and of_oracle
+            )
             print_whole(f"Picture, figures and every question: {file}.png, .json, .parquet{others}")
 
     def _tell_all(self, trainer: Trainer, results: list[Result]) -> None:
@@ -306,6 +316,22 @@ class TokenEfficiency(Callback):
             writer.add_text(
                 "test/all", in_markdown(sets_cells(results)), trainer.fit_loop.epoch_loop._batches_that_stepped
             )
+
+
+def chosen(file: Path, questions: list[Judged], result: Result) -> Result | None:
+    """What the run's chooser, calibrated on validation, reaches on a test; None where it does not fit the test."""
+    told = json.loads(file.read_text(encoding="utf-8"))
+    if told["calibrated_on"]["step"] != result["step"]:
+        at = told["calibrated_on"]["step"]
+        rank_zero_warn(
+            f"{file} was calibrated at step {at}, this is step {result['step']}: validate and calibrate again"
+        )
+    try:
+        chooser, others = front.rules_of(told, [row["scale"] for row in result["scales"]])
+        return front.front_of(rows_by_cost(questions, result["scales"]), chooser, others)
+    except ValueError as error:
+        rank_zero_info(f"{set_name(result['split'])}: no answers at chosen scales: {error}")
+        return None
 
 
 def file_of(name: str) -> str:

@@ -75,6 +75,11 @@ class Prompt:
     seed: int = 0
     chooser: Chooser | None = None
 
+    @property
+    def num_answers(self) -> int:
+        """Answers that are made at a time."""
+        return 1 if self.chooser else len(self.scales)
+
 
 @dataclass
 class Answer:

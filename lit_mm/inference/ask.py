@@ -41,24 +41,27 @@ def main(arguments: Sequence[str]) -> None:
         for name in ("max_new_tokens", "temperature", "top_p", "num_beams", "seed")
         if getattr(options, name) is not None
     }
-    model = load(options.ckpt_path, options.device)
-    tokens = options.tokens or str(model.scales[0])
-    model.scales_of(tokens)  # a wrong one is named before a question is typed
     if questions is None and options.json:
         raise ValueError("--json: expected a question, or - for questions from standard input")
+    if options.mean_tokens is not None and options.tokens not in (None, "auto"):
+        raise ValueError(f"--mean_tokens goes with --tokens auto, found --tokens {options.tokens}")
+    model = load(options.ckpt_path, options.device, mean_tokens=options.mean_tokens)
+    tokens = options.tokens or ("auto" if options.mean_tokens is not None else str(model.scales[0]))
+    check(model, tokens)  # a wrong one is named before a question is typed
     if questions is None:
         converse(model, files, tokens, settings)
         return
     for question in questions:
         answers = model.answer(files, question, tokens, **settings)
-        show(question, answers if tokens == "all" else {tokens: answers}, options.json)
+        show(question, answers if tokens == "all" else {str(answers.scale): answers}, options.json)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(PROGRAM, USAGE, allow_abbrev=False)
     parser.add_argument("words", nargs="*", metavar="FILE … QUESTION", help="images, videos, and the question; - reads")
     parser.add_argument("--ckpt_path", default="last", help="a checkpoint, a run's folder, or last: the newest in runs")
-    parser.add_argument("--tokens", help="visual tokens per image, such as 36 or 8x16, or all (default: the finest)")
+    parser.add_argument("--tokens", help="visual tokens per image: 36, 8x16, all, or auto (default: the finest)")
+    parser.add_argument("--mean_tokens", type=float, help="auto, with so many visual tokens a question on average")
     parser.add_argument("--json", action="store_true", help="one JSON object per question")
     parser.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
     parser.add_argument("--max_new_tokens", type=int, help="length of the longest answer (default: the model's)")
@@ -80,6 +83,12 @@ def _split(words: Sequence[str]) -> tuple[list[Path | str], Iterator[str] | None
     if not others:
         return files, None
     return files, (line.strip() for line in sys.stdin if line.strip()) if others == ["-"] else iter(others)
+
+
+def check(model: Model, tokens: str) -> None:
+    """Whether `tokens` names scales, or the model has a chooser for auto; raises ValueError if not."""
+    if not model.chooser_of(tokens):
+        model.scales_of(tokens)
 
 
 def show(question: str, answers: dict[str, Answer], as_json: bool) -> None:
@@ -107,11 +116,13 @@ def show(question: str, answers: dict[str, Answer], as_json: bool) -> None:
 def _figures(answer: Answer) -> dict[str, Any]:
     figures = {"text": answer.text, "visual_tokens": answer.visual_tokens, "tokens": len(answer.ids)}
     times = {"first_token_ms": 1000 * answer.first_token_seconds, "ms": 1000 * answer.seconds}
+    figures |= {"tried": [str(scale) for scale in answer.tried]}
     return {**figures, "logprob": answer.logprob, "finish": answer.finish} | {n: round(t, 1) for n, t in times.items()}
 
 
 def _cost(answer: Answer) -> str:
-    return f"{answer.visual_tokens} visual tokens, {1000 * answer.seconds:.0f} ms"
+    scales = f"scale{'s' * (len(answer.tried) > 1)} {', '.join(map(str, answer.tried))}"
+    return f"{answer.visual_tokens} visual tokens at {scales}, {1000 * answer.seconds:.0f} ms"
 
 
 def converse(model: Model, files: Sequence[Path | str], tokens: str, settings: dict[str, Any]) -> None:
@@ -154,7 +165,7 @@ def _one_scale(model: Model, tokens: str) -> str:
         raise ValueError(f"tokens all: a conversation goes on from one answer, expected one of {scales}")
     if not tokens:
         raise ValueError(f"/tokens: expected one of {scales}")
-    model.scales_of(tokens)
+    check(model, tokens)
     return tokens
 
 

@@ -33,7 +33,8 @@ class Piece:
     """How far an answer is.
 
     Args:
-        number: The place of its scale in the prompt's scales.
+        number: The place of its scale in the prompt's scales; 0 if a chooser chose it.
+        tried: The scales at which the question was answered so far, this one last.
         text: Of all tokens so far.
         answer: Its tokens; it grows, so only the first `tokens` of them count.
         tokens: Number of tokens so far, an end token included.
@@ -42,6 +43,7 @@ class Piece:
     """
 
     number: int
+    tried: list[Scale]
     text: str
     answer: Generated
     tokens: int
@@ -129,7 +131,7 @@ class Batcher:
 
     def _work(self) -> None:
         while jobs := self._next():
-            self.watch(sum(len(job.prompt.scales) for job in jobs))
+            self.watch(sum(job.prompt.num_answers for job in jobs))
             self._answer(jobs)
             self.running = []
 
@@ -139,8 +141,8 @@ class Batcher:
             self.changed.wait_for(lambda: self.waiting or self.closed)
             room = self.max_batch
             for job in self.waiting:
-                size = len(job.prompt.scales)
-                if not self.running or (size <= room and job.settings == self.running[0].settings):
+                size = job.prompt.num_answers
+                if not self.running or (size <= room and _fit(job, self.running[0])):
                     self.running.append(job)
                     room -= size
             self.waiting = [job for job in self.waiting if job not in self.running]
@@ -172,15 +174,24 @@ class Batcher:
             self._answer([job])
 
     def _teller(self, jobs: Sequence[Job]) -> Callable[[int, Scale, Generated, bool], bool]:
+        seen: list[dict[Scale, None]] = [{} for _ in jobs]
+
         def tell(number: int, scale: Scale, answer: Generated, is_all: bool) -> bool:
-            job = jobs[number]
-            if job.pieces and not job.dropped and answer.finish != "error":
+            job, chosen = jobs[number], jobs[number].prompt.chooser is not None
+            seen[number][scale] = None
+            if job.pieces and not job.dropped and answer.finish != "error" and answer.logprobs:
                 job.begun = True
-                place, seconds = job.prompt.scales.index(scale), time.perf_counter() - job.arrived
-                job.tell(Piece(place, answer.text, answer, len(answer.logprobs), is_all, seconds))
+                place, seconds = 0 if chosen else job.prompt.scales.index(scale), time.perf_counter() - job.arrived
+                tried = list(seen[number]) if chosen else [scale]
+                job.tell(Piece(place, tried, answer.text, answer, len(answer.logprobs), is_all, seconds))
             return not job.dropped
 
         return tell
+
+
+def _fit(job: Job, other: Job) -> bool:
+    """Whether two jobs are answered in one batch. One at given scales does not wait until a chooser is done."""
+    return job.settings == other.settings and job.prompt.chooser is other.prompt.chooser
 
 
 def _since_arrival(answer: Answer, waited: float) -> Answer:

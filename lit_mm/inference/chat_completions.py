@@ -26,6 +26,7 @@ from lit_mm.data.records import MARKERS, Kind
 from lit_mm.inference.answering import Answer, Ask, Model, Prompt
 from lit_mm.inference.batching import Piece
 from lit_mm.inference.generation import settled
+from lit_mm.model.scales import Scale
 
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "parallel_tool_calls"}
 IGNORED |= {"prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "include_obfuscation"}
@@ -94,7 +95,8 @@ class Text(Strict):
 
 
 class ImageURL(Strict):
-    """Where an image is, and whether it is shown at the finest scale (auto, high) or at the coarsest (low)."""
+    """Where an image is, and whether it is shown at the finest scale (high), at the coarsest (low), or at the one that
+    the model's chooser chooses (auto; the finest if there is none)."""
 
     url: StrictStr
     detail: Literal["auto", "low", "high"] = "auto"
@@ -140,7 +142,8 @@ class StreamOptions(Strict):
 
 
 class ProcessorOptions(Strict):
-    """vLLM's place for how images are shown: the scale, such as 36 or 8x16, or all for one answer at each scale."""
+    """vLLM's place for how images are shown: the scale, such as 36 or 8x16, all for one answer at each scale, or auto
+    for the one that the model's chooser chooses."""
 
     num_visual_tokens: StrictInt | StrictStr | None = None
 
@@ -179,20 +182,26 @@ class ChatRequest(Strict):
         found["max_new_tokens"] = next(iter(lengths), None)
         return {name: value for name, value in found.items() if value not in (None, [])}
 
-    def scale(self) -> int | str | None:
-        """What names the scale, as `Model.scales_of` takes it; None for the finest; "low" for the coarsest.
+    def scale(self, chooses: bool = False) -> int | str | None:
+        """What names the scale, as `Model.scales_of` takes it, or "auto"; None for the finest; "low" for the coarsest.
+
+        Args:
+            chooses: Whether the model has a chooser, so that it decides where an image says detail auto.
 
         Raises:
             RefusedError: Two fields name different scales.
         """
         chosen = self.mm_processor_kwargs.num_visual_tokens if self.mm_processor_kwargs else None
         parts = [part for message in self.messages for part in message.content]
-        details = {part.image_url.detail for part in parts if isinstance(part, ImagePart)} - {"auto"}
+        urls = [part.image_url for part in parts if isinstance(part, ImagePart)]
+        details = {url.detail for url in urls} - {"auto"}
         if len(details) + (chosen is not None) > 1:
             given = [f"detail {detail}" for detail in sorted(details)] + [f"num_visual_tokens {chosen}"] * (
                 chosen is not None
             )
             raise RefusedError(f"expected one scale for all images, found {' and '.join(given)}", "mm_processor_kwargs")
+        if chooses and not details and any("detail" in url.model_fields_set for url in urls):
+            return "auto" if chosen is None else chosen
         return "low" if details == {"low"} else chosen
 
 
@@ -282,11 +291,13 @@ class Reply:
         self.head = {"id": id, "created": int(time.time()), "model": name}
         self.model, self.prompt, self.with_logprobs, self.with_usage = model, prompt, logprobs, usage
         self.stops: Sequence[str] = stops
-        self.lengths = [model.length(prompt, scale) for scale in prompt.scales]
-        self.told = [Told() for _ in prompt.scales]
+        self.lengths = {scale: model.length(prompt, scale) for scale in prompt.scales}
+        self.tried: list[list[Scale]] = [[]] if prompt.chooser else [[scale] for scale in prompt.scales]
+        self.told = [Told() for _ in self.tried]
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The body of a reply that is not streamed."""
+        self.tried = [answer.tried for answer in answers]
         choices = [
             {
                 "index": number,
@@ -302,7 +313,7 @@ class Reply:
 
     def chunk(self, piece: Piece) -> dict[str, Any] | None:
         """What a stream says about a piece; None if there is nothing new."""
-        told = self.told[piece.number]
+        told, self.tried[piece.number] = self.told[piece.number], piece.tried
         told.first = told.first or piece.seconds
         text = piece.text if piece.is_all else settled(piece.text, self.stops)
         if len(text) <= told.characters and not piece.is_all:
@@ -324,8 +335,9 @@ class Reply:
         return self._chunk([], {"usage": self.usage(sum(told.tokens for told in self.told))})
 
     def usage(self, made: int) -> dict[str, Any]:
-        """Numbers of tokens over all scales; those made include end tokens."""
-        prompt, visual = (sum(own) for own in zip(*self.lengths, strict=True))
+        """Numbers of tokens over all scales, those tried included; those made include end tokens."""
+        lengths = [self.lengths[scale] for tried in self.tried for scale in tried]
+        prompt, visual = (sum(own[place] for own in lengths) for place in (0, 1))
         details = {"image_tokens": visual, "text_tokens": prompt - visual}
         total = {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
         return total | {"prompt_tokens_details": details}
@@ -335,7 +347,10 @@ class Reply:
 
     def _figures(self, number: int, first: float, seconds: float) -> dict[str, Any]:
         times = {"first_token_ms": round(1000 * first, 1), "ms": round(1000 * seconds, 1)}
-        return {"scale": str(self.prompt.scales[number]), "visual_tokens": self.lengths[number][1], **times}
+        tried = self.tried[number]
+        visual = sum(self.lengths[scale][1] for scale in tried)
+        names = {"tried": [str(scale) for scale in tried]} if self.prompt.chooser else {}
+        return {"scale": str(tried[-1]), **names, "visual_tokens": visual, **times}
 
     def _logprobs(self, ids: Sequence[int], logprobs: Sequence[float]) -> dict[str, Any] | None:
         if not self.with_logprobs:

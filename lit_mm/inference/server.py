@@ -35,6 +35,7 @@ from lit_mm.inference.decoding import settings
 from lit_mm.inference.gate import HUNG_UP, SPARE, Gate, Limits, Told, error_reply, unless_hung_up
 from lit_mm.inference.preview import preview
 from lit_mm.inference.urls import MediaURLs
+from lit_mm.model.scales import Scale
 
 PAGE = Path(__file__).with_name("page.html")
 T = TypeVar("T")
@@ -151,9 +152,11 @@ class Server:
             RefusedError: Anything in it is wrong.
         """
         self.check_name(asked.model)
-        chosen, named = asked.settings(), asked.scale()
+        chosen, named = asked.settings(), asked.scale(self.model.chooser is not None)
         try:
-            scales = self.model.scales[-1:] if named == "low" else self.model.scales_of(named)
+            scales = self.model.chooser_of(named) or (
+                self.model.scales[-1:] if named == "low" else self.model.scales_of(named)
+            )
         except ValueError as error:
             raise RefusedError(f"num_visual_{error}", "mm_processor_kwargs.num_visual_tokens") from None
         self._check_length(asked)
@@ -168,12 +171,12 @@ class Server:
             message = f"{length} characters of text are more than {self.max_tokens} tokens, the limit"
             raise RefusedError(message, "messages", "context_length_exceeded")
 
-    def _prompt(self, ask: Ask, scales: list[Any], chosen: dict[str, Any], seed: int | None) -> Prompt:
+    def _prompt(self, ask: Ask, scales: Any, chosen: dict[str, Any], seed: int | None) -> Prompt:
         new_tokens = chosen.get("max_new_tokens", self.model.max_new_tokens)
         config = settings(self.model.vlm.llm, self.model.decoding, **chosen)
         drawn = secrets.randbits(63) if config.do_sample else 0
         prompt = self.model.prompt(ask, scales, drawn if seed is None else seed, "messages")
-        for scale in scales:
+        for scale in prompt.scales:
             length, visual = self.model.length(prompt, scale)
             if self.max_tokens and length + new_tokens > self.max_tokens:
                 found = f"{length} tokens of the prompt ({visual} visual) and {new_tokens} of the answer"
@@ -288,13 +291,20 @@ class Completion:
         server, asked, id = self.server, self.asked, f"chatcmpl-{secrets.token_hex(12)}"
         stops, usage = chosen.get("stop_strings", []), asked.stream_options and asked.stream_options.include_usage
         self.reply = Reply(id, server.name, server.model, prompt, bool(asked.logprobs), bool(usage), stops)
+        if not prompt.chooser:
+            self._note_scales(prompt.scales)
+
+    def _note_scales(self, scales: list[Scale]) -> None:
         tokens = self.reply.usage(0)
         visual = tokens["prompt_tokens_details"]["image_tokens"]
-        server.metrics.visual.inc(visual)
-        scales = ", ".join(str(scale) for scale in prompt.scales)
-        self.told.words.append(f"scale {scales}, {tokens['prompt_tokens']} tokens in ({visual} visual)")
+        self.server.metrics.visual.inc(visual)
+        names = ", ".join(map(str, scales))
+        self.told.words.append(f"scale {names}, {tokens['prompt_tokens']} tokens in ({visual} visual)")
 
     def _note_answers(self, answers: list[Answer]) -> None:
+        if self.job.prompt.chooser:
+            self.reply.tried = [answer.tried for answer in answers]
+            self._note_scales(answers[0].tried)
         made = sum(len(answer.logprobs) for answer in answers)
         self.server.metrics.generated.inc(made)
         self.server.metrics.first.observe(min(answer.first_token_seconds for answer in answers))

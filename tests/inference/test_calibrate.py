@@ -10,7 +10,7 @@ import pytest
 
 from lit_mm import load
 from lit_mm.evaluation.answer_costs import rows_by_cost
-from lit_mm.evaluation.results import Judged
+from lit_mm.evaluation.results import Judged, read_questions
 from lit_mm.inference.choosers import Confidence
 from tests.helpers.command_line import lit_mm
 from tests.helpers.serving import trained_run
@@ -112,3 +112,32 @@ def test_costs_by_hand():
         "ms": ([[4 + 2 * 2, 1]], 10),
     }
     assert list(rows_by_cost([question], [{"scale": "16"}, {"scale": "1", "measured": None}])) == ["tokens"]
+
+
+def test_a_test_is_judged_with_thresholds_of_validation_only(trained, run):
+    """Two tests with other questions use the chooser's file as it is, and their figures follow from their rows."""
+    lit_mm("calibrate", str(run), "--max_loss", "0")
+    told = (run / "chooser.json").read_bytes()
+    config = trained.parent.parent / "exp.yaml"
+    for name in ("val", "train"):
+        common = ("--config", str(config), "--ckpt_path", str(run / "checkpoints/last.ckpt"))
+        root = ("--trainer.default_root_dir", str(run.parent))
+        printed = lit_mm("test", *common, *root, "--data.test", str(trained.parent.parent / f"{name}.json"))
+        assert (run / "chooser.json").read_bytes() == told
+        assert "The scale chosen per question" in printed
+        found = json.loads((run / "accuracy_tokens.json").read_text())["chooser"]
+        questions, scales = read_questions(run / "accuracy_tokens.parquet")
+        threshold, rule = json.loads(told)["thresholds"][0], json.loads(told)["statistic"]
+        place, scores, tokens = scales.index("1"), [], []
+        for question in questions:
+            mean = question.logprobs[place] / question.tokens[place]
+            stands = (question.least_logprobs[place] if rule == "least" else mean) >= threshold
+            scores.append(question.scores[place if stands else 0])
+            tokens.append(question.visual_tokens[place] + (0 if stands else question.visual_tokens[0]))
+        auto = found["costs"]["tokens"]["auto"]
+        assert (auto["accuracy"], auto["cost"]) == pytest.approx((np.mean(scores), np.mean(tokens)))
+        assert (run / "accuracy_tokens_chooser.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_validation_has_no_auto(trained):
+    assert "chooser" not in json.loads((trained / "accuracy_tokens_val.json").read_text())
