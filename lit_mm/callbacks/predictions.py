@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, cast
@@ -17,6 +18,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_mm.callbacks.meter import objects_of_ranks
 from lit_mm.evaluation.benchmarks import Benchmark, split_name
+from lit_mm.evaluation.calibration import CHOOSER
+from lit_mm.inference.choosers import Confidence, read_chooser, tried
+from lit_mm.inference.generation import Generated
 from lit_mm.training.saving import SHARDED
 
 UNFINISHED, FINISHED = "unfinished.json", "settings.json"
@@ -35,20 +39,26 @@ class AnswerWriter(BasePredictionWriter):
     the answer's last token). `answers@16.jsonl`, … have the format of LLaVA's scripts, {"question_id", "prompt",
     "text"}, one file per scale. Other ranks' files are `answers.rank1.jsonl`, ….
 
+    If the run has a chooser (`python -m lit_mm calibrate`) and all of its scales are asked, `auto` is one more scale:
+    the answer that the chooser takes, with the visual tokens of all scales that it tries.
+
     For a benchmark with a server, `submission@16/` has the file that it wants with the answers of that scale, ….
 
     A prediction that was interrupted is gone on with: the next one with the same questions, checkpoint and settings,
     on any number of ranks, asks what has no answer yet and appends to the same files.
     """
 
-    def __init__(self, parquet: bool = False) -> None:
+    def __init__(self, parquet: bool = False, mean_tokens: float | None = None) -> None:
         """Choose the formats.
 
         Args:
             parquet: Whether to write answers.parquet too at the end, with the columns of answers.jsonl; question_id
                 is text there.
+            mean_tokens: Visual tokens of a question that the run's chooser may spend on average, over questions like
+                those of validation; null: as it was calibrated.
         """
         super().__init__(write_interval="batch")
+        self.mean_tokens, self.chooser = mean_tokens, cast(Confidence | None, None)
         self.parquet = parquet
         self.files: dict[str | None, IO[str]] = {}
         self.answered: set[str | int] = set()
@@ -69,6 +79,9 @@ class AnswerWriter(BasePredictionWriter):
     def _begin(self, trainer: Trainer, lit: LightningModule) -> set[str | int]:
         """Open the files in a new folder or in one to go on in, the same on every rank; return what is answered."""
         run, told, folder = Path(trainer.log_dir or trainer.default_root_dir), told_of(trainer, lit), ""
+        self.chooser = chooser_of(run, cast(Any, lit), self.mean_tokens)
+        if self.chooser:
+            told |= {"scales": [*told["scales"], "auto"], "chooser": str(self.chooser)}
         if trainer.is_global_zero:
             self.lock = self._unfinished(trainer, run, told) or begin(run, told)
             folder = str(Path(self.lock.name).parent)
@@ -117,13 +130,20 @@ class AnswerWriter(BasePredictionWriter):
             asked = {"question_id": row["question_id"], "prompt": row["prompt"]}
             if asked["question_id"] in self.answered:  # by the part of its record that was written before
                 continue
-            for scale, answer in row["answers"].items():
+            for scale, answer in (row["answers"] | self._chosen(row["answers"])).items():
                 self.files[str(scale)].write(as_line({**asked, "text": answer.text}))
                 told = {"scale": str(scale), "text": answer.text, "logprob": sum(answer.logprobs)}
                 told |= {"tokens": len(answer.ids), "visual_tokens": answer.visual_tokens, "finish": answer.finish}
                 self.files[None].write(as_line({**asked, **told, "seconds": round(answer.seconds, 4)}))
         for file in self.files.values():
             file.flush()
+
+    def _chosen(self, answers: dict[Any, Generated]) -> dict[Any, Generated]:
+        """The answer that the chooser takes."""
+        if self.chooser is None:
+            return {}
+        found = tried(self.chooser, answers)
+        return {"auto": replace(found[-1], visual_tokens=sum(answer.visual_tokens for answer in found))}
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the files, write parquet if asked to and what a benchmark's server wants, and print where the answers
@@ -192,6 +212,26 @@ def told_of(trainer: Trainer, lit: LightningModule) -> dict[str, Any]:
     told |= {name: str(getattr(lit, name, None)) for name in ("llm", "max_new_tokens", "decoding")}
     told |= {"scales": [str(s) for s in cast(Any, lit).asked_scales], "precision": str(trainer.precision)}
     return told
+
+
+def chooser_of(run: Path, lit: Any, mean_tokens: float | None) -> Confidence | None:
+    """The run's chooser, if all scales that it may try are asked.
+
+    Raises:
+        FileNotFoundError: mean_tokens, and the run has none.
+        ValueError: mean_tokens, and no chooser is that cheap or tries asked scales only.
+    """
+    if not (run / CHOOSER).is_file():
+        if mean_tokens is not None:
+            raise FileNotFoundError(f"answers.mean_tokens: no {run / CHOOSER}, `python -m lit_mm calibrate` writes it")
+        return None
+    chooser, at = read_chooser(run / CHOOSER, lit.all_scales, mean_tokens)
+    if at != lit.place.steps:
+        rank_zero_warn(f"{run / CHOOSER} was calibrated at step {at}, the weights are of step {lit.place.steps}")
+    missing = [str(scale) for scale in chooser.scales if scale not in lit.asked_scales]
+    if missing and mean_tokens is not None:
+        raise ValueError(f"answers.mean_tokens: the chooser tries scale {missing[0]}, which is not asked")
+    return None if missing else chooser
 
 
 def unfinished(run: Path, told: dict[str, Any]) -> IO[str] | None:

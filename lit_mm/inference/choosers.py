@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -18,6 +18,7 @@ from lit_mm.model.scales import Scale
 
 if TYPE_CHECKING:
     from lit_mm.inference.answering import Answer
+    from lit_mm.inference.generation import Generated
     from lit_mm.model.batch import Question
 
 
@@ -86,13 +87,13 @@ class Confidence(Chooser):
         """See `Chooser`."""
         if not answers:
             return self.scales[0]
-        place = self.scales.index(answers[-1].scale) + 1
+        place = len(answers)
         if place == len(self.scales) or certainty(self.statistic, answers) >= self.thresholds[place - 1]:
             return None
         return self.scales[place]
 
 
-def certainty(statistic: Statistic, answers: Sequence[Answer]) -> float:
+def certainty(statistic: Statistic, answers: Sequence[Answer] | Sequence[Generated]) -> float:
     """How certain the last of the answers is; -inf where the model's logits were not finite.
 
     Args:
@@ -108,6 +109,16 @@ def certainty(statistic: Statistic, answers: Sequence[Answer]) -> float:
     if statistic == "margin":
         return last.margin
     return min(last.logprobs) if statistic == "least" else sum(last.logprobs) / len(last.logprobs)
+
+
+def tried(chooser: Confidence, answers: Mapping[Scale, Generated]) -> list[Generated]:
+    """Of one question's answers at all scales, those that the chooser tries, the one that stands last."""
+    found = [answers[chooser.scales[0]]]
+    while found[0].visual_tokens and len(found) < len(chooser.scales):
+        if certainty(chooser.statistic, found) >= chooser.thresholds[len(found) - 1]:
+            break
+        found.append(answers[chooser.scales[len(found)]])
+    return found
 
 
 def read_chooser(

@@ -141,3 +141,30 @@ def test_a_test_is_judged_with_thresholds_of_validation_only(trained, run):
 
 def test_a_validation_has_no_auto(trained):
     assert "chooser" not in json.loads((trained / "accuracy_tokens_val.json").read_text())
+
+
+def test_predict_writes_the_chosen_answers(trained, run, tmp_path):
+    """Those of `tokens="auto"`, asked by themselves."""
+    root, pictures = trained.parent.parent, sorted((trained.parent.parent / "images").rglob("*.png"))[:3]
+    asked = [
+        {"question_id": n, "image": str(p.relative_to(root)), "text": f"what {n}?"} for n, p in enumerate(pictures)
+    ]
+    (tmp_path / "ask.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
+    lit_mm("calibrate", str(run), "--max_loss", "0", "--statistic", "mean")
+    told, model = json.loads((run / "chooser.json").read_text()), load(run)
+    means = [np.mean(model.answer(p, each["text"], 1).logprobs) for p, each in zip(pictures, asked, strict=True)]
+    told["thresholds"] = [float(np.sort(means)[:2].mean())]
+    (run / "chooser.json").write_text(json.dumps(told))
+    files = ("--data.predict", str(tmp_path / "ask.jsonl"), "--trainer.default_root_dir", str(run.parent))
+    common = ("--config", str(root / "exp.yaml"), "--ckpt_path", str(run / "checkpoints/last.ckpt"), *files)
+    lit_mm("predict", *common)
+    lines = [json.loads(line) for line in (run / "answers_0/answers.jsonl").read_text().splitlines()]
+    chosen, model = [line for line in lines if line["scale"] == "auto"], load(run)
+    answers = [model.answer(p, each["text"], "auto") for p, each in zip(pictures, asked, strict=True)]
+    assert [(line["text"], line["visual_tokens"]) for line in chosen] == [(a.text, a.visual_tokens) for a in answers]
+    assert sorted(line["visual_tokens"] for line in chosen) == [1, 1, 17]
+    assert len((run / "answers_0/answers@auto.jsonl").read_text().splitlines()) == 3
+    lit_mm("predict", *common, "--scales", "4")
+    assert not (run / "answers_1/answers@auto.jsonl").exists()
+    with pytest.raises(AssertionError, match="the chooser tries scale 1, which is not asked"):
+        lit_mm("predict", *common, "--scales", "4", "--answers.mean_tokens", "17")
