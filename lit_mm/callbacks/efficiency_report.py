@@ -34,6 +34,7 @@ Result = dict[str, Any]
 """The figures, as `TokenEfficiency` writes them to JSON."""
 
 MOST_NEW_TOKENS = 8
+GRAY = "#999999"
 LINES = ["#1f5fa8", "#c8641e", "#3a8f4d", "#8a4fa3", "#a33f4f"]
 """Line colors, one per time scale."""
 TYPES = ["#c8641e", "#3a8f4d", "#8a4fa3", "#a33f4f", "#7a6a1f", "#2b8a9b"]
@@ -230,15 +231,16 @@ def draw_accuracy(axes: Axes, result: Result) -> None:
         label = f"{frames} sets of frames" if frames and frames > 1 else "1 set of frames" if frames else None
         label = "all questions" if types else label
         axes.plot(*zip(*line, strict=True), "o-", color=color, linewidth=2, markersize=7, label=label, zorder=3)
-        for x, y in line:
-            axes.annotate(f"{y:.1f}", (x, y), (0, -16), textcoords="offset points", ha="center", color=color)
+        for point in line:
+            axes.annotate(f"{point[1]:.1f}", point, (0, -16), textcoords="offset points", ha="center", color=color)
     if hollow := [(row["visual_tokens"], 100 * row["accuracy"]) for row in result["scales"] if untrained(row)]:
         places, heights = zip(*hollow, strict=True)
         axes.plot(
             places, heights, "o", color=LINES[0], markerfacecolor="white", markersize=7, label=UNTRAINED, zorder=3
         )
-    ends = [[100 * row["interval"][end] for row in result["scales"]] for end in (0, 1)]
-    axes.vlines([row["visual_tokens"] for row in result["scales"]], ends[0], ends[1], color="#999999", zorder=2)
+    bars = [(row["visual_tokens"], *row["interval"]) for row in result["scales"] if "interval" in row]
+    x, low, high = ([bar[place] for bar in bars] for place in range(3))
+    axes.vlines(x, [100 * end for end in low], [100 * end for end in high], color=GRAY, zorder=2)
     [enough] = [row for row in result["scales"] if row["scale"] == result["smallest_within_a_point"]]
     ring = enough["visual_tokens"], 100 * enough["accuracy"]
     label = "fewest tokens within a point of the best"
@@ -285,7 +287,8 @@ def _lines(result: Result) -> dict[int | None, list[tuple[int, float]]]:
 
 def _types(result: Result) -> dict[str, dict[str, Any]]:
     """The figures of each type of question, cheapest to answer first; none if there is one type, or too many."""
-    found = result["types"] if 1 < len(result["types"]) <= len(TYPES) else {}
+    found = result.get("types", {})  # files written before types and intervals have neither
+    found = found if 1 < len(found) <= len(TYPES) else {}
     return dict(sorted(found.items(), key=lambda pair: (enough(result, pair[1])["visual_tokens"], pair[0])))
 
 
