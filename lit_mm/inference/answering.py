@@ -467,6 +467,7 @@ class Rounds:
         self.memory = memory
         self.images, self.questions = model.on_device([prompt.sample for prompt in prompts])
         self.answers: list[list[Answer]] = [[] for _ in prompts]
+        self.left = set[int]()  # prompts whose chooser goes on before their last answer has ended
         self.past = Past() if len(prompts) == 1 and prompts[0].chooser else None  # of the text before the image
 
     def run(self) -> list[dict[str, Answer]]:
@@ -512,7 +513,7 @@ class Rounds:
         found = generate_each(
             model.vlm, self.images, asked, self.config, ends, model.tokenizer, nested, note, past=past
         )
-        following = []
+        following: list[tuple[int, Scale]] = []
         for (number, scale), made, own in zip(places, found, times, strict=True):
             self.answers[number].append(_answer(made, scale, own))
             further = self._next(number)
@@ -523,11 +524,15 @@ class Rounds:
         return following
 
     def _tell(self, number: int, scale: Scale, answer: Generated, is_all: bool) -> bool | None:
-        if self.emit is None:
-            return None
-        if self._may_change(number, scale):
-            return self.emit(number, scale, Generated(), False)
-        return self.emit(number, scale, answer, is_all)
+        if not self._may_change(number, scale):
+            return self.emit(number, scale, answer, is_all) if self.emit else None
+        if self.emit and self.emit(number, scale, Generated(), False) is False:
+            return False
+        chooser = self.prompts[number].chooser
+        if chooser and not is_all and chooser.goes_on(len(self.answers[number]), answer):
+            self.left.add(number)
+            return False
+        return None
 
     def _may_change(self, number: int, scale: Scale) -> bool:
         """Whether an answer at this scale may be replaced by another one. A question without images is the same
@@ -543,7 +548,9 @@ class Rounds:
         """
         prompt, answers = self.prompts[number], self.answers[number]
         last = answers[-1]
-        if prompt.chooser is None or last.finish == "dropped" or not self._may_change(number, last.scale):
+        given_up = last.finish == "dropped" and number not in self.left
+        self.left.discard(number)
+        if prompt.chooser is None or given_up or not self._may_change(number, last.scale):
             return None
         scale = prompt.chooser.next(self.questions[number], answers)
         if scale in [answer.scale for answer in answers]:

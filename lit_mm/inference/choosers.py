@@ -40,6 +40,15 @@ class Chooser(ABC):
             answers: At the scales tried so far, in that order; empty at first.
         """
 
+    def goes_on(self, place: int, begun: Generated) -> bool:
+        """Whether an unfinished answer cannot stand whatever follows, so that it need not be finished.
+
+        Args:
+            place: Number of scales that were tried before.
+            begun: The answer so far, at least one token.
+        """
+        return False
+
 
 @dataclass
 class Fixed(Chooser):
@@ -91,6 +100,12 @@ class Confidence(Chooser):
         if place == len(self.scales) or certainty(self.statistic, answers) >= self.thresholds[place - 1]:
             return None
         return self.scales[place]
+
+    def goes_on(self, place: int, begun: Generated) -> bool:
+        """See `Chooser`: the first token's margin stays as it is, and the least likely token can only become less
+        likely."""
+        known = {"margin": begun.margin, "least": min(begun.logprobs, default=0.0)}
+        return known.get(self.statistic, inf) < self.thresholds[place]
 
 
 def certainty(statistic: Statistic, answers: Sequence[Answer] | Sequence[Generated]) -> float:

@@ -142,6 +142,25 @@ def test_only_answers_that_stand_are_streamed(threshold):
         assert len(pieces) > 1 or (threshold < 0 and ask.images)
 
 
+@pytest.mark.parametrize("statistic", ["least", "margin"])
+def test_an_answer_that_cannot_stand_is_not_finished(statistic):
+    """As soon as it has a token that is too unlikely; the answers are the same as if it were."""
+    model = made()
+    thresholds = {}
+    for ask in asks()[:6]:
+        [[answer]] = [list(own.values()) for own in model.answers([ask], 1)]
+        thresholds[ask.question] = answer.margin + 1e-9 if statistic == "margin" else answer.logprobs[0] + 1e-9
+    counted, passes = [], model.vlm.llm.base_model.register_forward_pre_hook(lambda *_: counted.append(1))
+    for ask in asks()[:6]:
+        counted.clear()
+        answer = model.answer(ask.images, ask.question, Confidence([1, 16], [thresholds[ask.question]], statistic))
+        alone = model.answers([ask], 16)[0]["16"]
+        assert answer.tried == [1, 16] and answer.ids == alone.ids
+        assert answer.logprobs == pytest.approx(alone.logprobs, abs=1e-10)
+        assert len(counted) == 1 + 2 * min(4, len(alone.logprobs))  # one pass at scale 1
+    passes.remove()
+
+
 def test_whoever_gives_up_is_not_answered_at_a_finer_scale():
     model, scales = made(chooser=Confidence(PATH, [np.inf] * 2)), []
     [[answer]] = [
