@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import inf, prod
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,8 @@ CHOOSER = "chooser.json"
 """The file in a run's folder with its calibrated chooser."""
 Statistic = Literal["mean", "least", "margin", "agreement"]
 STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
-QUANTILES = 20
-"""Thresholds that are tried at each scale of a path."""
+THRESHOLDS = {1: 0, 2: 100, 3: 100, 4: 40, 5: 20}
+"""Number of scales in a path -> thresholds that are tried at each: at most 160,000 combinations."""
 MOST_SCALES = 5
 """With more scales than these, only paths of three are searched."""
 
@@ -103,14 +103,17 @@ class Target:
 
 
 def statistics_of(questions: Sequence[Judged]) -> dict[Statistic, Floats]:
-    """[Q, S] for each statistic, see `choosers.certainty`."""
+    """[Q, S] for each statistic, see `choosers.certainty`. A question without visual tokens is the same prompt at every
+    scale and answered once: as certain as can be, and nan for agreement."""
     tokens = np.array([question.tokens for question in questions], float)
     least = np.array([question.least_logprobs for question in questions])
     sums = np.array([question.logprobs for question in questions])
     mean = np.where(np.isneginf(least), -inf, sums / np.maximum(tokens, 1))
     texts = [[question.answers.index(answer) for answer in question.answers] for question in questions]
     margin = np.array([question.margins for question in questions])
-    return {"mean": mean, "least": least, "margin": margin, "agreement": np.array(texts, float)}
+    seen = np.array([question.visual_tokens for question in questions]) > 0
+    plain = {name: np.where(seen, own, inf) for name, own in (("mean", mean), ("least", least), ("margin", margin))}
+    return cast(dict[Statistic, Floats], plain | {"agreement": np.where(seen, np.array(texts, float), np.nan)})
 
 
 def certainties(rows: Rows, statistic: Statistic, path: Sequence[int]) -> Floats:
@@ -118,11 +121,11 @@ def certainties(rows: Rows, statistic: Statistic, path: Sequence[int]) -> Floats
     own = rows.statistics[statistic][:, list(path)]
     if statistic != "agreement":
         return own[:, :-1]
-    agree = (own[:, 1:] == own[:, :-1]).astype(float)
-    return np.concatenate([np.zeros((len(own), 1)), agree], 1)[:, :-1]
+    agree = np.concatenate([np.zeros((len(own), 1), bool), own[:, 1:] == own[:, :-1]], 1)
+    return (agree | np.isnan(own)).astype(float)[:, :-1]
 
 
-def thresholds_of(values: Floats, most: int = QUANTILES) -> Floats:
+def thresholds_of(values: Floats, most: int) -> Floats:
     """At most so many thresholds, each between two neighboring values, spread evenly over the questions [Q]."""
     values = np.sort(values[np.isfinite(values)])
     ends = np.flatnonzero(np.diff(values) > 0)  # the last place of each value
@@ -143,7 +146,8 @@ def rules(rows: Rows, statistic: Statistic) -> Iterator[tuple[tuple[int, ...], l
     for length in range(1, longest + 1):
         for path in combinations(order, length):
             certain = certainties(rows, statistic, path)
-            tried = [thresholds_of(own) if statistic != "agreement" else np.array([0.5]) for own in certain.T]
+            most = THRESHOLDS[length]
+            tried = [thresholds_of(own, most) if statistic != "agreement" else np.array([0.5]) for own in certain.T]
             if all(map(len, tried)):
                 yield path, tried, *_reached(rows, path, certain, tried)
 

@@ -122,7 +122,7 @@ class _Draws:
 
 
 def _draws(questions: int) -> int:
-    return int(np.clip(4 * CELLS // questions, 200, DRAWS))
+    return int(np.clip(4 * CELLS // questions, 50, DRAWS))  # memory is bounded
 
 
 def _at(mixture: Curve, cost: float) -> float:

@@ -146,8 +146,8 @@ def test_the_other_half_is_not_seen():
 
 
 def test_thresholds_lie_between_values_evenly_over_the_questions():
-    assert thresholds_of(np.array([3.0, 1.0, 1.0, 2.0, -np.inf])).tolist() == [1.5, 2.5]
-    assert thresholds_of(np.full(5, -np.inf)).tolist() == []
+    assert thresholds_of(np.array([3.0, 1.0, 1.0, 2.0, -np.inf]), 9).tolist() == [1.5, 2.5]
+    assert thresholds_of(np.full(5, -np.inf), 9).tolist() == []
     many = thresholds_of(np.arange(1000.0), most=9)
     assert len(many) == 9 and np.abs(many - np.arange(100, 1000, 100)).max() <= 1
     assert len(thresholds_of(np.r_[np.zeros(900), np.arange(1, 101.0)], most=9)) <= 9
@@ -187,3 +187,13 @@ def test_many_scales_are_searched_by_shorter_paths():
     scores, noise = rng.random((50, 8)).round(), rng.random((50, 8))
     made = Rows([str(n) for n in range(8)], scores, np.tile(np.arange(8.0, 0, -1), (50, 1)), 0, {"mean": noise})
     assert {len(path) for path, *_ in rules(made, "mean")} == {1, 2, 3}
+
+
+@pytest.mark.parametrize("statistic", ["mean", "least", "margin", "agreement"])
+def test_questions_without_images_are_answered_once(statistic):
+    figures = [[-9.0, -9.0], [0, 0], [1, 1], [-9.0, -9.0], [0.0, 0.0]]
+    shown = Judged("1", "", "?", ["a"], ["x", "y"], [1, 0], figures[0], [16, 1], *figures[2:])
+    text = Judged("2", "", "?", ["a"], ["x", "x"], [1, 1], figures[0], [0, 0], *figures[2:])
+    found = statistics_of([shown, text])
+    rows = Rows(["16", "1"], np.ones((2, 2)), np.ones((2, 2)), 0, found)
+    assert follow(rows, Rule(statistic, (1, 0), (0.5,), 0, 0)).tolist() == [1, 0]
