@@ -191,6 +191,9 @@ def test_mistakes_are_named():
     model = made()
     with pytest.raises(ValueError, match="no chooser"):
         model.answer(None, "what?", "auto")
+    for scale in (5, "4"):
+        with pytest.raises(ValueError, match=f"tries scale {scale!r}: expected some of the model's 16, 4, 1"):
+            model.answer(picture(0), "what?", Fixed(scale))
     with pytest.raises(ValueError, match="scale 4 again"):
         model.answer(picture(0), "what?", Circling())
     with pytest.raises(ValueError, match="expected 1, one for each of the scales 1, 4 but the last, found 0"):
