@@ -284,7 +284,7 @@ class ImageDataModule(LightningDataModule):
                 f"per epoch, on {plans.ranks} ranks"
             )
         whole = self.budget.fixed and all(share == int(share) for share in self.sets[name].shares)
-        differ = self.caption_epochs or not whole
+        differ = name != "train" or not whole
         if trainer and differ and trainer.max_epochs != 1 and trainer.reload_dataloaders_every_n_epochs != 1:
             raise ValueError("epochs differ in length: set trainer.reload_dataloaders_every_n_epochs to 1")
         return self._loader(name, plans, training=True)
