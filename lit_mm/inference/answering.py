@@ -281,6 +281,9 @@ class Model:
                 detail = f"image {number} of {height}×{width} pixels (height × width): {error}"
                 raise RecordError(where, "scales", detail) from None
         if isinstance(scales, Chooser):
+            if unknown := [scale for scale in scales.scales if scale not in self.scales]:
+                known = ", ".join(map(str, self.scales))
+                raise ValueError(f"the chooser tries scale {unknown[0]!r}: expected some of the model's {known}")
             return Prompt(sample, list(scales.scales), seed, scales)
         return Prompt(sample, list(scales or self.scales[:1]), seed)
 
