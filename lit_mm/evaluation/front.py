@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.table import Table
 
 from lit_mm.evaluation.answer_costs import UNITS, Cost
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Floats32 = NDArray[np.float32]
 Result = dict[str, Any]
 """The figures, as `front_of` returns them and JSON keeps them."""
 BLUE, ORANGE, GREEN, GRAY = "#1f5fa8", "#c8641e", "#3a8f4d", "#8c8c8c"
@@ -55,19 +57,20 @@ def front_of(rows: dict[Cost, Rows], chosen: Rule, front: Sequence[Rule], seed: 
         seed: Of the bootstrap.
     """
     own = next(iter(rows.values()))
+    shares = drawn_shares(len(own.scores), seed)
     return {
         "questions": len(own.scores),
         "statistic": chosen.statistic,
         "path": [own.scales[scale] for scale in chosen.path],
         "stops": np.bincount(follow(own, chosen), minlength=len(chosen.path)).tolist(),
-        "costs": {cost: _against(each, chosen, front, seed) for cost, each in rows.items()},
+        "costs": {cost: _against(each, chosen, front, shares) for cost, each in rows.items()},
     }
 
 
-def _against(rows: Rows, chosen: Rule, front: Sequence[Rule], seed: int) -> Result:
+def _against(rows: Rows, chosen: Rule, front: Sequence[Rule], shares: Floats32) -> Result:
     """Accuracy against one cost."""
     costs = rows.costs + rows.once
-    drawn = _Draws(rows, seed)
+    drawn = _Draws(rows, shares)
     mixture, upper = fixed_mixture(rows.scores, costs), oracle(rows.scores, costs)
     scales = np.array(chosen.path)[follow(rows, chosen)]
     dealt = shuffled(scales, rows.scores, costs)
@@ -82,31 +85,39 @@ def _against(rows: Rows, chosen: Rule, front: Sequence[Rule], seed: int) -> Resu
     }
 
 
+def drawn_shares(questions: int, seed: int) -> Floats32:
+    """[draws, Q] each question's weight in draws of the bootstrap; fewer draws of very many questions."""
+    rng = np.random.default_rng(seed)
+    draws = int(np.clip(4 * CELLS // questions, 50, DRAWS))
+    drawn = [np.bincount(rng.integers(0, questions, questions), minlength=questions) for _ in range(draws)]
+    return np.array(drawn, np.float32) / np.float32(questions)
+
+
 class _Draws:
     """Bootstrap over questions: the same draws for everything that is compared.
 
     Args:
         rows: The questions.
-        seed: Of the draws.
+        shares: As `drawn_shares` makes them.
     """
 
-    def __init__(self, rows: Rows, seed: int) -> None:
-        rng, count = np.random.default_rng(seed), len(rows.scores)
-        shares = [np.bincount(rng.integers(0, count, count), minlength=count) for _ in range(_draws(count))]
-        self.shares = np.array(shares, np.float32) / count  # [draws, Q] each question's weight
+    def __init__(self, rows: Rows, shares: Floats32) -> None:
+        self.shares = shares
         self.mixture = fixed_mixture(rows.scores, rows.costs + rows.once)
-        scores, costs = self.shares @ rows.scores, self.shares @ (rows.costs + rows.once)
-        self.mixtures = [
-            envelope(score[None].clip(0, 1), cost[None]) for score, cost in zip(scores, costs, strict=True)
-        ]
+        pairs = zip(self.means(rows.scores).clip(0, 1), self.means(rows.costs + rows.once), strict=True)
+        self.mixtures = [envelope(scores[None], costs[None]) for scores, costs in pairs]
+
+    def means(self, values: Floats) -> Floats:
+        """[Q, …] -> [draws, …]."""
+        return (self.shares @ values.astype(np.float32)).astype(np.float64)
 
     def intervals(self, values: Floats) -> list[list[float]]:
         """[Q, n] -> 95 % confidence intervals of the means."""
-        return np.quantile(self.shares @ values, [0.025, 0.975], axis=0).T.tolist()
+        return np.quantile(self.means(values), [0.025, 0.975], axis=0).T.tolist()
 
     def judged(self, scores: Floats, costs: Floats) -> Result:
         """A chooser's mean score and cost, and its gain over the best mixture of two fixed scales at its cost."""
-        accuracy, cost = self.shares @ scores, self.shares @ costs
+        accuracy, cost = self.means(scores), self.means(costs)
         pairs = zip(self.mixtures, accuracy, cost, strict=True)
         gains = [float(own) - _at(mixture, spent) for mixture, own, spent in pairs]
         fixed = _at(self.mixture, costs.mean())
@@ -119,10 +130,6 @@ class _Draws:
             "gain": float(scores.mean()) - fixed,
             "gain_interval": np.quantile(gains, [0.025, 0.975]).tolist(),
         }
-
-
-def _draws(questions: int) -> int:
-    return int(np.clip(4 * CELLS // questions, 50, DRAWS))  # memory is bounded
 
 
 def _at(mixture: Curve, cost: float) -> float:
