@@ -61,12 +61,13 @@ def load(
     checkpoint = find_checkpoint(str(path), Path("runs"), "load")
     sharded = (checkpoint / SHARDED).is_file()
     saved = load_tensors(checkpoint / "meta.pt" if sharded else checkpoint, "load: ")
-    if not isinstance(saved, dict) or "_instantiator" not in saved.get("hyper_parameters", {}):
+    described = saved.get("hyper_parameters") if isinstance(saved, dict) else None
+    if not isinstance(described, dict) or "_instantiator" not in described:
         raise ValueError(
             f"load: {checkpoint} does not describe its model, as it was not trained by the command line: "
             "build a lit_mm.Model from its parts instead"
         )
-    lit = _module(saved["hyper_parameters"], checkpoint.parent.parent / TOKENIZER, scales)
+    lit = _module(described, checkpoint.parent.parent / TOKENIZER, scales)
     identity: dict[str, Any] = saved.get("identity", {})
     if lit.pooling != "exact" and lit.scales != identity.get("scales", lit.scales):
         said = f"with pooling {lit.pooling} expected those of training, {identity['scales']}, found {lit.scales}"
@@ -131,4 +132,9 @@ def _module(hyper_parameters: dict[str, Any], tokenizer: Path, scales: list[int]
         config["parts"]["llm"]["lora"] = None
     if tokenizer.is_dir():
         config["llm"] |= {"tokenizer": str(tokenizer), "chat_template": "own"}
-    return instantiate_module(LitMatryoshka, config)
+    try:
+        return instantiate_module(LitMatryoshka, config)
+    except FileNotFoundError as error:
+        if tokenizer.is_dir():
+            raise
+        raise FileNotFoundError(f"load: no folder {tokenizer}: copy the run's with the checkpoint. {error}") from None

@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_mm.model.hub import missing, reachable, split
 from lit_mm.model.packing import Packing
 
 Template = Literal["own", "vicuna_v1", "chatml", "plain", "bare"]
@@ -27,7 +28,8 @@ class LLM:
     """Which causal LM, with which tokenizer and chat template.
 
     Args:
-        name_or_path: Where the model comes from: a hub name (`lmsys/vicuna-7b-v1.5`), a local folder, a
+        name_or_path: Where the model comes from: a hub name (`lmsys/vicuna-7b-v1.5`, or with a commit, branch or
+            tag after an @), a local folder, a
             GGUF file, `package:NAME` for the GGUF file inside an installed Python package, or the
             name of a transformers config class (`LlamaConfig`) for a random model of `config_overrides`.
         config_overrides: Keywords of the config class of a random model; vocab_size follows from the
@@ -174,14 +176,14 @@ def _random_config(llm: LLM, tokenizer: PreTrainedTokenizerBase) -> transformers
 
 
 def from_source(kind: Any, source: str, **options: Any) -> Any:
-    """`kind.from_pretrained` for a hub name, folder, GGUF file or package.
+    """`kind.from_pretrained` for a hub name, folder, GGUF file or package. No code from the hub runs.
 
     Raises:
-        FileNotFoundError: It does not exist, for which transformers has several errors.
+        FileNotFoundError: It does not exist, for which transformers has several errors, or the hub is out of reach.
     """
     location = _location(source)
     try:
-        return kind.from_pretrained(**location, **options)
+        return kind.from_pretrained(**location, trust_remote_code=False, **options)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
@@ -191,14 +193,12 @@ def from_source(kind: Any, source: str, **options: Any) -> Any:
             what = "a tokenizer" if "Tokenizer" in kind.__name__ else "a model"
             said = f"expected a folder with {what}, found {found or 'nothing'}"
         else:
-            said = (
-                f"{str(error).splitlines()[0]}\n  With a network, `hf download {source}` fetches it into the cache "
-                "(HF_HOME), or with `--local-dir FOLDER` into a folder that the config can name instead"
-            )
+            named = location["pretrained_model_name_or_path"], str(error), location.get("revision")
+            raise FileNotFoundError(missing("llm", *named)) from error
         raise FileNotFoundError(f"llm: {source}: {said}") from error
 
 
-def _location(source: str) -> dict[str, str]:
+def _location(source: str) -> dict[str, Any]:
     """Keywords of `from_pretrained` for a hub name, folder, GGUF file or package."""
     if source.startswith("package:"):
         source = str(_gguf_of_package(source.removeprefix("package:")))
@@ -212,7 +212,12 @@ def _location(source: str) -> dict[str, str]:
         if not folder.is_dir():
             raise FileNotFoundError(f"llm: no folder {folder}")
         return {"pretrained_model_name_or_path": str(folder)}
-    return {"pretrained_model_name_or_path": source}
+    if Path(source).is_dir():
+        return {"pretrained_model_name_or_path": source}
+    name, revision = split(source)
+    pinned = {"revision": revision} if revision else {}
+    # without a network transformers would try for a minute
+    return {"pretrained_model_name_or_path": name, "local_files_only": not reachable(), **pinned}
 
 
 def _gguf_of_package(name: str) -> Path:

@@ -142,11 +142,16 @@ def find_checkpoint(asked: str, root: Path, option: str = "--ckpt_path") -> Path
         raise FileNotFoundError(f"{option}: no checkpoint {path} (expected a file, a run's folder, last or best)")
     if path.is_file() or (path / SHARDED).is_file():
         return path
-    return newest_checkpoint(path, "last")
+    return newest_checkpoint(path, "last", option)
 
 
-def newest_checkpoint(root: Path, asked: str = "last") -> Path:
+def newest_checkpoint(root: Path, asked: str = "last", option: str | None = None) -> Path:
     """The newest last.ckpt below a folder, or the best checkpoint of its run.
+
+    Args:
+        root: The folder.
+        asked: `last` or `best`.
+        option: What errors call the folder; None: `--ckpt_path` with what is asked.
 
     Raises:
         FileNotFoundError: There is none.
@@ -154,7 +159,9 @@ def newest_checkpoint(root: Path, asked: str = "last") -> Path:
     folders = ("", "checkpoints/", "*/checkpoints/", "*/*/checkpoints/")
     found = [file for folder in folders for file in root.glob(f"{folder}last.ckpt")]
     if not found:
-        raise FileNotFoundError(f"--ckpt_path {asked}: no checkpoints/last.ckpt below {root}: run fit first")
+        raise FileNotFoundError(
+            f"{option or f'--ckpt_path {asked}'}: no checkpoints/last.ckpt below {root}: run fit first"
+        )
     newest = max(found, key=lambda file: file.stat().st_mtime)
     return newest if asked == "last" else best_beside(newest)
 

@@ -1,0 +1,71 @@
+"""Names on the Hugging Face hub -> folders on this machine, without long waits where there is no network."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils import get_session
+
+SECONDS = 5.0
+"""How long the hub may take to answer before it counts as out of reach."""
+NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def split(source: str) -> tuple[str, str | None]:
+    """`owner/name@revision` -> name and revision; no revision is None. A path that exists is never split."""
+    name, _, revision = source.rpartition("@")
+    return (name, revision) if name and not Path(source).expanduser().exists() else (source, None)
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether a source can only mean `owner/name` on the hub: `runs/mine` is a path where there is a folder `runs`."""
+    name = split(source)[0]
+    return bool(NAME.fullmatch(name)) and not name.startswith(".") and not Path(name).parent.is_dir()
+
+
+@cache
+def reachable() -> bool:
+    """Whether the hub answers within a few seconds; False if HF_HUB_OFFLINE is set."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=SECONDS)
+    except Exception:  # the client has a dozen errors for no network, a proxy that refuses, and no answer
+        return False
+    return True
+
+
+def folder_of(source: str, patterns: list[str], option: str, revision: str | None = None) -> Path:
+    """The folder of a hub name: what the cache has, or what is downloaded into it.
+
+    Args:
+        source: `owner/name`, or `owner/name@revision`.
+        patterns: Names of the files that are needed, such as `*.safetensors`.
+        option: What errors call the source.
+        revision: Commit, branch or tag; None: that of the name, or the newest.
+
+    Raises:
+        FileNotFoundError: The hub has no such repository, or is out of reach and the cache lacks it.
+    """
+    name, own = split(source)
+    try:
+        return Path(
+            snapshot_download(name, revision=revision or own, allow_patterns=patterns, local_files_only=not reachable())
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+        raise FileNotFoundError(missing(option, name, str(error), revision or own)) from None
+
+
+def missing(option: str, name: str, error: str, revision: str | None = None) -> str:
+    """What to do about a hub name that is not at hand."""
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} is out of reach"
+    said = error.splitlines()[0] if reachable() else f"no folder of this name, the cache lacks it, and {why}"
+    pinned = f" --revision {revision}" if revision else ""
+    return (
+        f"{option}: {name}: {said}\n  With a network, `hf download {name}{pinned}` fetches it into the cache "
+        "(HF_HOME), or with `--local-dir FOLDER` into a folder that can be named instead"
+    )
