@@ -134,6 +134,9 @@ def test_printed_config_round_trips_and_overlays_win(run, experiment, tmp_path):
         (["--model.llm.tokenizer", "tests"], "llm: tests"),
         (["--model.llm.tokenizer", "./tests"], "expected a folder with a tokenizer, found ["),
         (["--model.parts.llm.lora", "{r: 0}"], "parts.llm.lora.r: expected a positive number, found 0"),
+        (["--model.consistency.weight", "-1"], "consistency.weight: expected a number of at least 0, found -1"),
+        (["--model.consistency.teacher", "coarsest"], "model.consistency"),
+        (["--model.consistency.weight", "1", "--model.scales", "[1]"], "model.consistency needs at least two scales"),
         (["--model.encoder.overrides", "{dims: [8, 8]}"], "encoder.backbone convnext_atto with"),
         (["--model.init_from", "README.md"], "README.md is not a checkpoint"),
         (["--trainer.strategy", "fsdpx"], "LIT_MM_TRACEBACK=1"),
@@ -183,6 +186,18 @@ def test_a_wrong_key_names_its_file_and_the_nearest_right_one(run, experiment, t
     failed, _, error = run("fit", *experiment, "--config", str(tmp_path / "overlay.yaml"))
     assert failed
     assert f"it is in {tmp_path / 'overlay.yaml'}\n  did you mean {meant}?" in error
+
+
+def test_consistency_is_off_until_one_of_its_fields_is_given(run, experiment, tmp_path):
+    def made(*arguments):
+        return yaml.safe_load(run("fit", *experiment, *arguments, "--print_config")[1])["model"]["consistency"]
+
+    assert made() is None
+    defaults = {"weight": 1.0, "teacher": "finest", "temperature": 1.0, "start": 0}
+    assert made("--model.consistency.weight", "0.5") == defaults | {"weight": 0.5}
+    (tmp_path / "overlay.yaml").write_text("model: {consistency: {teacher: next_finer, start: 7}}")
+    own = made("--config", str(tmp_path / "overlay.yaml"), "--model.consistency.temperature", "2")
+    assert own == defaults | {"teacher": "next_finer", "start": 7, "temperature": 2.0}
 
 
 def test_wrong_key_in_the_yaml_is_named(run, experiment, tmp_path):

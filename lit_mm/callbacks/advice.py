@@ -44,13 +44,15 @@ def advice(trainer: Trainer, lit: Any) -> str:
     """A line for each memory-saving setting that is not used yet."""
     sharded = lit.vlm.sharded if hasattr(lit, "vlm") else False
     missing = [part for part in ("encoder", "llm") if part not in lit.activation_checkpointing]
+    fewest = 2 if lit.consistency else 1
     knobs = {
         f"model.activation_checkpointing: [encoder, llm] ({' and '.join(missing)} not yet)": bool(missing),
         "trainer.precision: bf16-mixed": str(trainer.precision).startswith("32"),
         "data.tokens_per_batch, data.pixels_per_batch or data.batch_size: smaller, with "
         "trainer.accumulate_grad_batches larger by the same factor": True,
         "model.packing: sequential, one scale at a time": lit.packing != "sequential" and not sharded,
-        "model.scales_per_step: 1, drawn in every step": lit.scales_per_step == "all" and len(lit.all_scales) > 1,
+        f"model.scales_per_step: {fewest}, drawn in every step": lit.scales_per_step == "all"
+        and len(lit.all_scales) > fewest,
         "trainer.strategy: fsdp, on more devices": not sharded,
         "model.parts.llm.lora.r: 128, adapters instead of the LLM": not (lit.parts.llm.lora or lit.parts.llm.frozen),
     }

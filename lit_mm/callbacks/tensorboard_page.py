@@ -66,6 +66,7 @@ def settings(trainer: Trainer, lit: Any) -> dict[str, str | float]:
         "Batch": ", ".join(f"{limit} {name}" for name, limit in limits.items() if limit),
         "time scales": ", ".join(map(str, lit.time_scales)),
         "scales per step": str(lit.scales_per_step),
+        **({f"consistency {name}": value for name, value in vars(lit.consistency).items()} if lit.consistency else {}),
         "sampling": lit.sampling,
         **{f"lr {part}": rate for part, rate in rates.items()},
         "optimizer": type(trainer.optimizers[0]).__name__,

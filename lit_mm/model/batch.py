@@ -100,6 +100,7 @@ class PackedSequence:
         labels: [S] token ids.
         label_scales: [S, scales] bool: the scales whose loss a label counts in.
         label_sample: [S] the sample that each label comes from.
+        label_place: [S] each label's place in the batch's samples laid end to end; equal at all scales.
         layout: Which positions attend to which.
         counts: Numbers of positions and of attention pairs.
     """
@@ -112,6 +113,7 @@ class PackedSequence:
     labels: Tensor
     label_scales: Tensor
     label_sample: Tensor
+    label_place: Tensor
     layout: Layout
     counts: Counts
 

@@ -65,12 +65,13 @@ def pack(
 
 @dataclass
 class _Sample:
-    """One sample as arrays: ids, labels and time scales [T], the images that its IMAGE ids mean, the length of its
-    prefix, and the scales that get a branch."""
+    """One sample as arrays: ids, labels, places in the batch's samples laid end to end and time scales [T], the images
+    that its IMAGE ids mean, the length of its prefix, and the scales that get a branch."""
 
     number: int
     ids: np.ndarray
     labels: np.ndarray
+    places: np.ndarray
     time_scale: np.ndarray | None
     images: np.ndarray
     prefix: int
@@ -78,17 +79,18 @@ class _Sample:
 
 
 def _samples(batch: Batch, drawn: Sequence[int], image_scales: int) -> Iterator[_Sample]:
-    images, done = batch.image_index.numpy(), 0
+    images, done, start = batch.image_index.numpy(), 0, 0
     for number, (input_ids, labels) in enumerate(zip(batch.input_ids, batch.labels, strict=True)):
         ids, stays = input_ids.numpy(), batch.time_scale[number].numpy() if batch.time_scale else None
-        places = np.flatnonzero(ids == IMAGE)
-        own, done = images[done : done + len(places)], done + len(places)
+        shown = np.flatnonzero(ids == IMAGE)
+        own, done = images[done : done + len(shown)], done + len(shown)
         is_video = stays is not None and (stays < stays.max()).any()
         # without video, scales that differ in time alone are equal: one branch per number of tokens is enough
         first = {scale % image_scales: scale for scale in reversed(drawn)}
-        branches = (list(drawn) if is_video else sorted(first.values())) if len(places) else []
-        prefix = int(places[0]) if len(places) else len(ids)
-        yield _Sample(number, ids, labels.numpy(), stays if is_video else None, own, prefix, branches)
+        branches = (list(drawn) if is_video else sorted(first.values())) if len(shown) else []
+        prefix, places = int(shown[0]) if len(shown) else len(ids), np.arange(start, start + len(ids))
+        start += len(ids)
+        yield _Sample(number, ids, labels.numpy(), places, stays if is_video else None, own, prefix, branches)
 
 
 class _Piece(NamedTuple):
@@ -98,6 +100,7 @@ class _Piece(NamedTuple):
         segment: Its place in the packed sequence.
         ids: [n], IMAGE at every visual position.
         labels: [n].
+        places: [n] places in the batch's samples laid end to end.
         sample: Its sample's number.
         label_scales: [scales] bool: the scales whose loss its labels count in.
         rows: Its images, as rows of `MatryoshkaVLM.encode`'s output.
@@ -107,6 +110,7 @@ class _Piece(NamedTuple):
     segment: Segment
     ids: np.ndarray
     labels: np.ndarray
+    places: np.ndarray
     sample: int
     label_scales: np.ndarray
     rows: np.ndarray
@@ -123,17 +127,19 @@ def _pieces(
         start, prefix = end, sample.prefix
         if prefix:
             labels = sample.labels[:prefix] if prefix_labels else np.full(prefix, IGNORE_INDEX)
-            yield _Piece(Segment(end, 0, end, prefix), sample.ids[:prefix], labels, sample.number, number >= 0, none, 0)
+            segment, ids, places = Segment(end, 0, end, prefix), sample.ids[:prefix], sample.places[:prefix]
+            yield _Piece(segment, ids, labels, places, sample.number, number >= 0, none, 0)
             end += prefix
         for scale in (own for own in sample.branches if own in drawn):
             time, image_scale = divmod(scale, len(scales))
             stays = np.full(len(sample.ids), True) if sample.time_scale is None else sample.time_scale >= time
             rows = tables[time][sample.images[stays[sample.ids == IMAGE]]]
-            ids, labels = sample.ids[prefix:][stays[prefix:]], sample.labels[prefix:][stays[prefix:]]
+            ids, labels, places = (x[prefix:][stays[prefix:]] for x in (sample.ids, sample.labels, sample.places))
             tokens = np.where(ids == IMAGE, scales[image_scale], 1)
             same = number % len(scales) == image_scale if sample.time_scale is None else number == scale
             segment = Segment(start, prefix, end, int(tokens.sum()))
-            yield _Piece(segment, ids.repeat(tokens), labels.repeat(tokens), sample.number, same, rows, image_scale)
+            ids, labels, places = (x.repeat(tokens) for x in (ids, labels, places))
+            yield _Piece(segment, ids, labels, places, sample.number, same, rows, image_scale)
             end += segment.length
 
 
@@ -160,6 +166,7 @@ def _sequence(
         columns["label_index"].append(start + labeled)
         columns["labels"].append(labels[labeled])
         columns["label_sample"].append(np.full(len(labeled), piece.sample))
+        columns["label_place"].append(piece.places[1:][labeled])
         belongs.append(np.tile(piece.label_scales, (len(labeled), 1)))
         segments.append(piece.segment)
         counts.shown[piece.scale] += len(piece.rows)
@@ -171,7 +178,10 @@ def _sequence(
     return PackedSequence(**tensors, label_scales=label_scales, layout=layout_of(segments, attention), counts=counts)
 
 
-COLUMNS = ("input_ids", "position_ids", "visual_index", "visual_source", "label_index", "labels", "label_sample")
+COLUMNS = (
+    *("input_ids", "position_ids", "visual_index", "visual_source"),
+    *("label_index", "labels", "label_sample", "label_place"),
+)
 
 
 def pixels_of(images: Images) -> np.ndarray:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from lit_mm.model.attention import FlexLayout
 from lit_mm.model.batch import Batch, FrameSets, Images, PackedSequence
 from lit_mm.model.encoder import Encoder
-from lit_mm.model.loss import weighted_loss
+from lit_mm.model.loss import Consistency, teaching_of, weighted_loss
 from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.reference import padded_sums
 from lit_mm.model.scales import Scale, all_scales, check_time_scales
@@ -29,12 +29,15 @@ class Losses:
 
     Args:
         loss: Scalar with a gradient: the scales' losses by their weights.
-        per_scale: [scales] mean over the batch's own labels, without a gradient; 0 for scales that take
-            no part.
+        per_scale: [scales] mean cross-entropy over the batch's own labels, without a gradient; 0 for scales
+            that take no part.
+        consistency: [scales] likewise what consistency with a finer scale adds to these; None if it is not
+            part of the loss.
     """
 
     loss: Tensor
     per_scale: Tensor
+    consistency: Tensor | None = None
 
 
 class MatryoshkaVLM(nn.Module):
@@ -74,6 +77,7 @@ class MatryoshkaVLM(nn.Module):
         count: Tensor | int | None = None,
         encodings: int = 0,
         nested: Tensor | None = None,
+        consistency: Consistency | None = None,
     ) -> Losses:
         """Next-token losses of the batch at its scales (M3, equation 1 is their mean).
 
@@ -87,19 +91,21 @@ class MatryoshkaVLM(nn.Module):
                 parameters or gradients must all run them equally often: ranks with fewer image sizes
                 run dummy images whose loss is zero.
             nested: Output of `encode` for these images, to skip the encoder.
+            consistency: Adds the divergence from finer scales, whatever its `start`; None: cross-entropy only.
         """
         nested, own = self._encode(batch.images) if nested is None else nested, max(1, batch.num_labels)
         dummies = [self._dummy() for _ in range(encodings - len(batch.images.groups))]
         zero = torch.stack(dummies).sum() if dummies else None
+        consistency = consistency if sum(map(bool, batch.scale_weights)) > 1 else None
         if batch.packed:
-            total, sums = self._packed_sums(batch, nested, zero)
+            total, sums, terms = self._packed_sums(batch, nested, zero, consistency)
         else:
-            total, sums = padded_sums(self.llm, batch, nested, self.projector.scales, zero)
-        return Losses(total / (own if count is None else count), sums / own)
+            total, sums, terms = padded_sums(self.llm, batch, nested, self.projector.scales, zero, consistency)
+        return Losses(total / (own if count is None else count), sums / own, terms / own if consistency else None)
 
-    def reference(self, batch: Batch) -> Losses:
+    def reference(self, batch: Batch, consistency: Consistency | None = None) -> Losses:
         """Same result as `forward`, computed the obvious way: the LLM runs once per scale, on padded samples."""
-        return self(replace(batch, packed=[]))
+        return self(replace(batch, packed=[]), consistency=consistency)
 
     def encode(self, images: Images, encodings: int = 0) -> Tensor:
         """N images -> their nested tokens [N, sum of scales, D], finest scale first.
@@ -136,15 +142,23 @@ class MatryoshkaVLM(nn.Module):
         grid = self.encoder(self.encoder.normalize(pixels.to(next(self.encoder.parameters()).device)))
         return self.projector(grid, [1])[:, :0].sum()  # the sum of an empty slice: zero even if the grid has infinities
 
-    def _packed_sums(self, batch: Batch, nested: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Sum of all losses by their scales' weights, and each scale's sum [scales] without a gradient."""
+    def _packed_sums(
+        self, batch: Batch, nested: Tensor, zero: Tensor | None, consistency: Consistency | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum of all losses by their scales' weights; without a gradient each scale's sum of cross-entropies, and of
+        terms for consistency [scales]."""
         hidden = torch.cat([self._hidden(packed, nested, zero, len(batch.packed) > 1) for packed in batch.packed])
         labels = torch.cat([packed.labels for packed in batch.packed])
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        of_scales = torch.cat([packed.label_scales for packed in batch.packed]).to(dtype)  # [S, scales]
-        weights = (of_scales * torch.tensor(batch.scale_weights, dtype=dtype).to(hidden.device)).sum(1)  # [S]
-        total, losses = weighted_loss(self.llm, hidden, labels, weights)
-        return total, (losses[:, None] * of_scales).sum(0)
+        label_scales, teaching = torch.cat([packed.label_scales for packed in batch.packed]), None  # [S, scales]
+        if consistency:
+            places, scales = torch.cat([packed.label_place for packed in batch.packed]), label_scales.int().argmax(1)
+            sizes = label_scales.shape[1], len(self.projector.scales)
+            order, teaching = teaching_of(consistency, places, scales, *sizes)
+            hidden, labels, label_scales = (x.index_select(0, order) for x in (hidden, labels, label_scales))
+        of_scales = label_scales.to(torch.promote_types(hidden.dtype, torch.float32))
+        weights = (of_scales * of_scales.new_tensor(batch.scale_weights)).sum(1)  # [S]
+        total, losses, terms = weighted_loss(self.llm, hidden, labels, weights, teaching)
+        return total, (losses[:, None] * of_scales).sum(0), (terms[:, None] * of_scales).sum(0)
 
     def _hidden(self, packed: PackedSequence, nested: Tensor, zero: Tensor | None, recompute: bool) -> Tensor:
         """Last hidden states [S, D] at the positions that predict labels. `recompute` runs the LLM again in

@@ -25,6 +25,7 @@ from lit_mm.data.collate import Sample, Visual, collate
 from lit_mm.model.attention import NAME, Attention, BranchLayout, Layout
 from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch
 from lit_mm.model.llm import packing_of
+from lit_mm.model.loss import Consistency
 from lit_mm.model.packing import Packing, pack
 from lit_mm.model.scales import coarsest_time_scale
 from lit_mm.model.vlm import MatryoshkaVLM
@@ -92,7 +93,8 @@ def plan_of(experiment: Experiment, gpus: int, samples: int, precision: str, str
     def optimizer(copy: MatryoshkaVLM) -> Any:
         return model.optimizer(with_parameters(parameter_groups(copy, model.parts), copy))
 
-    return plan(vlm, batch, optimizer, precision, gpus, fsdp_units(vlm) if gpus > 1 and strategy != "ddp" else None)
+    units = fsdp_units(vlm) if gpus > 1 and strategy != "ddp" else None
+    return plan(vlm, batch, optimizer, precision, gpus, units, consistency=model.consistency)
 
 
 def memory_table(
@@ -120,6 +122,7 @@ def plan(
     units: Sequence[nn.Module] | None = None,
     device: str = "cuda",
     accumulate: bool = False,
+    consistency: Consistency | None = None,
 ) -> MemoryPlan:
     """Run one training step on tensors without data.
 
@@ -134,6 +137,7 @@ def plan(
             holds a full copy (DDP).
         device: Device type, cuda or cpu.
         accumulate: Whether gradients are accumulated over several batches.
+        consistency: As `model.consistency`.
 
     Raises:
         ValueError: The precision is not one of these.
@@ -145,7 +149,7 @@ def plan(
     if units is None and gpus > 1:  # DDP's buckets
         ledger.change("communication", nbytes(p for p in step.shares.parameters() if p.requires_grad))
     with as_on(device), ledger:
-        step.run(batch, step.stepped(optimizer, device), accumulate)
+        step.run(batch, step.stepped(optimizer, device), accumulate, consistency)
     sizes: dict[str, Any] = {kind: ledger.most[kind] for kind in KINDS}
     return MemoryPlan(**sizes, moment=ledger.moment, gpus=gpus, sharded=units is not None)
 
@@ -230,12 +234,12 @@ class Step:
             optimizer.step()
         return optimizer
 
-    def run(self, batch: Batch, optimizer: Optimizer, accumulate: bool) -> None:
+    def run(self, batch: Batch, optimizer: Optimizer, accumulate: bool, consistency: Consistency | None) -> None:
         """A step after the first. Lightning clears gradients between forward and backward, so the previous
         step's gradients are still there in the forward pass."""
         self.ledger.most, self.ledger.phase = Counter(), "forward"
         with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed):
-            total = self.whole(self._fake(batch)).loss
+            total = self.whole(self._fake(batch), consistency=consistency).loss
         if not accumulate:
             optimizer.zero_grad()
         self.ledger.phase = "backward"

@@ -29,6 +29,7 @@ from lit_mm.model.attention import NAME, Attention
 from lit_mm.model.batch import Batch
 from lit_mm.model.encoder import Encoder
 from lit_mm.model.llm import LLM, load_config, load_llm, packing_of, positions_of
+from lit_mm.model.loss import Consistency
 from lit_mm.model.packing import Packing
 from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.scales import Pooling, Sampling, Scale, all_scales, check_scales, check_time_scales
@@ -61,6 +62,7 @@ class LitMatryoshka(LightningModule):
         attention: Attention = "branch",
         scales_per_step: int | Literal["all"] = "all",
         keep_finest: bool = False,
+        consistency: Consistency | None = None,
         parts: Parts = Parts(),  # noqa: B008 (read only)
         init_from: str | InitFrom | None = None,
         activation_checkpointing: list[Literal["encoder", "llm"]] = [],  # noqa: B006 (read only)
@@ -93,6 +95,7 @@ class LitMatryoshka(LightningModule):
             scales_per_step: How many scales (with time scales: combinations) are drawn at random for each
                 training step, weighted so that the expected loss is the mean over all. all: every one, as in M3.
             keep_finest: Whether the finest scale takes part in every step when scales are drawn.
+            consistency: Coarser scales also learn to answer as a finer one does; null: they do not.
             parts: Which parts train, from which stage on, and their learning rates.
             init_from: Weights to start from: an earlier run, or one source per part. This is not a resume;
                 --ckpt_path restores everything and overrides this.
@@ -114,6 +117,7 @@ class LitMatryoshka(LightningModule):
         self.scales, self.sampling, self.pooling = check_scales(scales), sampling, pooling
         self.time_scales = check_time_scales(time_scales) if time_scales else []
         self.attention, self.scales_per_step, self.keep_finest = attention, scales_per_step, keep_finest
+        self.consistency = consistency
         self.parts, self.build_optimizer, self.build_scheduler = parts, optimizer, scheduler
         self.init_from = InitFrom(init_from) if isinstance(init_from, str) else init_from or InitFrom()
         self.activation_checkpointing = activation_checkpointing
@@ -123,6 +127,9 @@ class LitMatryoshka(LightningModule):
         self.packing, self.positions = packing_of(config, packing), positions_of(config)
         self.end_id = Conversation(self.tokenizer).end_id
         self.metrics: dict[str, list[AnswerMetric]] = {}
+        if consistency and (len(self.all_scales) < 2 or scales_per_step == 1):
+            found = f"scales {', '.join(map(str, self.all_scales))}, scales_per_step {scales_per_step}"
+            raise ValueError(f"model.consistency needs at least two scales in a step, found {found}")
         if llm.quantize and not (parts.llm.frozen or parts.llm.lora):
             raise ValueError(f"llm.quantize {llm.quantize}: these weights cannot train: set parts.llm.frozen or .lora")
         self.place, self._asked, self._trained_at = Place(), list[Scale](), list[Scale]()
@@ -269,7 +276,9 @@ class LitMatryoshka(LightningModule):
         if batch_idx % window == 0 or self.divisor is None:  # or resumed within an accumulation
             self.divisor, self.num_labels = num_labels.clamp(min=1) * window, torch.zeros_like(num_labels)
         self.num_labels += num_labels
-        losses = self.vlm(batch, self.divisor / (window * self.trainer.world_size), encodings)
+        consistency = self.consistency if self.place.steps >= getattr(self.consistency, "start", 0) else None
+        count = self.divisor / (window * self.trainer.world_size)
+        losses = self.vlm(batch, count, encodings, consistency=consistency)
         self.recent = [
             *(self.recent if batch_idx % window else []),
             (getattr(batch, "where", []), losses.loss.detach()),
@@ -371,6 +380,8 @@ class LitMatryoshka(LightningModule):
     def metric_names(self) -> list[str]:
         """The metrics that a fit logs and callbacks can monitor; `val/…` only with validation data."""
         names = ["epoch", "step", "train/loss", *(f"train/loss@{scale}" for scale in self.all_scales)]
+        if self.consistency:
+            names += ["train/consistency", *(f"train/consistency@{scale}" for scale in self.all_scales[1:])]
         names.append("train/gradient_norm")
         if sum(self.trainer.num_val_batches):
             names += ["val/loss", *(f"val/loss@{scale}" for scale in self.all_scales)]
@@ -497,17 +508,20 @@ class LitMatryoshka(LightningModule):
         return found
 
     def _log_losses(self, split: Literal["train", "val"], losses: Losses, batch: Batch) -> None:
-        """Log the mean losses of this rank's batch: `train/loss`, and `train/loss@16`, … of the drawn scales.
+        """Log the mean losses of this rank's batch: `train/loss`, and `train/loss@16`, … of the drawn scales. With
+        consistency also what it adds to these, `train/consistency` and `train/consistency@4`, ….
 
         Epoch means are weighted by the number of labels, times the ranks because Lightning divides it in integers.
         """
-        found = zip(self.all_scales, losses.per_scale, batch.scale_weights, strict=True)
-        per_scale = {scale: loss for scale, loss, weight in found if weight}
-        values = {f"{split}/loss@{scale}": loss for scale, loss in per_scale.items()}
+        drawn = [number for number, weight in enumerate(batch.scale_weights) if weight]
+        values = {f"{split}/loss@{self.all_scales[number]}": losses.per_scale[number] for number in drawn}
         training, count = split == "train", batch.num_labels * self.trainer.world_size
-        mean = torch.stack(list(per_scale.values())).mean()
-        self.log(f"{split}/loss", mean, batch_size=count, sync_dist=not training)
+        self.log(f"{split}/loss", losses.per_scale[drawn].mean(), batch_size=count, sync_dist=not training)
         self.log_dict(values, prog_bar=training, batch_size=count, sync_dist=not training)
+        if losses.consistency is not None:
+            terms = losses.consistency
+            self.log("train/consistency", terms[drawn].mean(), batch_size=count)
+            self.log_dict({f"train/consistency@{self.all_scales[n]}": terms[n] for n in drawn[1:]}, batch_size=count)
 
     def configure_optimizers(self) -> Any:
         """The configured optimizer with the parameter groups of the parts, and the schedule, updated every step."""

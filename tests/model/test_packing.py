@@ -269,7 +269,7 @@ def test_chunks_of_logits_give_plain_autograds_gradients(source, sizes, tied, mo
     torch.manual_seed(0)
     hidden = torch.randn(10, 32, dtype=torch.float64, requires_grad=True)
     labels, weights = torch.randint(348, (10,)), torch.rand(10, dtype=torch.float64)
-    total, losses = loss.weighted_loss(llm, hidden, labels, weights)
+    total, losses, _ = loss.weighted_loss(llm, hidden, labels, weights)
     head, wanted = llm.get_output_embeddings(), [hidden, llm.get_output_embeddings().weight]
     logits = loss.logit_factor(llm.config) * head(hidden)
     plain = torch.nn.functional.cross_entropy(logits, labels, reduction="none")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from lit_mm.model.loss import Consistency
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.parts import LLMPart, Part, Parts
 from tests.helpers.batches import SCALES
@@ -13,9 +14,9 @@ from tests.helpers.models import tiny_encoder, tiny_llm
 from tests.helpers.sharded import QUIET, packed_of, unchanged
 
 
-def weights_after_a_step(batches) -> dict[str, torch.Tensor]:
+def weights_after_a_step(batches, consistency=None) -> dict[str, torch.Tensor]:
     lightning.seed_everything(5, verbose=False)
-    options = {"optimizer": torch.optim.SGD, "scheduler": unchanged, "init_gain": 1.0}
+    options = {"optimizer": torch.optim.SGD, "scheduler": unchanged, "init_gain": 1.0, "consistency": consistency}
     parts = Parts(Part(0.1), Part(0.1), LLMPart(0.1))
     lit = LitMatryoshka(tiny_encoder, tiny_llm(), SCALES, parts=parts, **options)
     data = DataLoader([packed_of(numbers, "packed") for numbers in batches], batch_size=None)
@@ -25,7 +26,8 @@ def weights_after_a_step(batches) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("parts", [[[0], [1, 2, 3], [4, 5]], [[0], [1, 2, 3, 4, 5]]], ids=["unequal", "a short last"])
-def test_accumulated_parts_give_the_gradient_of_one_batch(parts):
-    whole, found = weights_after_a_step([[0, 1, 2, 3, 4, 5]]), weights_after_a_step(parts)
+@pytest.mark.parametrize("consistency", [None, Consistency(3.0)], ids=["", "consistency"])
+def test_accumulated_parts_give_the_gradient_of_one_batch(parts, consistency):
+    whole, found = (weights_after_a_step(each, consistency) for each in ([[0, 1, 2, 3, 4, 5]], parts))
     for name, tensor in whole.items():
         assert torch.allclose(found[name], tensor, rtol=1e-4, atol=1e-6), name

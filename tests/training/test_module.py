@@ -10,10 +10,12 @@ from transformers import GenerationConfig, TrainingArguments, get_cosine_schedul
 
 from lit_mm.data.datamodules import ImageDataModule
 from lit_mm.data.images import ImageOptions
+from lit_mm.model.loss import Consistency
+from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.parts import LLMPart, Part, Parts, parameter_groups
 from lit_mm.training.schedule import WarmupCosine
-from tests.helpers.models import tiny_vlm
-from tests.helpers.runs import fit, losses, module
+from tests.helpers.models import tiny_encoder, tiny_llm, tiny_vlm
+from tests.helpers.runs import fit, logged, losses, module
 
 
 def test_what_a_module_came_from_does_not_count_as_steps_of_its_fit(instruction_set, tmp_path):
@@ -112,6 +114,33 @@ def test_the_loss_is_the_mean_over_scales(instruction_set, tmp_path):
     fit(instruction_set, tmp_path)
     for row in losses(tmp_path):
         assert row["train/loss"] == pytest.approx(sum(row[f"train/loss@{scale}"] for scale in (16, 4, 1)) / 3)
+
+
+def test_consistency_is_logged_beside_the_loss_from_its_start_on(instruction_set, tmp_path):
+    """Together they are the loss of the step."""
+    totals = []
+    watch = LambdaCallback(on_train_batch_end=lambda trainer, lit, outputs, *_: totals.append(float(outputs["loss"])))
+    options = {"lit": module(consistency=Consistency(3.0, start=2)), "callbacks": [watch], "limit_val_batches": 0}
+    lit, _ = fit(instruction_set, tmp_path, **options)
+    rows = logged(tmp_path, "train/loss")
+    assert {name for row in rows for name in row if "consistency" in name} == {
+        name for name in lit.metric_names() if "consistency" in name
+    }
+    assert ["train/consistency" in row for row in rows] == [False, False, True, True]
+    for row, total in zip(rows, totals, strict=True):
+        assert total == pytest.approx(row["train/loss"] + row.get("train/consistency", 0), rel=1e-5)
+    for row in rows[2:]:
+        assert (
+            0
+            < row["train/consistency"]
+            == pytest.approx(sum(row[f"train/consistency@{scale}"] for scale in (4, 1)) / 3)
+        )
+
+
+@pytest.mark.parametrize("options", [{"scales": [16]}, {"scales_per_step": 1}])
+def test_consistency_without_a_second_scale_is_refused(options):
+    with pytest.raises(ValueError, match=r"model.consistency needs at least two scales in a step, found scales 16"):
+        LitMatryoshka(tiny_encoder, tiny_llm(), **{"scales": [16, 4, 1], "consistency": Consistency(), **options})
 
 
 def test_validation_loss_is_the_mean_over_targets_not_over_batches(instruction_set, tmp_path):

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 
 from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.model.llm import LLM, load_llm
+from lit_mm.model.loss import Consistency
 from lit_mm.training.checkpoints import open_weights
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.optim import MuonAdamW
@@ -37,12 +38,13 @@ CASES = {
     "recomputed": (EVERYTHING, RECOMPUTED, {}),
     "recomputed stage 1": (STAGE_1, RECOMPUTED, {}),
     "padded": (EVERYTHING, {"packing": "padded"}, {}),
+    "consistency": (EVERYTHING, {"consistency": Consistency(3.0, "next_finer", 2.0)}, {}),
     "accumulated": (EVERYTHING, {}, {"accumulate_grad_batches": 2, "max_steps": 2, **CLIPPED}),
     "bf16": (EVERYTHING, {}, {"precision": "bf16-mixed"}),
     "adapters on bf16": (ADAPTERS, {"llm": tiny_llm(dtype="bfloat16")}, {"precision": "bf16-mixed"}),
 }
 ON_CPU = {"accelerator": "cpu", "devices": 2, "logger": False}
-DDP = ["all", "stage 1", "lora", "recomputed", "accumulated"]
+DDP = ["all", "stage 1", "lora", "recomputed", "accumulated", "consistency"]
 EXACT = [("fsdp", case) for case in CASES if "bf16" not in case]
 EXACT += [("ddp", case) for case in DDP]
 
