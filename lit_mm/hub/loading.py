@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.video import VideoOptions
 from lit_mm.evaluation.calibration import CHOOSER
+from lit_mm.hub.folders import open_folder
 from lit_mm.inference.answering import Model
 from lit_mm.inference.choosers import Confidence, read_chooser
+from lit_mm.model.scales import Scale
 from lit_mm.renamed import with_new_names
-from lit_mm.training.checkpoints import InitFrom, start_from
+from lit_mm.training.checkpoints import InitFrom, is_export, start_from
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.resume import scales_in
 from lit_mm.training.saving import SHARDED, find_checkpoint, load_tensors
@@ -38,7 +42,7 @@ def load(
     of its run, if it was calibrated.
 
     Args:
-        path: A run's folder, a folder of runs (its newest), or a checkpoint, sharded or not.
+        path: A run's folder, a folder of runs (its newest), a checkpoint, sharded or not, or what `export` wrote.
         device: Where it computes; None: a GPU if there is one.
         dtype: Type of its weights; None: as configured.
         image: How images are brought to size; None: as in training.
@@ -58,9 +62,14 @@ def load(
             the scales (adaptive pooling) and there are others; or no such device.
     """
     target = _device(device)
+    if is_export(folder := Path(path).expanduser()):
+        model = open_folder(folder, image, video, scales)
+        model.vlm.to(target, dtype)
+        if not scales or mean_tokens:
+            model.chooser = _chooser(*run_of(path), model.scales, mean_tokens)
+        return model
     checkpoint = find_checkpoint(str(path), Path("runs"), "load")
-    sharded = (checkpoint / SHARDED).is_file()
-    saved = load_tensors(checkpoint / "meta.pt" if sharded else checkpoint, "load: ")
+    saved = _contents(checkpoint)
     described = saved.get("hyper_parameters") if isinstance(saved, dict) else None
     if not isinstance(described, dict) or "_instantiator" not in described:
         raise ValueError(
@@ -85,7 +94,7 @@ def load(
         given.get("image_first", False),
         lit.max_new_tokens,
         lit.decoding,
-        _chooser(checkpoint, lit, saved.get("global_step"), mean_tokens) if not scales or mean_tokens else None,
+        _chooser(*run_of(checkpoint), lit.all_scales, mean_tokens) if not scales or mean_tokens else None,
         scales_in(identity) if identity else None,
     )
 
@@ -102,14 +111,29 @@ def _device(name: str | torch.device | None) -> torch.device:
         raise ValueError(f"load: device {name}: {str(error).splitlines()[0]}") from None
 
 
-def _chooser(checkpoint: Path, lit: LitMatryoshka, step: int | None, mean_tokens: float | None) -> Confidence | None:
-    """The chooser of a checkpoint's run; a warning says if it was calibrated on other weights."""
-    file = checkpoint.parent.parent / CHOOSER
+def run_of(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
+    """The folder that lies around a checkpoint, with its chooser and what was measured, and the step of its weights.
+    Around what `export` wrote, it is that folder."""
+    if is_export(folder := Path(path).expanduser()):
+        return folder, json.loads((folder / "config.json").read_text(encoding="utf-8"))["lit_mm"]["step"]
+    checkpoint = find_checkpoint(str(path), Path("runs"), "load")
+    return checkpoint.parent.parent, _contents(checkpoint).get("global_step")
+
+
+def _contents(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds, of a sharded one without its tensors."""
+    sharded = (checkpoint / SHARDED).is_file()
+    return load_tensors(checkpoint / "meta.pt" if sharded else checkpoint, "load: ")
+
+
+def _chooser(run: Path, step: int | None, scales: Sequence[Scale], mean_tokens: float | None) -> Confidence | None:
+    """The chooser of a run; a warning says if it was calibrated on other weights than those of this step."""
+    file = run / CHOOSER
     if not file.is_file():
         if mean_tokens is not None:
             raise FileNotFoundError(f"mean_tokens {mean_tokens:g}: no {file}, `python -m lit_mm calibrate` writes it")
         return None
-    chooser, at = read_chooser(file, lit.all_scales, mean_tokens)
+    chooser, at = read_chooser(file, scales, mean_tokens)
     if at != step:
         rank_zero_warn(
             f"{file} was calibrated at step {at}, the weights are of step {step}: validate and calibrate again"

@@ -19,8 +19,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lit_mm.data.chat import Conversation
 from lit_mm.data.collate import Sample, Visual, collate
-from lit_mm.data.images import TURNS, UNKNOWN_RANGE, ImageOptions, orientation, to_rgb
 from lit_mm.data.media import MediaFolder
+from lit_mm.data.pixels import ImageOptions, upright_rgb
 from lit_mm.data.records import MARKERS, Kind, Media, Record, RecordError, checked_text, refuse_markers
 from lit_mm.data.video import VideoOptions
 from lit_mm.inference.choosers import Chooser
@@ -660,7 +660,7 @@ def _medium(picture: Picture, number: int) -> Media:
     encoded = BytesIO()
     try:
         image = picture if isinstance(picture, Image.Image) else Image.fromarray(_array(picture))
-        _upright_rgb(image).save(encoded, "PPM")  # PNG takes seconds for a photo
+        upright_rgb(image).save(encoded, "PPM")  # PNG takes seconds for a photo
     except (ValueError, OSError, SyntaxError) as error:  # Pillow's, for a file that is read only now
         raise ValueError(f"image {number}: {error}") from None
     return Media("image", str(number), encoded.getvalue())
@@ -680,14 +680,6 @@ def _array(picture: np.ndarray | Tensor) -> np.ndarray:
         expected = "[3, height, width]" if is_tensor else "[height, width, 3]"
         raise ValueError(f"expected uint8 {expected}, found {dtype} {shape}")
     return picture.cpu().movedim(0, -1).numpy() if isinstance(picture, Tensor) else picture
-
-
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    """An opened image as its file is read: turned as EXIF says, and in RGB."""
-    if image.mode in UNKNOWN_RANGE:
-        raise ValueError(f"mode {image.mode}, expected 8 or 16 bits per channel: its range is unknown")
-    turn = TURNS.get(orientation(image))
-    return to_rgb(image if turn is None else image.transpose(turn))
 
 
 def file_of(name: str | Path) -> Path | None:

@@ -8,7 +8,7 @@ An encoder knows its stride, so the data side can count an image's tokens before
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import timm
@@ -44,6 +44,7 @@ class Encoder(nn.Module):
         mean: Per-channel mean that the backbone was trained with, for values in 0..1.
         std: Per-channel standard deviation, likewise.
         pretrained: Whether the backbone was loaded with timm's weights.
+        arguments: What describes it: keywords with which its class builds it again, without weights.
     """
 
     stride: int
@@ -51,6 +52,7 @@ class Encoder(nn.Module):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     pretrained: bool
+    arguments: dict[str, Any]
     trunk: Any
 
     @property
@@ -129,11 +131,13 @@ class ConvNeXtEncoder(Encoder):
             ValueError: The backbone is not a ConvNeXt of timm.
         """
         super().__init__()
+        stages = extra_stages or []
+        self.arguments = {"backbone": backbone, "extra_stages": [*map(asdict, stages)], "overrides": overrides or {}}
         trunk = create_trunk(backbone, pretrained, {"drop_path_rate": drop_path, **(overrides or {})})
         if not isinstance(trunk, ConvNeXt):
             raise ValueError(f"{backbone} is a {type(trunk).__name__}, not a ConvNeXt: use TimmEncoder for it")
         trunk.norm_pre, trunk.head = nn.Identity(), cast(Any, nn.Identity())
-        for stage in extra_stages or []:
+        for stage in stages:
             append_stage(trunk, stage)
         # depthwise convolutions and the blocks' linear layers are both fastest with channels last
         self._set_trunk(trunk.to(memory_format=torch.channels_last), pretrained)
@@ -206,6 +210,7 @@ class TimmEncoder(Encoder):
             ValueError: timm offers no intermediate feature maps for this backbone.
         """
         super().__init__()
+        self.arguments = {"backbone": backbone, "layer": layer, "overrides": overrides or {}}
         trunk = create_trunk(backbone, pretrained, overrides or {})
         if not hasattr(trunk, "forward_intermediates"):
             raise ValueError(f"{backbone}: timm's {type(trunk).__name__} offers no forward_intermediates")

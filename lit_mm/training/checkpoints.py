@@ -6,6 +6,7 @@ This is not a resume: `--ckpt_path` restores a run with its optimizer and its po
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -111,8 +112,10 @@ def open_weights(source: str, merge: bool = True) -> Weights:
         return Weights(path, _of_checkpoint(path, merge))
     if (path / SHARDED).is_file():
         return Weights(path, _of_shards(path, merge))
-    if (path / "llm").is_dir():
+    if is_export(path):
         return Weights(path, _of_export(path))
+    if (path / "llm").is_dir():
+        return Weights(path, _of_old_export(path))
     if tensors := _of_folder(path):
         # ConvLLaVA saves an encoder that was trained in a folder of its own, with the names of ConvNextModel
         tower = {f"encoder.{name}": read for name, read in _of_folder(path / "vision_tower").items()}
@@ -186,7 +189,30 @@ def is_of_fsdp1(path: Path) -> bool:
     return any(name.startswith("model.vlm.") for name in entries)
 
 
+def is_export(path: Path) -> bool:
+    """Whether `export` wrote a folder."""
+    file = path / "config.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == "lit_mm"
+
+
 def _of_export(path: Path) -> Readers:
+    """What `export` wrote, by the names of transformers' classes -> this package's names."""
+    names = json.loads((path / "config.json").read_text(encoding="utf-8"))["lit_mm"]["names"]
+    ours = {
+        "model.vision_tower.": "encoder.",
+        "model.multi_modal_projector.": "projector.",
+        "model.language_model.": f"llm.{names['base']}.",
+        "lm_head.": f"llm.{names['head']}.",
+    }
+    found: Readers = {}
+    for name, read in _safetensors(sorted(path.glob("*.safetensors"))).items():
+        [part] = [part for part in ours if name.startswith(part)]
+        found[ours[part] + name.removeprefix(part)] = read
+    return found
+
+
+def _of_old_export(path: Path) -> Readers:
+    """A folder of a version before 0.2: encoder.safetensors, projector.safetensors, and a Hugging Face LLM in llm/."""
     files = [path / f"{part}.safetensors" for part in ("encoder", "projector")]
     own = {f"{file.stem}.{name}": read for file in files for name, read in _safetensors([file]).items()}
     llm = _of_folder(path / "llm")

@@ -1,0 +1,316 @@
+"""python -m lit_mm export: a trained model as a folder that transformers opens without lit_mm.
+
+config.json, model*.safetensors, generation_config.json           the model
+processor_config.json, tokenizer*.json, chat_template.jinja       images and text -> what it takes
+modeling_lit_mm.py, …                                             copies of files of this package
+README.md, chooser.json                                           what was measured; the scale chosen per question
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from lightning.pytorch.utilities import rank_zero_warn
+from tokenizers.pre_tokenizers import Metaspace
+from torch import Tensor, nn
+from transformers import AddedToken, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+import lit_mm
+from lit_mm.data.records import RecordError
+from lit_mm.evaluation.calibration import CHOOSER
+from lit_mm.hub.card import CARD, Origin, card_of
+from lit_mm.hub.huggingface.configuration_lit_mm import LitMMConfig, LitMMVisionConfig
+from lit_mm.hub.huggingface.processing_lit_mm import LitMMImageProcessor, LitMMProcessor
+from lit_mm.hub.loading import load, run_of
+from lit_mm.hub.template import for_parts
+from lit_mm.inference.answering import Model
+from lit_mm.inference.decoding import end_ids, settings
+from lit_mm.model.batch import IMAGE
+from lit_mm.model.loss import logit_factor
+from lit_mm.model.vlm import MatryoshkaVLM
+from lit_mm.training.checkpoints import is_export
+
+PROGRAM = "python -m lit_mm export"
+MODULES = (
+    "hub/huggingface/configuration_lit_mm.py",
+    "hub/huggingface/modeling_lit_mm.py",
+    "hub/huggingface/processing_lit_mm.py",
+    "model/encoder.py",
+    "model/projector.py",
+    "model/scales.py",
+    "data/pixels.py",
+)
+"""Files of this package that a folder holds copies of."""
+IMPORT = re.compile(r"^from lit_mm\.(?:\w+\.)+(\w+) import", re.MULTILINE)
+AUTO = {
+    "AutoConfig": "configuration_lit_mm.LitMMConfig",
+    "AutoModel": "modeling_lit_mm.LitMMModel",
+    "AutoModelForImageTextToText": "modeling_lit_mm.LitMMForConditionalGeneration",
+    "AutoModelForCausalLM": "modeling_lit_mm.LitMMForConditionalGeneration",
+    "AutoProcessor": "processing_lit_mm.LitMMProcessor",
+    "AutoImageProcessor": "processing_lit_mm.LitMMImageProcessor",
+}
+SHARD = "5GB"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Export what the command line names.
+
+    Raises:
+        ValueError: The model cannot be exported like this.
+        OSError: No such checkpoint, the folder is not empty, or the hub cannot be reached.
+    """
+    options = _parser().parse_args(arguments)
+    folder = Path(options.folder).expanduser()
+    check_new(folder)
+    model, origin = load(options.checkpoint, "cpu"), Origin(*run_of(options.checkpoint))
+    export(model, folder, origin)
+    print(f"exported to {folder}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(PROGRAM, description="Write a trained model as a Hugging Face folder.")
+    parser.add_argument("checkpoint", help="a run's folder, a checkpoint, sharded or not, or last: the newest in runs")
+    parser.add_argument("folder", help="the folder to write, which must be empty or new")
+    return parser
+
+
+def check_new(folder: Path) -> None:
+    """Check that an export overwrites nothing.
+
+    Raises:
+        FileExistsError: The folder is not empty, or is not a folder.
+    """
+    if folder.is_symlink() and not folder.exists():
+        raise FileExistsError(f"export: {folder} is a link to {folder.readlink()}, which does not exist")
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"export: {folder} is a file, expected a new folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"export: {folder} is not empty")
+
+
+def export(model: Model, folder: Path, origin: Origin = Origin()) -> None:  # noqa: B008 (read only)
+    """Write a model as a folder that transformers opens with `trust_remote_code=True`, and `lit_mm.load` without. It
+    appears once it is complete.
+
+    Args:
+        model: A model without adapters, as `load` returns it.
+        folder: A new or empty folder.
+        origin: Where the model comes from.
+
+    Raises:
+        FileExistsError: The folder is not empty, or is not a folder.
+        ValueError: transformers' classes could not compute what this model computes; the message says why.
+    """
+    check_new(folder)
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    processor = processor_of(model)
+    config, state = config_of(model, processor.image_token_id, origin.step), state_of(model.vlm)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        made = Path(temporary) / "export"
+        made.mkdir()
+        config.save_pretrained(made)
+        save_torch_state_dict(state, made, max_shard_size=SHARD)
+        generation_of(model).save_pretrained(made)
+        processor.save_pretrained(made)
+        _copy_modules(made)
+        (made / CARD).write_text(_card(model, folder.name, origin), encoding="utf-8")
+        if origin.run and (origin.run / CHOOSER).is_file():
+            shutil.copyfile(origin.run / CHOOSER, made / CHOOSER)
+        if folder.exists():
+            folder.rmdir()
+        made.rename(folder)
+
+
+def processor_of(model: Model) -> LitMMProcessor:
+    """The tokenizer and image processor of a model's folder. A warning says if prompts get other ids than here.
+
+    Raises:
+        ValueError: `<image>` is not a single token of the tokenizer.
+    """
+    tokenizer = tokenizer_of(model)
+    encoder = model.vlm.encoder
+    scales, options = model.vlm.projector.scales, {**asdict(model.media.image)}
+    images = LitMMImageProcessor(scales, options, encoder.mean, encoder.std)
+    processor = LitMMProcessor(images, tokenizer, tokenizer.chat_template)
+    images.auto_map = processor.auto_map = {name: AUTO[name] for name in ("AutoImageProcessor", "AutoProcessor")}
+    if different := different_prompt(processor, model):
+        rank_zero_warn(f"export: transformers encodes prompts otherwise than lit_mm: {different}")
+    return processor
+
+
+def tokenizer_of(model: Model) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model's folder: with `<image>`, and with a template that takes parts.
+
+    Raises:
+        ValueError: The tokenizer is one that only its own Python code can run.
+    """
+    own = cast(Any, model.tokenizer)
+    if not hasattr(own, "backend_tokenizer"):
+        raise ValueError(f"export: {type(own).__name__} has no tokenizer.json, expected a fast tokenizer")
+    backend = copy.deepcopy(own.backend_tokenizer)
+    if isinstance(backend.pre_tokenizer, Metaspace):  # a space before each piece of text, as `Conversation` has it
+        backend.pre_tokenizer = Metaspace(prepend_scheme="always", split=backend.pre_tokenizer.split)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=own.clean_up_tokenization_spaces,
+        padding_side="left",
+        **own.special_tokens_map,
+    )
+    image = AddedToken(LitMMProcessor.image_token, normalized=False, special=True)
+    tokenizer.add_tokens([image], special_tokens=True)
+    tokenizer.chat_template = for_parts(str(own.chat_template))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def different_prompt(processor: LitMMProcessor, model: Model) -> str | None:
+    """The first of a few prompts whose ids are not those of training; None: there is none."""
+    image, one = LitMMProcessor.image_token, processor.image_token_id
+    for turns in (["What is it?"], [f"{image}\nWhat is it?"], [f"{image}\nWhat is it?", "A cat.", "Where is it?"]):
+        try:
+            ours = model.conversation.prompt(turns[-1], "export", history=turns[:-1]).ids
+        except RecordError:  # a template for captions has no such prompt
+            continue
+        messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        found = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if found != (expected := [one if token == IMAGE else token for token in ours]):
+            return f"{text!r} has ids {found}, in training {expected}"
+    return None
+
+
+def config_of(model: Model, image_token_id: int, step: int | None = None) -> LitMMConfig:
+    """The configuration of a model's folder.
+
+    Raises:
+        ValueError: The encoder is not one of this package, or the LLM computes its logits in a way of its own.
+    """
+    vlm, media = model.vlm, model.media
+    kind = type(vlm.encoder).__name__
+    if kind not in ("ConvNeXtEncoder", "TimmEncoder"):
+        raise ValueError(f"export: the encoder is a {kind}, expected ConvNeXtEncoder or TimmEncoder")
+    check_head(vlm.llm)
+    ours = {
+        "names": llm_names(vlm.llm),
+        "time_scales": vlm.time_scales,
+        "trained_scales": [list(scale) if isinstance(scale, tuple) else scale for scale in model.trained_scales],
+        "video": asdict(media.video) if media.video else None,
+        "frame": asdict(media.frame) if media.frame != media.image else None,
+        "image_first": model.image_first,
+        "max_new_tokens": model.max_new_tokens,
+        "decoding": model.decoding,
+        "step": step,
+        "version": lit_mm.__version__,
+    }
+    encoder, text = vlm.encoder, text_config(vlm.llm)
+    vision = LitMMVisionConfig(
+        encoder=kind,
+        arguments=encoder.arguments,
+        stride=encoder.stride,
+        hidden_size=encoder.num_features,
+        dtype=next(encoder.parameters()).dtype,
+    )
+    config = LitMMConfig(
+        text_config=text,
+        vision_config=vision,
+        scales=vlm.projector.scales,
+        sampling=vlm.projector.sampling,
+        pooling=vlm.projector.pooling,
+        image_token_id=image_token_id,
+        lm_head_bias=vlm.llm.get_output_embeddings().bias is not None,
+        logit_factor=logit_factor(vlm.llm.config),
+        tie_word_embeddings=is_tied(vlm.llm),
+        dtype=vlm.llm.dtype,
+        architectures=["LitMMForConditionalGeneration"],
+        lit_mm=ours,
+    )
+    config.auto_map = AUTO
+    return config
+
+
+def text_config(llm: PreTrainedModel) -> PretrainedConfig:
+    """The LLM's configuration, without what it only has in this process."""
+    config = copy.deepcopy(llm.config)
+    config.dtype, config._attn_implementation, config._name_or_path = llm.dtype, None, ""
+    return config
+
+
+def llm_names(llm: PreTrainedModel) -> dict[str, str]:
+    """What an LLM calls its parts: `base`, all but its output head, and `head`.
+
+    Raises:
+        ValueError: It has weights elsewhere.
+    """
+    [head] = [name for name, module in llm.named_modules() if module is llm.get_output_embeddings()]
+    names = {"base": llm.base_model_prefix, "head": head}
+    if others := [name for name in llm.state_dict() if not name.startswith(tuple(f"{own}." for own in names.values()))]:
+        raise ValueError(f"export: {type(llm).__name__} has weights beside its layers and its output head: {others}")
+    return names
+
+
+def is_tied(llm: PreTrainedModel) -> bool:
+    """Whether the LLM's output head is its table of embeddings."""
+    return cast(Any, llm.get_output_embeddings()).weight is cast(Any, llm.get_input_embeddings()).weight
+
+
+@torch.no_grad()
+def check_head(llm: PreTrainedModel) -> None:
+    """Check that the LLM's logits are those of a linear layer, up to a factor.
+
+    Raises:
+        ValueError: They are not (a soft cap, for example).
+    """
+    ids = torch.arange(4, device=llm.device)[None]
+    hidden = cast(Any, llm).base_model(input_ids=ids, use_cache=False).last_hidden_state
+    ours = cast(nn.Module, llm.get_output_embeddings())(hidden) * logit_factor(llm.config)
+    if not torch.allclose(ours, cast(Any, llm)(input_ids=ids, use_cache=False).logits, rtol=1e-3, atol=1e-3):
+        raise ValueError(f"export: the logits of {type(llm).__name__} are not those of a linear output head")
+
+
+def state_of(vlm: MatryoshkaVLM) -> dict[str, Tensor]:
+    """The model's weights by the names of `LitMMForConditionalGeneration`."""
+    parts: dict[str, Any] = {
+        "model.vision_tower": vlm.encoder,
+        "model.multi_modal_projector": vlm.projector,
+        "model.language_model": vlm.llm.base_model,
+        "lm_head": vlm.llm.get_output_embeddings(),
+    }
+    state = {f"{part}.{name}": own for part, each in parts.items() for name, own in each.state_dict().items()}
+    if is_tied(vlm.llm):
+        del state["lm_head.weight"]
+    return state
+
+
+def generation_of(model: Model) -> GenerationConfig:
+    """How the model answers by default: as `Model.answer` does."""
+    config = settings(model.vlm.llm, model.decoding, max_new_tokens=model.max_new_tokens)
+    config.eos_token_id = end_ids(model.vlm.llm, [model.conversation.end_id])
+    config.pad_token_id = model.tokenizer.pad_token_id if model.tokenizer.pad_token else model.tokenizer.eos_token_id
+    return config
+
+
+def _card(model: Model, name: str, origin: Origin) -> str:
+    """The model card; that of a folder that is exported again stays."""
+    if origin.run and is_export(origin.run):
+        return (origin.run / CARD).read_text(encoding="utf-8")
+    return card_of(model, name, origin)
+
+
+def _copy_modules(folder: Path) -> None:
+    """Copy files of this package that work without it; what they import of each other lies beside them."""
+    for name in MODULES:
+        text = (Path(lit_mm.__file__).parent / name).read_text(encoding="utf-8")
+        (folder / Path(name).name).write_text(IMPORT.sub(r"from .\1 import", text), encoding="utf-8")

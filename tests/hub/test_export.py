@@ -1,0 +1,211 @@
+"""Exported folders against lit_mm: what transformers computes in a process that has no lit_mm."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lit_mm.data.images import ImageOptions
+from lit_mm.data.tokenizer import load_tokenizer
+from lit_mm.hub.export import Origin, export
+from lit_mm.hub.loading import load, run_of
+from lit_mm.inference.answering import Ask, Model
+from lit_mm.inference.prompts import embed, prompt_codes
+from lit_mm.model.batch import IMAGE
+from lit_mm.model.encoder import ConvNeXtEncoder, ExtraStage, TimmEncoder
+from lit_mm.model.llm import LLM, load_llm
+from lit_mm.model.projector import MatryoshkaProjector
+from lit_mm.model.vlm import MatryoshkaVLM
+from tests.data.test_tokenizer import FIXTURES, folder_of
+from tests.helpers.environment import ROOT
+from tests.helpers.media import noise
+from tests.helpers.models import CLASSES, EXTRA, SIZES, tiny_encoder, tiny_llm
+
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+V2 = {"patch_size": 1, "depths": [1, 1, 1, 1], "dims": [8, 8, 12, 16], "kernel_sizes": 3}
+ENCODERS = {
+    "five stages": tiny_encoder,
+    "ConvNeXt-V2": lambda: ConvNeXtEncoder("convnextv2_atto", [ExtraStage(1, 24)], overrides=V2),
+    "ViT": lambda: TimmEncoder("vit_base_patch16_clip_quickgelu_224", overrides=VIT),
+    "EVA": lambda: TimmEncoder("eva02_tiny_patch14_224", overrides=VIT),  # whose rotary tables are in no file
+}
+PICTURES = {"wide.png": (80, 50), "square.png": (64, 64), "large.png": (97, 130)}
+
+
+def model_of(encoder: str, llm: LLM, image: ImageOptions, scales=(16, 4, 1), **pooling) -> Model:
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(llm)
+    made, lm = ENCODERS[encoder](), load_llm(llm, tokenizer)
+    width = lm.get_input_embeddings().embedding_dim
+    vlm = MatryoshkaVLM(made, MatryoshkaProjector(made.num_features, width, scales, **pooling), lm)
+    return Model(vlm, tokenizer, image, max_new_tokens=3)
+
+
+def vicuna(path, legacy: bool) -> LLM:
+    return LLM("LlamaConfig", SIZES, folder_of(path, FIXTURES / "llama_tokenizer.model", legacy), "vicuna_v1")
+
+
+SQUARE = ImageOptions("pad", 64)
+CASES = {
+    "five stages, llama": lambda path: model_of("five stages", tiny_llm(), SQUARE),
+    "tied, squashed": lambda path: model_of(
+        "five stages", tiny_llm(tie_word_embeddings=True), ImageOptions("squash", 64)
+    ),
+    "sizes as they are": lambda path: model_of(
+        "five stages", tiny_llm("Qwen2Config"), ImageOptions("keep", None), (12, 4, 1), pooling="adaptive"
+    ),
+    "ConvNeXt-V2, spatial": lambda path: model_of("ConvNeXt-V2", tiny_llm("Qwen3Config"), SQUARE, sampling="spatial"),
+    "ViT, vicuna": lambda path: model_of("ViT", vicuna(path / "vicuna", True), ImageOptions("pad", 32)),
+    "EVA, vicuna": lambda path: model_of("EVA", vicuna(path / "vicuna", True), ImageOptions("pad", 32)),
+} | {
+    kind: lambda path, kind=kind: model_of(
+        "five stages", tiny_llm(CLASSES[kind], **EXTRA.get(kind, {})), SQUARE, (4, 1)
+    )
+    for kind in ("cohere", "gemma", "granite", "starcoder2")
+}
+
+
+def conversations():
+    def user(text, *images):
+        return {
+            "role": "user",
+            "content": [*({"type": "image", "image": name} for name in images), {"type": "text", "text": text}],
+        }
+
+    return [
+        [user("what is it?", "wide.png")],
+        [user("how many are there in these?", "square.png", "large.png")],
+        [{"role": "user", "content": "no image"}],
+        [user("what is it?", "large.png"), {"role": "assistant", "content": "a cat"}, user("and now?", "wide.png")],
+    ]
+
+
+def our_prompts(model: Model, root):
+    """The same conversations as questions of lit_mm."""
+    for messages in conversations():
+        turns, images = [], []
+        for message in messages:
+            parts = message["content"] if isinstance(message["content"], list) else [{"text": message["content"]}]
+            images += [root / part["image"] for part in parts if "image" in part]
+            turns.append("".join("<image>\n" if "image" in part else part["text"] for part in parts))
+        yield model.prompt(Ask(turns[-1], images, turns[:-1]))
+
+
+def our_logits(model: Model, prompt, scale) -> tuple[list[int], torch.Tensor]:
+    """Token ids with IMAGE for each visual token, and logits [T, vocabulary] of the prompt alone."""
+    images, [question] = model.on_device([prompt.sample])
+    with torch.no_grad():
+        codes = torch.from_numpy(prompt_codes(model.vlm, images, question, scale))
+        embeddings = embed(model.vlm, model.vlm.encode(images), codes)
+        logits = model.vlm.llm(inputs_embeds=embeddings[None], use_cache=False).logits[0]
+    return [IMAGE if code < 0 else code for code in codes.tolist()], logits
+
+
+def answered(roots, tmp_path) -> None:
+    """Has the folders answered by transformers alone."""
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_MODULES_CACHE": str(tmp_path / "code"),
+    }
+    environment.pop("PYTHONPATH", None)
+    script = ROOT / "tests/helpers/without_lit_mm.py"
+    command = [sys.executable, "-P", str(script), *(str(root / "model") for root in roots)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Models by case, each with the folder above its export."""
+    top = tmp_path_factory.mktemp("exported")
+    made = {}
+    for number, (case, build) in enumerate(CASES.items()):
+        root = top / str(number)
+        root.mkdir()
+        made[case] = build(root), root
+        write(*made[case])
+    answered([root for _, root in made.values()], top)
+    return made
+
+
+def write(model, root, trust_remote_code=True, **options):
+    for name, size in PICTURES.items():
+        noise(*size).save(root / name)
+    export(model, root / "model", **options)
+    scales = [None, *model.scales]
+    asked = {"conversations": conversations(), "scales": scales, "trust_remote_code": trust_remote_code}
+    (root / "asked.json").write_text(json.dumps(asked))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_computes_the_same_without_lit_mm(exported, case):
+    model, root = exported[case]
+    told, found = json.loads((root / "answered.json").read_text()), load_file(root / "answered.safetensors")
+    assert told["class"] == "LitMMForConditionalGeneration"
+    for number, prompt in enumerate(our_prompts(model, root)):
+        for scale in model.scales:
+            ids, logits = our_logits(model, prompt, scale)
+            assert [IMAGE if token == image_id(root) else token for token in told["ids"][f"{number}@{scale}"]] == ids
+            torch.testing.assert_close(found[f"{number}@{scale}"], logits, rtol=1e-5, atol=1e-5)
+        assert told["ids"][f"{number}@None"] == told["ids"][f"{number}@{model.scales[0]}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_generate_gives_the_same_answers_alone_and_in_a_batch(exported, case):
+    model, root = exported[case]
+    told, ends = json.loads((root / "answered.json").read_text()), [model.conversation.end_id]
+    prompts = [replace(prompt, scales=model.scales) for prompt in our_prompts(model, root)]
+    for number, answers in enumerate(model.answers_to(prompts, max_new_tokens=4)):
+        for scale, answer in answers.items():
+            ours = answer.ids + ends * (answer.finish == "stop")
+            assert told["answers"][f"{number}@{scale}"] == ours
+            assert told["batched"][scale][number][: len(ours)] == ours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_pixels_are_the_same(exported, case):
+    model, root = exported[case]
+    found = load_file(root / "answered.safetensors")
+    for number, prompt in enumerate(our_prompts(model, root)):
+        for place, visual in enumerate(prompt.sample.visuals):
+            ours = model.vlm.encoder.normalize(visual.pixels)[0]
+            theirs = found[f"pixels {number}"][place, :, : ours.shape[-2], : ours.shape[-1]]
+            torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
+
+
+def image_id(root) -> int:
+    return json.loads((root / "model/config.json").read_text())["image_token_id"]
+
+
+def test_a_folder_opens_in_lit_mm_and_is_exported_again_bit_for_bit(tmp_path):
+    model = CASES["ViT, vicuna"](tmp_path)
+    export(model, tmp_path / "first", Origin(step=7))
+    again = load(tmp_path / "first", "cpu")
+    for name, tensor in model.vlm.state_dict().items():
+        torch.testing.assert_close(again.vlm.state_dict()[name], tensor, rtol=0, atol=0)
+    picture = noise(80, 50)
+    for scale, answer in model.answer(picture, "what is it?", "all").items():
+        assert again.answer(picture, "what is it?", scale).logprobs == pytest.approx(answer.logprobs, abs=1e-5)
+    export(again, tmp_path / "second", Origin(*run_of(tmp_path / "first")))
+    files = sorted(file.name for file in (tmp_path / "first").iterdir())
+    assert files == sorted(file.name for file in (tmp_path / "second").iterdir())
+    for name in files:
+        assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes(), name
+
+
+def test_ids_that_differ_from_training_are_named(tmp_path):
+    """SentencePiece without `legacy` puts no space after an end token, which one run of the tokenizer cannot do."""
+    model = model_of("ViT", vicuna(tmp_path / "vicuna", False), ImageOptions("pad", 32))
+    with pytest.warns(UserWarning, match=r"otherwise than lit_mm: .*</s>USER: Where is it"):
+        export(model, tmp_path / "model")
