@@ -17,7 +17,7 @@ lit_mm trains and studies large multimodal models with elastic visual tokens.
   python -m lit_mm ask      --ckpt_path last photo.jpg "What is it?"   an answer, or a conversation
   python -m lit_mm serve    --ckpt_path last [--port 8000]             a server for OpenAI's clients, and a page
   python -m lit_mm calibrate last [--mean_tokens 40]                   the scale chosen per question: --tokens auto
-  python -m lit_mm export   --config … --ckpt_path last --to FOLDER    plain weights, a Hugging Face LLM
+  python -m lit_mm export   last FOLDER                                a Hugging Face folder, also for the hub
   python -m lit_mm profile  --config … [--sizes 768 1024]              what every visual token costs, without weights
 
   --config FILE          an experiment; a later file overrides an earlier one
@@ -66,6 +66,10 @@ def run(arguments: list[str]) -> None:
             from lit_mm.inference.calibrate import main as calibrate
 
             calibrate(arguments[1:])
+        elif arguments[0] == "export":
+            from lit_mm.hub.export import main as export
+
+            export(arguments[1:])
         else:
             from lit_mm.cli import LitMMCLI
 

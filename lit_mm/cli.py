@@ -24,7 +24,6 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_mm.__main__ import tidy
@@ -40,7 +39,7 @@ from lit_mm.data.datamodules import ImageDataModule, VideoDataModule
 from lit_mm.data.easy_vqa import EasyVQADataModule
 from lit_mm.renamed import accept_old_names, with_new_arguments
 from lit_mm.training import strategies  # noqa: F401 (registers --trainer.strategy fsdp)
-from lit_mm.training.checkpoints import InitFrom, check_new, export, is_of_fsdp1, start_from
+from lit_mm.training.checkpoints import is_of_fsdp1
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.saving import SHARDED, WholeFiles, check_readable, check_room, find_checkpoint, is_remote
 
@@ -167,36 +166,8 @@ class Checkpoints(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
-class LitMMTrainer(Trainer):
-    """Lightning's Trainer with `export`."""
-
-    def export(self, model: LitMatryoshka, datamodule: Any, ckpt_path: str, to: str) -> None:
-        """Write a checkpoint, sharded or not, as plain files.
-
-        `init_from` of another run accepts the folder; its subfolder `llm` is a Hugging Face model.
-
-        Args:
-            model: The model of the config.
-            datamodule: Not used.
-            ckpt_path: Path of the checkpoint, or `last`.
-            to: The folder to write: encoder.safetensors, projector.safetensors, and llm/ with the
-                tokenizer and with merged adapters.
-        """
-        folder = Path(to).expanduser()
-        check_new(folder)
-        model.configure_model()
-        start_from(model.vlm, InitFrom(ckpt_path))
-        export(model.vlm, model.tokenizer, folder)
-        rank_zero_info(f"Exported to {to}")
-
-
 class LitMMCLI(LightningCLI):
-    """fit, validate, test, predict and export; run it with `python -m lit_mm`."""
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and export."""
-        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+    """fit, validate, test and predict; run it with `python -m lit_mm`."""
 
     def __init__(self, args: list[str] | None = None) -> None:
         accept_old_names()
@@ -209,7 +180,6 @@ class LitMMCLI(LightningCLI):
         super().__init__(
             LitMatryoshka,
             LightningDataModule,
-            trainer_class=LitMMTrainer,
             parser_class=Parser,
             subclass_mode_data=True,
             args=None if args is None else given,
@@ -251,12 +221,12 @@ class LitMMCLI(LightningCLI):
         verb, config = self.config.subcommand, self.config[self.config.subcommand]
         config.trainer.default_root_dir = str(Path(config.trainer.default_root_dir).expanduser())
         if not config.get("ckpt_path"):
-            if verb not in ("fit", "export") and not config.model.init_from:
+            if verb != "fit" and not config.model.init_from:
                 raise ValueError(f"{verb} needs trained weights: --ckpt_path last, best, or the path of a checkpoint")
             return
         path = find_checkpoint(config.ckpt_path, Path(config.trainer.default_root_dir))
         check_readable(path)
-        if (path / SHARDED).is_file() and verb != "export":
+        if (path / SHARDED).is_file():
             if "fsdp" not in str(config.trainer.strategy).lower():
                 raise ValueError(
                     f"--ckpt_path: {path} is sharded: use trainer.strategy fsdp on any number of devices, or `export`"

@@ -131,8 +131,8 @@ def test_a_run_trains_goes_on_and_answers(options, instruction_set, tmp_path):
     assert (run / "accuracy_tokens.json").is_file()
     checkpoint = next((run / "checkpoints").glob("last*"))
     if "fsdp" in options[0]:
-        lit_mm_anew("export", *words, f"--ckpt_path={checkpoint}", f"--to={tmp_path / 'exported'}")
-        assert (tmp_path / "exported/projector.safetensors").is_file()
+        lit_mm_anew("export", str(checkpoint), str(tmp_path / "exported"))
+        assert (tmp_path / "exported/model.safetensors").is_file()
         return
     picture = str(root / "images/0.png")
     printed = lit_mm_anew("ask", f"--ckpt_path={run}", "--json", "--tokens=all", picture, "what color is the shape?")

@@ -21,20 +21,17 @@ class Origin:
     Args:
         run: The folder of its run, with what was measured; None: there is none.
         step: The training step of its weights.
+        name: What it is called from now on: that of a folder, or on the hub.
     """
 
     run: Path | None = None
     step: int | None = None
+    name: str = "model"
 
 
-def card_of(model: Model, name: str, origin: Origin) -> str:
-    """The model card, in Markdown.
-
-    Args:
-        model: The model.
-        name: What the folder is called.
-        origin: Where it comes from.
-    """
+def card_of(model: Model, origin: Origin) -> str:
+    """The model card, in Markdown."""
+    name = origin.name
     scales, llm = model.vlm.projector.scales, type(model.vlm.llm).__name__
     encoder, size = model.vlm.encoder.arguments["backbone"], model.media.image.size
     coarse = scales[len(scales) // 2]

@@ -12,22 +12,25 @@ import argparse
 import copy
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import HfApi, save_torch_state_dict
 from lightning.pytorch.utilities import rank_zero_warn
 from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import Sequence as Sequential
 from torch import Tensor, nn
 from transformers import AddedToken, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import lit_mm
 from lit_mm.data.records import RecordError
 from lit_mm.evaluation.calibration import CHOOSER
+from lit_mm.hub.adapter import Adapter, take_adapter, write_adapter
 from lit_mm.hub.card import CARD, Origin, card_of
 from lit_mm.hub.huggingface.configuration_lit_mm import LitMMConfig, LitMMVisionConfig
 from lit_mm.hub.huggingface.processing_lit_mm import LitMMImageProcessor, LitMMProcessor
@@ -36,9 +39,11 @@ from lit_mm.hub.template import for_parts
 from lit_mm.inference.answering import Model
 from lit_mm.inference.decoding import end_ids, settings
 from lit_mm.model.batch import IMAGE
+from lit_mm.model.hub import reachable
 from lit_mm.model.loss import logit_factor
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.checkpoints import is_export
+from lit_mm.training.parts import merge_adapters
 
 PROGRAM = "python -m lit_mm export"
 MODULES = (
@@ -71,18 +76,61 @@ def main(arguments: Sequence[str]) -> None:
         OSError: No such checkpoint, the folder is not empty, or the hub cannot be reached.
     """
     options = _parser().parse_args(arguments)
-    folder = Path(options.folder).expanduser()
+    folder, llava = Path(options.folder).expanduser(), options.layout == "llava"
     check_new(folder)
-    model, origin = load(options.checkpoint, "cpu"), Origin(*run_of(options.checkpoint))
-    export(model, folder, origin)
+    if llava and options.lora == "adapter":
+        raise ValueError("export: --lora adapter goes with --as transformers")
+    model, (run, step) = load(options.checkpoint, "cpu"), run_of(options.checkpoint)
+    adapter = take_adapter(model, options.checkpoint) if options.lora == "adapter" else None
+    origin = Origin(run, step, options.push_to_hub or folder.resolve().name)
+    if llava:
+        from lit_mm.hub.llava import export_llava
+
+        export_llava(model, folder, origin)
+    else:
+        export(model, folder, origin, adapter)
     print(f"exported to {folder}")
+    if options.push_to_hub:
+        print(f"pushed to {push(folder, options.push_to_hub, options.private)}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(PROGRAM, description="Write a trained model as a Hugging Face folder.")
     parser.add_argument("checkpoint", help="a run's folder, a checkpoint, sharded or not, or last: the newest in runs")
     parser.add_argument("folder", help="the folder to write, which must be empty or new")
+    parser.add_argument(
+        "--as",
+        dest="layout",
+        choices=["transformers", "llava"],
+        default="transformers",
+        help="transformers: with the code of this model, for trust_remote_code. llava: transformers' own LLaVA, for "
+        "a CLIP ViT with one scale",
+    )
+    parser.add_argument(
+        "--lora",
+        choices=["merged", "adapter"],
+        default="merged",
+        help="adapters of a LoRA run: merged into the weights, or as a peft adapter in adapter/",
+    )
+    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload the folder to the Hugging Face hub, too")
+    parser.add_argument("--private", action="store_true", help="make that repository private, if it is new")
     return parser
+
+
+def push(folder: Path, name: str, private: bool) -> str:
+    """Upload a folder to the hub; returns its address.
+
+    Raises:
+        ConnectionError: The hub is out of reach, or refuses.
+    """
+    by_hand = f"{folder} is written, `hf upload {name} {folder}` uploads it"
+    if not reachable():
+        raise ConnectionError(f"--push_to_hub {name}: the hub is out of reach, or HF_HUB_OFFLINE is set: {by_hand}")
+    try:
+        HfApi().create_repo(name, private=private, exist_ok=True)
+        return str(HfApi().upload_folder(repo_id=name, folder_path=folder))
+    except (OSError, ValueError) as error:  # no token, no rights, or a name that the hub does not allow
+        raise ConnectionError(f"--push_to_hub {name}: {str(error).splitlines()[0]}: {by_hand}") from None
 
 
 def check_new(folder: Path) -> None:
@@ -99,35 +147,55 @@ def check_new(folder: Path) -> None:
         raise FileExistsError(f"export: {folder} is not empty")
 
 
-def export(model: Model, folder: Path, origin: Origin = Origin()) -> None:  # noqa: B008 (read only)
+def export(
+    model: Model,
+    folder: Path,
+    origin: Origin = Origin(),  # noqa: B008 (read only)
+    adapter: Adapter | None = None,
+) -> None:
     """Write a model as a folder that transformers opens with `trust_remote_code=True`, and `lit_mm.load` without. It
     appears once it is complete.
 
     Args:
-        model: A model without adapters, as `load` returns it.
+        model: The model. If the LLM has adapters in this process, they are merged into it.
         folder: A new or empty folder.
         origin: Where the model comes from.
+        adapter: What is written as a peft adapter beside the model.
 
     Raises:
         FileExistsError: The folder is not empty, or is not a folder.
         ValueError: transformers' classes could not compute what this model computes; the message says why.
     """
-    check_new(folder)
-    folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    merge_adapters(model.vlm.llm)
     processor = processor_of(model)
-    config, state = config_of(model, processor.image_token_id, origin.step), state_of(model.vlm)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        made = Path(temporary) / "export"
-        made.mkdir()
+    for each in cast(tuple[Any, ...], (processor, processor.image_processor)):
+        each.auto_map = {name: AUTO[name] for name in ("AutoImageProcessor", "AutoProcessor")}
+    config = config_of(model, processor.image_token_id, origin.step)
+    with new_folder(folder) as made:
         config.save_pretrained(made)
-        save_torch_state_dict(state, made, max_shard_size=SHARD)
+        save_torch_state_dict(state_of(model.vlm), made, max_shard_size=SHARD)
         generation_of(model).save_pretrained(made)
         processor.save_pretrained(made)
         _copy_modules(made)
-        (made / CARD).write_text(_card(model, folder.name, origin), encoding="utf-8")
-        if origin.run and (origin.run / CHOOSER).is_file():
-            shutil.copyfile(origin.run / CHOOSER, made / CHOOSER)
+        describe(made, model, origin)
+        if adapter:
+            write_adapter(adapter, model.vlm.llm.base_model_prefix, made / "adapter")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name once it is complete.
+
+    Raises:
+        FileExistsError: The folder of this name is not empty, or is not a folder.
+    """
+    check_new(folder)
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        made = Path(temporary) / "export"
+        made.mkdir()
+        yield made
         if folder.exists():
             folder.rmdir()
         made.rename(folder)
@@ -144,7 +212,6 @@ def processor_of(model: Model) -> LitMMProcessor:
     scales, options = model.vlm.projector.scales, {**asdict(model.media.image)}
     images = LitMMImageProcessor(scales, options, encoder.mean, encoder.std)
     processor = LitMMProcessor(images, tokenizer, tokenizer.chat_template)
-    images.auto_map = processor.auto_map = {name: AUTO[name] for name in ("AutoImageProcessor", "AutoProcessor")}
     if different := different_prompt(processor, model):
         rank_zero_warn(f"export: transformers encodes prompts otherwise than lit_mm: {different}")
     return processor
@@ -160,6 +227,7 @@ def tokenizer_of(model: Model) -> PreTrainedTokenizerFast:
     if not hasattr(own, "backend_tokenizer"):
         raise ValueError(f"export: {type(own).__name__} has no tokenizer.json, expected a fast tokenizer")
     backend = copy.deepcopy(own.backend_tokenizer)
+    backend.post_processor = Sequential([])  # the chat template writes the first token
     if isinstance(backend.pre_tokenizer, Metaspace):  # a space before each piece of text, as `Conversation` has it
         backend.pre_tokenizer = Metaspace(prepend_scheme="always", split=backend.pre_tokenizer.split)
     tokenizer = PreTrainedTokenizerFast(
@@ -302,11 +370,13 @@ def generation_of(model: Model) -> GenerationConfig:
     return config
 
 
-def _card(model: Model, name: str, origin: Origin) -> str:
-    """The model card; that of a folder that is exported again stays."""
-    if origin.run and is_export(origin.run):
-        return (origin.run / CARD).read_text(encoding="utf-8")
-    return card_of(model, name, origin)
+def describe(folder: Path, model: Model, origin: Origin) -> None:
+    """Write the model card, or copy that of a folder that is exported again; and copy the chooser."""
+    again = origin.run is not None and is_export(origin.run)
+    text = (cast(Path, origin.run) / CARD).read_text(encoding="utf-8") if again else card_of(model, origin)
+    (folder / CARD).write_text(text, encoding="utf-8")
+    if origin.run and (origin.run / CHOOSER).is_file():
+        shutil.copyfile(origin.run / CHOOSER, folder / CHOOSER)
 
 
 def _copy_modules(folder: Path) -> None:

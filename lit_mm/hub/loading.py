@@ -68,8 +68,8 @@ def load(
         if not scales or mean_tokens:
             model.chooser = _chooser(*run_of(path), model.scales, mean_tokens)
         return model
-    checkpoint = find_checkpoint(str(path), Path("runs"), "load")
-    saved = _contents(checkpoint)
+    checkpoint = checkpoint_of(path)
+    saved = contents_of(checkpoint)
     described = saved.get("hyper_parameters") if isinstance(saved, dict) else None
     if not isinstance(described, dict) or "_instantiator" not in described:
         raise ValueError(
@@ -116,11 +116,16 @@ def run_of(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
     Around what `export` wrote, it is that folder."""
     if is_export(folder := Path(path).expanduser()):
         return folder, json.loads((folder / "config.json").read_text(encoding="utf-8"))["lit_mm"]["step"]
-    checkpoint = find_checkpoint(str(path), Path("runs"), "load")
-    return checkpoint.parent.parent, _contents(checkpoint).get("global_step")
+    checkpoint = checkpoint_of(path)
+    return checkpoint.parent.parent, contents_of(checkpoint).get("global_step")
 
 
-def _contents(checkpoint: Path) -> dict[str, Any]:
+def checkpoint_of(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint that a path means; `last` is that of the newest run in runs."""
+    return find_checkpoint(str(path), Path("runs"), "load")
+
+
+def contents_of(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint holds, of a sharded one without its tensors."""
     sharded = (checkpoint / SHARDED).is_file()
     return load_tensors(checkpoint / "meta.pt" if sharded else checkpoint, "load: ")

@@ -1,4 +1,4 @@
-"""Loading weights into a new model from an earlier run, a file or a published model, and exporting them.
+"""Loading weights into a new model from an earlier run, a file or a published model.
 
 This is not a resume: `--ckpt_path` restores a run with its optimizer and its position in the data, whereas
 `init_from` only gives a new run its first weights. Pickled code is never executed.
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import cast
 
 import torch
@@ -22,14 +21,13 @@ from huggingface_hub import snapshot_download
 from lightning.pytorch.utilities import rank_zero_info
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from lit_mm.model.llm import LLM
 from lit_mm.model.vlm import MatryoshkaVLM
-from lit_mm.training.parts import PARTS, PartName, merge_adapters, start_adapters
+from lit_mm.training.parts import PARTS, PartName, start_adapters
 from lit_mm.training.saving import SHARDED, load_tensors
 
 Readers = dict[str, Callable[[], Tensor]]
@@ -208,7 +206,26 @@ def _of_export(path: Path) -> Readers:
     for name, read in _safetensors(sorted(path.glob("*.safetensors"))).items():
         [part] = [part for part in ours if name.startswith(part)]
         found[ours[part] + name.removeprefix(part)] = read
-    return found
+    return _with_adapter(found, path / "adapter", ours["model.language_model."])
+
+
+def _with_adapter(tensors: Readers, folder: Path, llm: str) -> Readers:
+    """Weights with the peft adapter merged that `export --lora adapter` wrote beside them, if it did.
+
+    Args:
+        tensors: The weights, by this package's names.
+        folder: The adapter's.
+        llm: What this package's names of the LLM's layers begin with.
+    """
+    if not folder.is_dir():
+        return tensors
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    for name, read in _safetensors([folder / "adapter_model.safetensors"]).items():
+        layer, end = name.replace("base_model.model.model.language_model.", llm, 1).split(".lora_")
+        tensors[f"{layer}.lora_{end.replace('.', '.default.')}"] = read
+        if f"{layer}.weight" in tensors:
+            tensors[f"{layer}.base_layer.weight"] = tensors.pop(f"{layer}.weight")
+    return _merged(tensors, {"lora rank": config["r"], "lora alpha": config["lora_alpha"]})
 
 
 def _of_old_export(path: Path) -> Readers:
@@ -287,8 +304,7 @@ def start_from(vlm: MatryoshkaVLM, init: InitFrom) -> None:
     """
     for part, source in init.sources.items():
         expected = expected_names(getattr(vlm, part))
-        adapted = any(".lora_" in name for name in expected)  # a LoRA run that is being exported
-        weights = open_weights(source, merge=not adapted).of(part)
+        weights = open_weights(source).of(part)
         _check_names(part, weights, expected, init)
         _copy(expected, weights)
 
@@ -378,42 +394,3 @@ def _fill(module: nn.Module, prefix: str, weights: Weights) -> None:
         raise ValueError(f"llm: {weights.where} lacks {', '.join(missing)}")
     buffers = {f"{prefix}{name}": buffer for name, buffer in module.named_buffers(recurse=False)}
     _copy({**named, **buffers}, weights)
-
-
-def check_new(folder: Path) -> None:
-    """Check that an export overwrites nothing.
-
-    Raises:
-        FileExistsError: The folder is not empty, or is not a folder.
-    """
-    if folder.is_symlink() and not folder.exists():
-        raise FileExistsError(f"export: {folder} is a link to {folder.readlink()}, which does not exist")
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"export: {folder} is a file, expected a new folder")
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"export: {folder} is not empty")
-
-
-def export(vlm: MatryoshkaVLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the model as plain files: encoder.safetensors, projector.safetensors, and in llm/ a Hugging
-    Face model with its tokenizer, adapters merged. The folder appears once it is complete. `init_from`
-    accepts the folder; `model.llm.name_or_path` and transformers accept its llm/.
-
-    Raises:
-        FileExistsError: The folder is not empty, or is not a folder.
-    """
-    check_new(folder)
-    folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        made = Path(temporary) / "export"
-        made.mkdir()
-        merge_adapters(vlm.llm)
-        for part in ("encoder", "projector"):
-            state = {name: tensor.contiguous() for name, tensor in getattr(vlm, part).state_dict().items()}
-            save_file(state, made / f"{part}.safetensors", {"format": "pt"})
-        vlm.llm.save_pretrained(made / "llm")
-        tokenizer.save_pretrained(made / "llm")
-        if folder.exists():
-            folder.rmdir()
-        made.rename(folder)

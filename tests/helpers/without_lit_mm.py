@@ -31,7 +31,7 @@ class Without:
         self.finder = finder
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        return None if name.split(".")[0] in ABSENT else self.finder.find_spec(name, path, target)
+        return None if name.split(".", maxsplit=1)[0] in ABSENT else self.finder.find_spec(name, path, target)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.finder, name)

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.tokenizer import load_tokenizer
-from lit_mm.hub.export import Origin, export
+from lit_mm.hub.card import Origin
+from lit_mm.hub.export import export
+from lit_mm.hub.llava import export_llava
 from lit_mm.hub.loading import load, run_of
 from lit_mm.inference.answering import Ask, Model
 from lit_mm.inference.prompts import embed, prompt_codes
@@ -32,6 +34,7 @@ ENCODERS = {
     "five stages": tiny_encoder,
     "ConvNeXt-V2": lambda: ConvNeXtEncoder("convnextv2_atto", [ExtraStage(1, 24)], overrides=V2),
     "ViT": lambda: TimmEncoder("vit_base_patch16_clip_quickgelu_224", overrides=VIT),
+    "CLIP with GELU": lambda: TimmEncoder("vit_base_patch16_clip_224", -1, overrides=VIT),
     "EVA": lambda: TimmEncoder("eva02_tiny_patch14_224", overrides=VIT),  # whose rotary tables are in no file
 }
 PICTURES = {"wide.png": (80, 50), "square.png": (64, 64), "large.png": (97, 130)}
@@ -67,6 +70,13 @@ CASES = {
         "five stages", tiny_llm(CLASSES[kind], **EXTRA.get(kind, {})), SQUARE, (4, 1)
     )
     for kind in ("cohere", "gemma", "granite", "starcoder2")
+}
+
+CLIP = {  # one scale, the whole grid
+    "padded": lambda path: model_of("ViT", vicuna(path / "vicuna", True), ImageOptions("pad", 32), (16,)),
+    "tied, squashed": lambda path: model_of(
+        "CLIP with GELU", tiny_llm("Qwen2Config", tie_word_embeddings=True), ImageOptions("squash", 32), (16,)
+    ),
 }
 
 
@@ -127,20 +137,25 @@ def exported(tmp_path_factory):
     """Models by case, each with the folder above its export."""
     top = tmp_path_factory.mktemp("exported")
     made = {}
-    for number, (case, build) in enumerate(CASES.items()):
+    for number, (case, build) in enumerate(
+        [*CASES.items(), *((f"LLaVA, {case}", build) for case, build in CLIP.items())]
+    ):
         root = top / str(number)
         root.mkdir()
         made[case] = build(root), root
-        write(*made[case])
+        write(*made[case], trust_remote_code=case in CASES)
     answered([root for _, root in made.values()], top)
     return made
 
 
-def write(model, root, trust_remote_code=True, **options):
+def write(model, root, trust_remote_code=True):
     for name, size in PICTURES.items():
         noise(*size).save(root / name)
-    export(model, root / "model", **options)
-    scales = [None, *model.scales]
+    if trust_remote_code:
+        export(model, root / "model")
+    else:
+        export_llava(model, root / "model", Origin())
+    scales = [None, *model.scales] if trust_remote_code else [None]
     asked = {"conversations": conversations(), "scales": scales, "trust_remote_code": trust_remote_code}
     (root / "asked.json").write_text(json.dumps(asked))
 
@@ -184,8 +199,46 @@ def test_pixels_are_the_same(exported, case):
             torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CLIP)
+def test_llava_computes_the_same_without_remote_code(exported, case):
+    model, root = exported[f"LLaVA, {case}"]
+    told, found = json.loads((root / "answered.json").read_text()), load_file(root / "answered.safetensors")
+    assert told["class"] == "LlavaForConditionalGeneration"
+    assert not list((root / "model").glob("*.py"))
+    for number, prompt in enumerate(our_prompts(model, root)):
+        ids, logits = our_logits(model, prompt, 16)
+        assert [IMAGE if token == image_id(root) else token for token in told["ids"][f"{number}@None"]] == ids
+        their_logits = found[f"{number}@None"][:, : logits.shape[1]]  # the others are for `<image>`
+        torch.testing.assert_close(their_logits, logits, rtol=1e-5, atol=1e-5)
+        [answer] = model.answers_to([prompt], max_new_tokens=4)[0].values()
+        assert told["answers"][f"{number}@None"][: len(answer.ids)] == answer.ids
+        assert told["batched"]["None"][number][: len(answer.ids)] == answer.ids
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (
+            lambda path: model_of("five stages", tiny_llm(), SQUARE, (16,)),
+            "it knows CLIP's ViT, the encoder is convnext_atto",
+        ),
+        (lambda path: model_of("EVA", tiny_llm(), ImageOptions("pad", 32), (16,)), "the encoder is eva02"),
+        (lambda path: model_of("ViT", tiny_llm(), ImageOptions("pad", 32)), "it has one scale, the model 16, 4, 1"),
+        (lambda path: model_of("ViT", tiny_llm(), ImageOptions("pad", 32), (4,)), "the scale is 4 of 16 cells"),
+        (lambda path: model_of("ViT", tiny_llm(), ImageOptions("keep", 32), (16,)), "images are keep, 32"),
+        (lambda path: model_of("ViT", tiny_llm("CohereConfig"), ImageOptions("pad", 32), (16,)), "its output head is"),
+    ],
+)
+def test_llava_is_refused_with_the_reason(tmp_path, build, said):
+    with pytest.raises(ValueError, match=f"--as llava: .*{said}"):
+        export_llava(build(tmp_path), tmp_path / "model", Origin())
+    assert not (tmp_path / "model").exists()
+
+
 def image_id(root) -> int:
-    return json.loads((root / "model/config.json").read_text())["image_token_id"]
+    config = json.loads((root / "model/config.json").read_text())
+    return config.get("image_token_id", config.get("image_token_index"))
 
 
 def test_a_folder_opens_in_lit_mm_and_is_exported_again_bit_for_bit(tmp_path):

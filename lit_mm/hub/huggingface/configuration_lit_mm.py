@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -43,11 +43,11 @@ class LitMMConfig(PreTrainedConfig):
     model_type = "lit_mm"
     sub_configs = {"text_config": AutoConfig, "vision_config": LitMMVisionConfig}  # noqa: RUF012
 
-    text_config: dict[str, Any] | PreTrainedConfig | None = None
-    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+    text_config: Any = None
+    vision_config: Any = None
     scales: list[int] | tuple[int, ...] = (576, 144, 36, 9, 1)
-    sampling: str = "mean"
-    pooling: str = "exact"
+    sampling: Literal["mean", "spatial", "sequential"] = "mean"
+    pooling: Literal["exact", "adaptive"] = "exact"
     image_token_id: int = 0
     lm_head_bias: bool = False
     logit_factor: float = 1.0

@@ -8,7 +8,7 @@ tokens the processor wrote.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class LitMMPreTrainedModel(PreTrainedModel):
     config_class = LitMMConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
@@ -55,7 +55,7 @@ class LitMMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if hasattr(module, "init_non_persistent_buffers"):  # of timm's rotary embeddings, which files do not hold
-            module.init_non_persistent_buffers()
+            cast(Any, module).init_non_persistent_buffers()
 
 
 class LitMMModel(LitMMPreTrainedModel):
@@ -111,7 +111,7 @@ class LitMMModel(LitMMPreTrainedModel):
             nested = self.multi_modal_projector(self.vision_tower(pixel_values[same, :, :height, :width]))
             for number, tokens in zip(same, nested, strict=True):  # [sum of scales, D]
                 found[number] = tokens.split(scales)[scales.index(asked[number])]
-        return BaseModelOutputWithPooling(pooler_output=[found[number] for number in range(count)])
+        return BaseModelOutputWithPooling(pooler_output=cast(Any, [found[number] for number in range(count)]))
 
     def embed(
         self,
@@ -130,7 +130,8 @@ class LitMMModel(LitMMPreTrainedModel):
         if pixel_values is None:
             features = embeddings.new_zeros(0, embeddings.shape[-1])
         else:
-            features = torch.cat(self.get_image_features(pixel_values, image_sizes, visual_tokens).pooler_output)
+            found: Any = self.get_image_features(pixel_values, image_sizes, visual_tokens)
+            features = torch.cat(found.pooler_output)
         if len(features) != (places := int(is_image.sum())):
             raise ValueError(
                 f"input_ids have {places} image tokens, the images have {len(features)} visual tokens: "
@@ -161,7 +162,7 @@ class LitMMModel(LitMMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, pixel_values, image_sizes, visual_tokens)
+            inputs_embeds = self.embed(cast(Tensor, input_ids), pixel_values, image_sizes, visual_tokens)
         return self.language_model(inputs_embeds=inputs_embeds, **kwargs)
 
 
@@ -237,7 +238,7 @@ class LitMMForConditionalGeneration(LitMMPreTrainedModel, GenerationMixin):
         )
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         inputs: Tensor | None = None,
         num_visual_tokens: int | None = None,
@@ -263,15 +264,15 @@ class LitMMForConditionalGeneration(LitMMPreTrainedModel, GenerationMixin):
         """
         given = kwargs.pop("input_ids", inputs)
         if given is None:
-            return super().generate(attention_mask=attention_mask, **kwargs)
+            return cast(Any, super()).generate(attention_mask=attention_mask, **kwargs)
         ids, mask = given, torch.ones_like(given) if attention_mask is None else attention_mask
         if num_visual_tokens is not None and pixel_values is not None:
             ids, mask = self._fewer(ids, mask, num_visual_tokens, len(pixel_values), visual_tokens)
             visual_tokens = torch.full((len(pixel_values),), num_visual_tokens)
         # Without ids, no processor of the logits looks for `<image>` in the vocabulary.
         embeddings = self.model.embed(ids, pixel_values, image_sizes, visual_tokens)
-        made = super().generate(inputs_embeds=embeddings, attention_mask=mask, **kwargs)
-        answers = made if isinstance(made, Tensor) else made.sequences
+        made = cast(Any, super()).generate(inputs_embeds=embeddings, attention_mask=mask, **kwargs)
+        answers: Any = made if isinstance(made, Tensor) else made.sequences
         prompts = given.repeat_interleave(len(answers) // len(given), dim=0).to(answers.device)
         sequences = torch.cat([prompts, answers], dim=1)
         if isinstance(made, Tensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import make_flat_list_of_images
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin
 
 from lit_mm.data.pixels import ImageOptions, filled, to_pixels, upright_rgb
 
@@ -83,7 +83,7 @@ class LitMMImageProcessor(BaseImageProcessor):
             ValueError: The model has no such scale, or an image has too many pixels or values of unknown range.
         """
         tokens = self.tokens(num_visual_tokens)
-        pixels = [self._pixels(image) for image in make_flat_list_of_images(images)]
+        pixels = [self._pixels(image) for image in cast(Any, make_flat_list_of_images(images))]
         sizes = torch.tensor([each.shape[-2:] for each in pixels])
         height, width = sizes.amax(0).tolist()
         padded = [F.pad(each, (0, width - each.shape[-1], 0, height - each.shape[-2])) for each in pixels]
@@ -100,16 +100,10 @@ class LitMMImageProcessor(BaseImageProcessor):
             raise ValueError(
                 f"an image of {shape[0]}×{shape[1]} pixels: the limit is {options.max_pixels} once resized"
             )
-        color = tuple(int(255 * value) for value in self.image_mean)
-        pixels = to_pixels(upright, target, color if pads else None)
+        red, green, blue = (int(255 * value) for value in self.image_mean)
+        pixels = to_pixels(upright, target, (red, green, blue) if pads else None)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.image_mean, self.image_std))
         return (pixels.float() / 255 - mean) / std
-
-
-class LitMMProcessorKwargs(ProcessingKwargs, total=False):
-    """Options of a call. Chat templates write special tokens themselves."""
-
-    _defaults = {"text_kwargs": {"add_special_tokens": False}}  # noqa: RUF012
 
 
 class LitMMProcessor(ProcessorMixin):
@@ -121,7 +115,6 @@ class LitMMProcessor(ProcessorMixin):
         chat_template: The tokenizer's.
     """
 
-    valid_processor_kwargs = LitMMProcessorKwargs
     image_token = "<image>"
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
