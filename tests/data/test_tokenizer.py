@@ -1,7 +1,6 @@
 """Token ids and labels against the authors' own code, and SentencePiece's own ids."""
 
 import json
-import shutil
 
 import pytest
 import sentencepiece
@@ -11,24 +10,12 @@ from lit_mm.data.chat import Conversation
 from lit_mm.data.records import image_first, parse
 from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.model.llm import LLM
-from tests.helpers.environment import ROOT
 from tests.helpers.models import tiny_llm
+from tests.helpers.tokenizers import FIXTURES, folder_of
 
-FIXTURES = ROOT / "tests/fixtures"
 AUTHORS = json.loads((FIXTURES / "authors_ids.json").read_text())
 """What LLaVA's preprocess_multimodal with preprocess_v1 or preprocess_plain makes of conversations, run by hand
 with the tokenizer of `llama_tokenizer.model` as transformers 4 had it, with `legacy` and without."""
-
-
-def folder_of(path, model, legacy=False):
-    """As lmsys/vicuna-7b-v1.5: a tokenizer.model without a tokenizer.json."""
-    path.mkdir(exist_ok=True)
-    shutil.copy(model, path / "tokenizer.model")
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    special |= {} if legacy is None else {"legacy": legacy}
-    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **special}))
-    (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    return str(path)
 
 
 def encoded(case, conversation):
