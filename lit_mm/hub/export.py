@@ -80,6 +80,8 @@ def main(arguments: Sequence[str]) -> None:
     check_new(folder)
     if llava and options.lora == "adapter":
         raise ValueError("export: --lora adapter goes with --as transformers")
+    if options.private and not options.push_to_hub:
+        raise ValueError("export: --private goes with --push_to_hub")
     model, (run, step) = load(options.checkpoint, "cpu"), run_of(options.checkpoint)
     adapter = take_adapter(model, options.checkpoint) if options.lora == "adapter" else None
     origin = Origin(run, step, options.push_to_hub or folder.resolve().name)
