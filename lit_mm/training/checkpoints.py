@@ -6,9 +6,7 @@ This is not a resume: `--ckpt_path` restores a run with its optimizer and its po
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
@@ -17,30 +15,28 @@ from typing import cast
 
 import torch
 import torch.distributed.checkpoint as dcp
-from huggingface_hub import snapshot_download
 from lightning.pytorch.utilities import rank_zero_info
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PreTrainedModel
 
+from lit_mm.hub.adapters import merged, merged_adapter, read_adapter
+from lit_mm.hub.layouts import is_after_grid, open_source, translate
+from lit_mm.hub.reading import Readers, find, read_files, read_folder, read_json, state_of
 from lit_mm.model.llm import LLM
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.parts import PARTS, PartName, start_adapters
 from lit_mm.training.saving import SHARDED, load_tensors
-
-Readers = dict[str, Callable[[], Tensor]]
-"""Functions that read one tensor each, by the tensor's name."""
-
 
 @dataclass
 class InitFrom:
     """Weights to start from, part by part.
 
     Each source is a run's folder (`runs/stage_1`, or one `version_0` of it), a checkpoint, a folder
-    that `export` wrote, a safetensors file, or a Hugging Face folder (safetensors or
-    pytorch_model*.bin), including published LLaVA and ConvLLaVA models.
+    that `export` or `import` wrote, or a file or folder of published weights: a causal LM, LLaVA, M3, ConvLLaVA, their
+    adapters or projector, a CLIP or ConvNeXt tower of transformers, timm or open_clip (docs/checkpoints.md). It is a
+    path, or a hub name with or without a revision (`owner/name@revision`).
 
     Args:
         run: Source of all parts.
@@ -91,22 +87,18 @@ def open_weights(source: str, merge: bool = True) -> Weights:
     """Open a source of weights; names are translated to this package's: `encoder.…`, `projector.…`, `llm.…`.
 
     Args:
-        source: A run, a checkpoint, a safetensors file, or a folder of them. In a folder of runs the
-            newest last.ckpt is taken.
+        source: As for `InitFrom`. In a folder of runs the newest last.ckpt is taken.
         merge: Merge a run's adapters into the weights that they adapt.
 
     Raises:
         FileNotFoundError: The source does not exist, or contains no weights.
+        ValueError: A file of it is damaged or holds more than tensors.
     """
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"init_from: no file or folder {path}")
+    path = find(source, "init_from")
     if runs := [*path.glob("checkpoints/last.ckpt"), *path.glob("version_*/checkpoints/last.ckpt")]:
         path = max(runs, key=lambda file: file.stat().st_mtime)
         rank_zero_info(f"init_from: {source} is {path}")
-    if path.is_file() and path.suffix == ".safetensors":
-        return Weights(path, _renamed(_safetensors([path])))
-    if path.is_file():
+    if path.is_file() and path.suffix != ".safetensors":
         return Weights(path, _of_checkpoint(path, merge))
     if (path / SHARDED).is_file():
         return Weights(path, _of_shards(path, merge))
@@ -114,11 +106,7 @@ def open_weights(source: str, merge: bool = True) -> Weights:
         return Weights(path, _of_export(path))
     if (path / "llm").is_dir():
         return Weights(path, _of_old_export(path))
-    if tensors := _of_folder(path):
-        # ConvLLaVA saves an encoder that was trained in a folder of its own, with the names of ConvNextModel
-        tower = {f"encoder.{name}": read for name, read in _of_folder(path / "vision_tower").items()}
-        return Weights(path, tower | tensors)
-    raise FileNotFoundError(f"init_from: {source}: expected a run, a checkpoint, safetensors or a folder of them")
+    return Weights(path, open_source(path, "init_from").tensors)
 
 
 def llm_weights(llm: LLM, source: str | None) -> Weights | None:
@@ -132,33 +120,16 @@ def llm_weights(llm: LLM, source: str | None) -> Weights | None:
         return open_weights(source).of("llm")
     if llm.name_or_path.endswith(("Config", ".gguf")) or llm.name_or_path.startswith("package:"):
         return None
-    folder = Path(llm.name_or_path).expanduser()
-    if not folder.is_dir():
-        folder = Path(snapshot_download(llm.name_or_path, allow_patterns=["*.safetensors", "pytorch_model*.bin"]))
-    found = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
-    return open_weights(str(folder)).of("llm") if found else None
-
-
-def _of_folder(path: Path) -> Readers:
-    """Weights of a Hugging Face folder (safetensors or pytorch_model*.bin); empty if it has none."""
-    if files := sorted(path.glob("*.safetensors")):
-        return _renamed(_safetensors(files))
-    files = sorted(path.glob("pytorch_model*.bin"))
-    return _renamed({name: read for file in files for name, read in _of_checkpoint(file).items()})
-
-
-def _safetensors(files: Iterable[Path]) -> Readers:
-    readers: Readers = {}
-    for file in files:
-        opened = safe_open(file, "pt")
-        readers |= {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118
-    return readers
+    tensors = read_folder(find(llm.name_or_path, "llm"))
+    return Weights(Path(llm.name_or_path), tensors) if tensors else None
 
 
 def _of_checkpoint(path: Path, merge: bool = True) -> Readers:
     loaded = load_tensors(path)
-    state = loaded.get("state_dict", loaded)
-    tensors: Readers = {name.removeprefix("vlm."): partial(state.__getitem__, name) for name in state}
+    state = state_of(loaded, path)
+    if not any(name.startswith("vlm.") for name in state):  # not of a run
+        return translate(state, path)[1]
+    tensors: Readers = {name.removeprefix("vlm."): read for name, read in state.items()}
     return _merged(tensors, loaded.get("trained", {})) if merge else tensors
 
 
@@ -189,13 +160,12 @@ def is_of_fsdp1(path: Path) -> bool:
 
 def is_export(path: Path) -> bool:
     """Whether `export` wrote a folder."""
-    file = path / "config.json"
-    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == "lit_mm"
+    return read_json(path / "config.json").get("model_type") == "lit_mm"
 
 
 def _of_export(path: Path) -> Readers:
     """What `export` wrote, by the names of transformers' classes -> this package's names."""
-    names = json.loads((path / "config.json").read_text(encoding="utf-8"))["lit_mm"]["names"]
+    names = read_json(path / "config.json")["lit_mm"]["names"]
     ours = {
         "model.vision_tower.": "encoder.",
         "model.multi_modal_projector.": "projector.",
@@ -203,7 +173,7 @@ def _of_export(path: Path) -> Readers:
         "lm_head.": f"llm.{names['head']}.",
     }
     found: Readers = {}
-    for name, read in _safetensors(sorted(path.glob("*.safetensors"))).items():
+    for name, read in read_folder(path).items():
         [part] = [part for part in ours if name.startswith(part)]
         found[ours[part] + name.removeprefix(part)] = read
     return _with_adapter(found, path / "adapter", ours["model.language_model."])
@@ -217,83 +187,24 @@ def _with_adapter(tensors: Readers, folder: Path, llm: str) -> Readers:
         folder: The adapter's.
         llm: What this package's names of the LLM's layers begin with.
     """
-    if not folder.is_dir():
+    adapter = read_adapter(folder)
+    if not adapter:
         return tensors
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    for name, read in _safetensors([folder / "adapter_model.safetensors"]).items():
-        layer, end = name.replace("base_model.model.model.language_model.", llm, 1).split(".lora_")
-        tensors[f"{layer}.lora_{end.replace('.', '.default.')}"] = read
-        if f"{layer}.weight" in tensors:
-            tensors[f"{layer}.base_layer.weight"] = tensors.pop(f"{layer}.weight")
-    return _merged(tensors, {"lora rank": config["r"], "lora alpha": config["lora_alpha"]})
+    own = {name.replace("model.language_model.", llm, 1): read for name, read in adapter.tensors.items()}
+    return merged_adapter(tensors | own, adapter.scaling)
 
 
 def _of_old_export(path: Path) -> Readers:
     """A folder of a version before 0.2: encoder.safetensors, projector.safetensors, and a Hugging Face LLM in llm/."""
     files = [path / f"{part}.safetensors" for part in ("encoder", "projector")]
-    own = {f"{file.stem}.{name}": read for file in files for name, read in _safetensors([file]).items()}
-    llm = _of_folder(path / "llm")
+    own = {f"{file.stem}.{name}": read for file in files for name, read in read_files([file]).items()}
+    llm = read_folder(path / "llm")
     return own | {f"llm.{name.removeprefix('llm.')}": read for name, read in llm.items()}
-
-
-ADAPTED = ("base_layer.weight", "lora_A.default.weight", "lora_B.default.weight")
-"""peft's names for the weight of an adapted layer and the two matrices of its adapter."""
 
 
 def _merged(tensors: Readers, trained: dict[str, float]) -> Readers:
     """Weights with their adapters merged, if `trained`, which a run's checkpoint contains, says that it has some."""
-    if "lora alpha" not in trained:
-        return tensors
-    scaling = trained["lora alpha"] / trained["lora rank"]
-
-    def adapted(layer: str) -> Tensor:
-        base, down, up = (tensors[f"{layer}.{end}"]() for end in ADAPTED)
-        return (base.float() + scaling * (up.float() @ down.float())).to(base.dtype)
-
-    layers = [name.removesuffix(f".{ADAPTED[1]}") for name in tensors if name.endswith(ADAPTED[1])]
-    plain = {name.replace(".base_layer.", "."): read for name, read in tensors.items() if ".lora_" not in name}
-    return plain | {f"{layer}.weight": partial(adapted, layer) for layer in layers}
-
-
-CONVNEXT = [
-    (r"^.*?(embeddings\.|encoder\.stages\.)", r"\1"),
-    ("layer_scale_parameter", "gamma"),
-    (r"embeddings\.patch_embeddings\.", "stem.0."),
-    (r"embeddings\.layernorm\.", "stem.1."),
-    (r"encoder\.stages\.", "stages."),
-    ("downsampling_layer", "downsample"),
-    (r"\.layers\.", ".blocks."),
-    ("dwconv", "conv_dw"),
-    (r"\.layernorm\.", ".norm."),
-    ("pwconv1", "mlp.fc1"),
-    ("pwconv2", "mlp.fc2"),
-    ("^", "trunk."),
-]
-"""Regular expressions from the names of transformers' ConvNextModel, as in ConvLLaVA's files, to timm's names."""
-
-
-def _renamed(tensors: Readers) -> Readers:
-    """The names of published LLaVA and ConvLLaVA models and of ConvLLaVA's encoders -> this package's names."""
-    is_encoder = any("patch_embeddings" in name and "dwconv" not in name for name in tensors) and any(
-        "dwconv" in name for name in tensors
-    )
-    is_llava = any(name.startswith("model.mm_projector.") for name in tensors)
-    if not is_encoder and not is_llava:
-        return tensors
-    names = {name: _our_name(name, is_llava) for name in tensors}
-    return {ours: tensors[name] for name, ours in names.items() if ours}
-
-
-def _our_name(name: str, is_llava: bool) -> str | None:
-    if is_llava and name.startswith("model.mm_projector."):
-        return name.replace("model.mm_projector.", "projector.layers.")
-    if is_llava and "vision_tower" not in name:
-        return f"llm.{name}"
-    if re.search(r"(^|\.)layernorm\.(weight|bias)$", name) and ".layers." not in name and "embeddings" not in name:
-        return None  # the classifier's norm, which the grid does not pass through
-    for pattern, ours in CONVNEXT:
-        name = re.sub(pattern, ours, name)
-    return f"encoder.{name}" if is_llava else name
+    return merged(tensors, trained["lora alpha"] / trained["lora rank"]) if "lora alpha" in trained else tensors
 
 
 def start_from(vlm: MatryoshkaVLM, init: InitFrom) -> None:
@@ -317,7 +228,7 @@ def expected_names(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_names(part: PartName, weights: Weights, expected: dict[str, Tensor], init: InitFrom) -> None:
-    given = {name for name in weights.tensors if not _is_redundant(name, expected, weights)}
+    given = {name for name in weights.tensors if not is_redundant(part, name, expected, weights)}
     wrong = []
     for kind, names, allowed in (
         ("missing", set(expected) - given, init.allow_missing),
@@ -332,8 +243,11 @@ def _check_names(part: PartName, weights: Weights, expected: dict[str, Tensor], 
         raise ValueError(f"init_from: {weights.where} does not fit the {part}{hint}: {'; '.join(wrong)}")
 
 
-def _is_redundant(name: str, expected: dict[str, Tensor], weights: Weights) -> bool:
-    """Whether an unexpected weight holds nothing new: rotary tables, or an output head equal to the embeddings."""
+def is_redundant(part: PartName, name: str, expected: dict[str, Tensor], weights: Weights) -> bool:
+    """Whether an unexpected weight holds nothing new: rotary tables, an output head equal to the embeddings, or what
+    comes after an encoder's grid."""
+    if part == "encoder":
+        return is_after_grid(name, expected)
     if name in expected or name != "lm_head.weight":
         return name not in expected and name.endswith("rotary_emb.inv_freq")
     tables = [read for own, read in weights.tensors.items() if own.endswith("embed_tokens.weight")]

@@ -84,8 +84,12 @@ def check_room(folder: Path, parameters: Sequence[Tensor]) -> None:
         )
 
 
+DAMAGED = (AttributeError, EOFError, IndexError, KeyError, MemoryError, RuntimeError, TypeError, ValueError)
+"""What torch.load raises for archives that are damaged or made up."""
+
+
 def load_tensors(path: Path, option: str = "") -> dict[str, Any]:
-    """Read a single-file checkpoint without running pickled code.
+    """Read a single-file checkpoint without running pickled code; tensors stay in the file until they are used.
 
     Args:
         path: The file.
@@ -97,11 +101,31 @@ def load_tensors(path: Path, option: str = "") -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{option}{path} is not a checkpoint, or a truncated one ({path.stat().st_size} bytes)")
     try:
+        _check_members(path)
         return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except pickle.UnpicklingError:
         raise ValueError(f"{option}{path} holds more than tensors (pickled code), which is not loaded") from None
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{option}{path} is not a checkpoint: {str(error).splitlines()[0]}") from None
+    except (*DAMAGED, zipfile.BadZipFile) as error:
+        raise ValueError(f"{option}{path} is not a checkpoint: {(str(error) or repr(error)).splitlines()[0]}") from None
+
+
+def _check_members(path: Path) -> None:
+    """Check that an archive has the form that torch.save gives it: members as they are, each once. A compressed one
+    could become larger than memory.
+
+    Raises:
+        ValueError: It has not.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    names = {member.filename for member in members}
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size > path.stat().st_size:
+            raise ValueError(f"its member {member.filename} is compressed ({member.file_size} bytes)")
+        if member.filename.startswith("/") or ".." in member.filename.split("/"):
+            raise ValueError(f"its member {member.filename} leaves the archive")
+    if len(names) < len(members):
+        raise ValueError("it has two members of one name")
 
 
 def check_readable(path: Path) -> None:
