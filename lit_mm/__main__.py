@@ -18,6 +18,7 @@ lit_mm trains and studies large multimodal models with elastic visual tokens.
   python -m lit_mm serve    --ckpt_path last [--port 8000]             a server for OpenAI's clients, and a page
   python -m lit_mm calibrate last [--mean_tokens 40]                   the scale chosen per question: --tokens auto
   python -m lit_mm export   last FOLDER                                a Hugging Face folder, also for the hub
+  python -m lit_mm import   SOURCE FOLDER                              published weights: LLaVA, M3, ConvLLaVA, CLIP
   python -m lit_mm profile  --config … [--sizes 768 1024]              what every visual token costs, without weights
 
   --config FILE          an experiment; a later file overrides an earlier one
@@ -28,7 +29,7 @@ lit_mm trains and studies large multimodal models with elastic visual tokens.
 """
 INTERRUPTED = 130
 """The exit status of shells for Ctrl-C."""
-VERBS = ("fit", "validate", "test", "predict", "ask", "serve", "calibrate", "export", "profile")
+VERBS = ("fit", "validate", "test", "predict", "ask", "serve", "calibrate", "export", "import", "profile")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -70,6 +71,10 @@ def run(arguments: list[str]) -> None:
             from lit_mm.hub.export import main as export
 
             export(arguments[1:])
+        elif arguments[0] == "import":
+            from lit_mm.hub.importers import main as import_weights
+
+            import_weights(arguments[1:])
         else:
             from lit_mm.cli import LitMMCLI
 

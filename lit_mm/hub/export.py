@@ -135,18 +135,18 @@ def push(folder: Path, name: str, private: bool) -> str:
         raise ConnectionError(f"--push_to_hub {name}: {str(error).splitlines()[0]}: {by_hand}") from None
 
 
-def check_new(folder: Path) -> None:
-    """Check that an export overwrites nothing.
+def check_new(folder: Path, verb: str = "export") -> None:
+    """Check that an export or import overwrites nothing.
 
     Raises:
         FileExistsError: The folder is not empty, or is not a folder.
     """
     if folder.is_symlink() and not folder.exists():
-        raise FileExistsError(f"export: {folder} is a link to {folder.readlink()}, which does not exist")
+        raise FileExistsError(f"{verb}: {folder} is a link to {folder.readlink()}, which does not exist")
     if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"export: {folder} is a file, expected a new folder")
+        raise FileExistsError(f"{verb}: {folder} is a file, expected a new folder")
     if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"export: {folder} is not empty")
+        raise FileExistsError(f"{verb}: {folder} is not empty")
 
 
 def export(
@@ -185,13 +185,13 @@ def export(
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, verb: str = "export") -> Iterator[Path]:
     """A folder to write into, which gets its name once it is complete.
 
     Raises:
         FileExistsError: The folder of this name is not empty, or is not a folder.
     """
-    check_new(folder)
+    check_new(folder, verb)
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:

@@ -79,6 +79,7 @@ OPEN_CLIP = [
     (r"^conv1\.", "patch_embed.proj."),
     (r"^ln_pre\.", "norm_pre."),
     (r"^ln_post\.", "norm."),
+    (r"^proj$", "head.weight"),
     (r"^transformer\.resblocks\.", "blocks."),
     (r"\.ln_", ".norm"),
     (r"\.in_proj_", ".qkv."),

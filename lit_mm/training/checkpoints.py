@@ -29,6 +29,7 @@ from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.parts import PARTS, PartName, start_adapters
 from lit_mm.training.saving import SHARDED, load_tensors
 
+
 @dataclass
 class InitFrom:
     """Weights to start from, part by part.

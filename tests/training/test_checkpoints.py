@@ -172,7 +172,9 @@ def test_adapters_of_unknown_strength_are_named_as_such(tmp_path):
         start_from(other_vlm(), InitFrom(str(tmp_path / "lora.ckpt")))
 
 
-@pytest.mark.parametrize(("source", "message"), [("nowhere", "no file or folder"), (".", "expected a file or folder of")])
+@pytest.mark.parametrize(
+    ("source", "message"), [("nowhere", "no file or folder"), (".", "expected a file or folder of")]
+)
 def test_no_source(tmp_path, source, message):
     with pytest.raises(FileNotFoundError, match=message):
         open_weights(str(tmp_path / source))

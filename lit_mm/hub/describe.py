@@ -1,0 +1,217 @@
+"""What published weights, and the JSON files beside them, say of a model -> this package's config of it.
+
+Sizes come from the weights themselves. What these do not show (heads, activation, pixel means) comes from the files.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from timm.data.constants import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lit_mm.hub.layouts import Source
+from lit_mm.hub.reading import Readers, read_json
+
+EXPECTED: dict[str, tuple[Any, ...]] = {
+    "mm_projector_type": ("mlp2x_gelu",),
+    "projector_hidden_act": ("gelu",),
+    "multimodal_projector_bias": (True,),
+    "mm_patch_merge_type": ("flat",),
+    "mm_use_im_start_end": (False,),
+    "mm_vision_select_feature": ("patch",),
+    "vision_feature_select_strategy": ("default",),
+    "s2": (False,),
+    "quantization_config": (),
+}
+"""Fields of a LLaVA's config -> what this package computes."""
+NOT_OVERRIDES = {
+    "architectures",
+    "dtype",
+    "model_type",
+    "transformers_version",
+    "_name_or_path",
+    "id2label",
+    "label2id",
+}
+OF_CLASSIFIERS = ("num_classes", "global_pool", "in_chans")
+"""timm's keywords that an encoder has no use for, or sets itself."""
+SIZES = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"}
+
+
+def check_config(config: dict[str, Any], where: Path) -> None:
+    """Check that a LLaVA is one that this package computes.
+
+    Raises:
+        ValueError: A field of its config says something else.
+    """
+    for name, expected in EXPECTED.items():
+        if (found := config.get(name)) is not None and found not in expected:
+            said = " or ".join(map(repr, expected)) or "weights without quantization"
+            raise ValueError(f"{where}: {name} is {found!r:.80}, expected {said}")
+
+
+def folder_of_files(source: Source) -> Path:
+    """Where the files beside the weights are."""
+    return source.where if source.where.is_dir() else source.where.parent
+
+
+def encoder_config(source: Source, layer: int = -2, backbone: str | None = None) -> dict[str, Any]:
+    """The encoder's class and arguments.
+
+    Args:
+        source: Where its weights are.
+        layer: The block of a ViT whose output is the grid.
+        backbone: timm's name of a ViT, for files that do not say what the weights leave open.
+
+    Raises:
+        ValueError: It is of a kind that this package lacks, or its files leave something open.
+    """
+    prefix = "encoder.trunk."
+    trunk = {name.removeprefix(prefix): read for name, read in source.tensors.items() if name.startswith(prefix)}
+    said = vision_config(folder_of_files(source))
+    shown = {"pretrained_cfg_overlay": normalization(source, said)}
+    if "stem.0.weight" in trunk:
+        return _convnext(trunk, said, shown, source.where)
+    if name := backbone or said.get("architecture"):
+        own = {key: value for key, value in (said.get("model_args") or {}).items() if key not in OF_CLASSIFIERS}
+        return _timm_vit(name, layer, {} if backbone else {**own, **shown})
+    return _vit(trunk, said, layer, shown, source.where)
+
+
+def vision_config(folder: Path) -> dict[str, Any]:
+    """What the files say of the vision tower, in the words of transformers; timm's `architecture` names its model."""
+    config = read_json(folder / "vision_tower/config.json") or read_json(folder / "config.json")
+    opened = read_json(folder / "open_clip_config.json").get("model_cfg", {})
+    if vision := opened.get("vision_cfg"):
+        heads = vision.get("width", 0) // vision.get("head_width", 64)
+        act = "quick_gelu" if opened.get("quick_gelu") else "gelu"
+        return {"num_attention_heads": heads, "hidden_act": act, "architecture": vision.get("timm_model_name")}
+    if tower := config.get("mm_vision_tower"):  # inside a LLaVA, without a config of its own
+        is_openais = re.search(r"(^|/)clip-vit-(base|large)-patch\d+(-336)?/?$", str(tower))
+        return {"head_width": 64, "hidden_act": "quick_gelu"} if is_openais else {}
+    return config.get("vision_config") or config
+
+
+def normalization(source: Source, said: dict[str, Any]) -> dict[str, list[float]]:
+    """Mean and standard deviation of the pixels that the tower was trained with."""
+    folder = folder_of_files(source)
+    files = [folder / "vision_tower/preprocessor_config.json", folder / "preprocessor_config.json"]
+    found = next(filter(None, map(read_json, files)), {})
+    timms = said.get("pretrained_cfg") or {}
+    is_clip = source.layout not in ("convnext", "timm")
+    default = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD) if is_clip else (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return {
+        "mean": list(found.get("image_mean") or timms.get("mean") or default[0]),
+        "std": list(found.get("image_std") or timms.get("std") or default[1]),
+    }
+
+
+def _convnext(trunk: Readers, said: dict[str, Any], shown: dict[str, Any], where: Path) -> dict[str, Any]:
+    """A ConvNeXt of any depths and widths; its stages after the fourth are extra stages."""
+    if (act := said.get("hidden_act", "gelu")) != "gelu":
+        raise ValueError(f"{where}: hidden_act of the ConvNeXt is {act!r}, expected gelu")
+    depths = _counts(trunk, r"stages\.(\d+)\.blocks\.(\d+)\.")
+    firsts = [f"stages.{stage}.blocks.0." for stage in range(len(depths))]
+    if len(depths) < 4 or "stem.1.weight" not in trunk or any(f"{each}conv_dw.weight" not in trunk for each in firsts):
+        raise ValueError(f"{where}: a ConvNeXt with {len(depths)} stages, expected four or more after a patch stem")
+    widths = [trunk[f"{each}conv_dw.weight"]().shape[0] for each in firsts]
+    overrides = {
+        "depths": depths[:4],
+        "dims": widths[:4],
+        "patch_size": trunk["stem.0.weight"]().shape[-1],
+        "kernel_sizes": trunk[f"{firsts[0]}conv_dw.weight"]().shape[-1],
+        "conv_mlp": trunk[f"{firsts[0]}mlp.fc1.weight"]().ndim == 4,
+    }
+    further = [{"depth": depth, "width": width} for depth, width in zip(depths[4:], widths[4:], strict=True)]
+    backbone = "convnextv2_base" if f"{firsts[0]}mlp.grn.weight" in trunk else "convnext_base"
+    arguments = {"backbone": backbone, "extra_stages": further, "overrides": {**overrides, **shown}}
+    return {"class_path": "lit_mm.ConvNeXtEncoder", "init_args": arguments}
+
+
+def _vit(trunk: Readers, said: dict[str, Any], layer: int, shown: dict[str, Any], where: Path) -> dict[str, Any]:
+    """A CLIP's ViT."""
+    parts = [trunk.get(name) for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")]
+    if None in parts:
+        raise ValueError(f"{where}: a tower without patches, positions or blocks, expected a ConvNeXt or a ViT")
+    patches, positions, inner = (read().shape for read in parts if read)
+    width, patch, cells = patches[0], patches[-1], positions[1] - 1
+    heads = said.get("num_attention_heads") or width // said.get("head_width", width + 1)
+    act, eps = said.get("hidden_act"), said.get("layer_norm_eps", 1e-5)
+    if not heads or act not in ("gelu", "quick_gelu") or eps != 1e-5:
+        found = f"{heads or 'no'} heads, activation {act}, layer_norm_eps {eps}"
+        raise ValueError(
+            f"{where}: its files say {found}, expected heads, gelu or quick_gelu, and 1e-5; --backbone names a model "
+            "of timm that has them, such as vit_large_patch14_clip_quickgelu_336.openai"
+        )
+    overrides = {
+        "img_size": round(cells**0.5) * patch,
+        "patch_size": patch,
+        "embed_dim": width,
+        "depth": len({name.split(".")[1] for name in trunk if name.startswith("blocks.")}),
+        "num_heads": heads,
+        "mlp_ratio": inner[0] / width,
+    }
+    name = "vit_base_patch16_clip_quickgelu_224" if act == "quick_gelu" else "vit_base_patch16_clip_224"
+    return _timm_vit(name, layer, overrides | shown)
+
+
+def _timm_vit(backbone: str, layer: int, overrides: dict[str, Any]) -> dict[str, Any]:
+    arguments = {"backbone": backbone, "layer": layer, "overrides": overrides}
+    return {"class_path": "lit_mm.TimmEncoder", "init_args": arguments}
+
+
+def _counts(trunk: Readers, pattern: str) -> list[int]:
+    """How many blocks each stage has, by the two numbers in the names."""
+    found = {match.groups() for match in map(re.compile(pattern).match, trunk) if match}
+    stages = [int(stage) for stage, _ in found]
+    return [stages.count(stage) for stage in sorted(set(stages))]
+
+
+def layer_of(config: dict[str, Any], where: Path) -> int:
+    """The block of a ViT whose output is the grid; LLaVA's -2 if the config does not say.
+
+    Raises:
+        ValueError: There are several, or it is none of the blocks.
+    """
+    index = config.get("vision_feature_layer", config.get("mm_vision_select_layer", -2))
+    if not isinstance(index, int) or index == 0:
+        raise ValueError(f"{where}: the vision feature layer is {index!r}, expected one block")
+    return index if index < 0 else index - 1  # transformers' hidden state 0 is the first block's input
+
+
+def llm_config(config: dict[str, Any], where: Path) -> tuple[str, dict[str, Any]]:
+    """The name of transformers' config class of the LLM, and its keywords.
+
+    Raises:
+        ValueError: transformers has no such model.
+    """
+    text = config.get("text_config") or config
+    kind = str(text.get("model_type", "llama")).removeprefix("llava_")
+    kind = "llama" if kind == "llava" else kind
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"{where}: model_type {kind!r} is not in transformers; code of others is not run")
+    cls = CONFIG_MAPPING[kind]
+    default = cls().to_dict()
+    own = cls(**{name: value for name, value in text.items() if not name.startswith("mm_")}).to_dict()
+    kept = {name: value for name, value in own.items() if name in default and name not in NOT_OVERRIDES}
+    return cls.__name__, {name: value for name, value in kept.items() if name in SIZES or value != default[name]}
+
+
+def image_size(source: Source, config: dict[str, Any], overrides: dict[str, Any]) -> int | None:
+    """Pixels of an image's side: of a ViT's positions, or as the files of a ConvNeXt say; None if they do not."""
+    if "img_size" in overrides:
+        return overrides["img_size"]
+    folder = folder_of_files(source)
+    for file in (folder / "vision_tower/preprocessor_config.json", folder / "preprocessor_config.json"):
+        crop = read_json(file).get("crop_size")
+        if side := crop.get("height") if isinstance(crop, dict) else crop:
+            return side
+    return config.get("mm_vision_resolution") or vision_config(folder).get("image_size")
