@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_mm.hub.adapters import base_of, merged_adapter, read_adapter
+from lit_mm.hub.lora import base_of, merged_adapter, read_adapter
 from lit_mm.hub.reading import BIN, Readers, find, read_file, read_folder
 
 Layout = Literal["llava", "hf_llava", "projector", "convnext", "clip", "open_clip", "timm", "llm", "own"]

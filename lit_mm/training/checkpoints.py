@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PreTrainedModel
 
-from lit_mm.hub.adapters import merged, merged_adapter, read_adapter
 from lit_mm.hub.layouts import is_after_grid, open_source, translate
+from lit_mm.hub.lora import merged, merged_adapter, read_adapter
 from lit_mm.hub.reading import Readers, find, read_files, read_folder, read_json, state_of
 from lit_mm.model.llm import LLM
 from lit_mm.model.vlm import MatryoshkaVLM
