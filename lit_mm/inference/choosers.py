@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Chooser(ABC):
     """Chooses the scale of each question.
 
-    Args:
+    Attributes:
         scales: The scales that it tries, in their order.
     """
 
