@@ -183,7 +183,7 @@ def from_source(kind: Any, source: str, **options: Any) -> Any:
     """
     location = _location(source)
     try:
-        return kind.from_pretrained(**location, trust_remote_code=False, **options)
+        return kind.from_pretrained(**(location | options), trust_remote_code=False)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
