@@ -198,6 +198,8 @@ def new_folder(folder: Path, verb: str = "export") -> Iterator[Path]:
         made = Path(temporary) / "export"
         made.mkdir()
         yield made
+        for file in made.rglob("*.safetensors"):  # which its library lets nobody else read
+            file.chmod((made / "config.json").stat().st_mode)
         if folder.exists():
             folder.rmdir()
         made.rename(folder)

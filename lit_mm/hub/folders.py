@@ -22,7 +22,7 @@ from lit_mm.model.llm import packing_of
 from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.scales import Scale, VideoScale
 from lit_mm.model.vlm import MatryoshkaVLM
-from lit_mm.training.checkpoints import InitFrom, start_from
+from lit_mm.training.checkpoints import InitFrom, materialize, open_weights, start_from
 
 
 def open_folder(
@@ -50,6 +50,7 @@ def open_folder(
         raise ValueError(f"{folder}: with pooling {config.pooling} expected scales {config.scales}, found {scales}")
     vlm = _vlm(config, scales or config.scales, told)
     start_from(vlm, InitFrom(str(folder)))
+    materialize(vlm.llm, vlm.llm, open_weights(str(folder)).of("llm"))
     vlm.llm.generation_config = GenerationConfig.from_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.chat_template = for_texts(str(tokenizer.chat_template))
@@ -68,9 +69,10 @@ def open_folder(
 
 
 def _vlm(config: LitMMConfig, scales: Sequence[int], told: dict[str, Any]) -> MatryoshkaVLM:
-    """The model of a configuration, with random weights."""
+    """The model of a configuration with random weights, and with none in the LLM, where they would take long."""
     text, vision = cast(Any, config.text_config), cast(Any, config.vision_config)
-    llm = AutoModelForCausalLM.from_config(text, dtype=text.dtype)
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(text, dtype=text.dtype)
     if packing_of(text, "auto") != "padded":
         llm.set_attn_implementation(NAME)
     encoder, width = build_encoder(vision), cast(nn.Embedding, llm.get_input_embeddings()).embedding_dim

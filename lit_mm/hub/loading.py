@@ -18,6 +18,7 @@ from lit_mm.evaluation.calibration import CHOOSER
 from lit_mm.hub.folders import open_folder
 from lit_mm.inference.answering import Model
 from lit_mm.inference.choosers import Confidence, read_chooser
+from lit_mm.model.hub import folder_of, is_hub_name
 from lit_mm.model.scales import Scale
 from lit_mm.renamed import with_new_names
 from lit_mm.training.checkpoints import InitFrom, is_export, start_from
@@ -25,6 +26,8 @@ from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.resume import scales_in
 from lit_mm.training.saving import SHARDED, find_checkpoint, load_tensors
 
+PATTERNS = ["*.json", "*.jinja", "*.safetensors", "README.md"]
+"""What is fetched of a model on the hub: all but its code."""
 TOKENIZER = "tokenizer"
 """The folder in a run's folder that holds the tokenizer with its chat template."""
 
@@ -42,7 +45,8 @@ def load(
     of its run, if it was calibrated.
 
     Args:
-        path: A run's folder, a folder of runs (its newest), a checkpoint, sharded or not, or what `export` wrote.
+        path: A run's folder, a folder of runs (its newest), a checkpoint, sharded or not, or what `export` wrote: a
+            folder, or a name on the hub (`owner/name`, `owner/name@revision`).
         device: Where it computes; None: a GPU if there is one.
         dtype: Type of its weights; None: as configured.
         image: How images are brought to size; None: as in training.
@@ -62,6 +66,8 @@ def load(
             the scales (adaptive pooling) and there are others; or no such device.
     """
     target = _device(device)
+    if is_hub_name(str(path)):
+        path = folder_of(str(path), PATTERNS, "load")
     if is_export(folder := Path(path).expanduser()):
         model = open_folder(folder, image, video, scales)
         model.vlm.to(target, dtype)

@@ -1,6 +1,10 @@
 """Small models to export, and what lit_mm computes of a prompt."""
 
+import sys
+
+import pytest
 import torch
+import transformers.dynamic_module_utils
 
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.tokenizer import load_tokenizer
@@ -46,3 +50,11 @@ def our_logits(model: Model, prompt, scale) -> tuple[list[int], torch.Tensor]:
         embeddings = embed(model.vlm, model.vlm.encode(images), codes)
         logits = model.vlm.llm(inputs_embeds=embeddings[None], use_cache=False).logits[0]
     return [IMAGE if code < 0 else code for code in codes.tolist()], logits
+
+
+def keep_code_in(folder, patch: pytest.MonkeyPatch) -> None:
+    """Has transformers copy the code of models into a folder, and forget what it has imported before."""
+    patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
+    patch.syspath_prepend(str(folder))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        patch.delitem(sys.modules, name)

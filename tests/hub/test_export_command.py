@@ -1,13 +1,14 @@
 """`python -m lit_mm export` on trained runs, and the way back."""
 
 import json
+import shutil
 from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-import transformers.dynamic_module_utils
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -16,7 +17,9 @@ from transformers import AutoModelForImageTextToText
 import lit_mm.hub.export
 from lit_mm import load
 from lit_mm.hub.export import main
+from lit_mm.model.hub import reachable
 from tests.helpers.command_line import lit_mm as command
+from tests.helpers.exporting import keep_code_in
 from tests.helpers.media import noise
 from tests.helpers.network import dead_hub  # noqa: F401 (a fixture)
 from tests.helpers.serving import trained_run
@@ -50,6 +53,21 @@ def test_the_folder_answers_as_the_run_does(run, exported):
     assert theirs.trained_scales == ours.trained_scales == [16, 4, 1]
     printed = command("ask", f"--ckpt_path={exported}", "--json", "--tokens=4", "what is red?")
     assert json.loads(printed.splitlines()[-1])["answers"]["4"]["visual_tokens"] == 0
+
+
+def test_a_name_on_the_hub_opens_like_its_folder(exported, tmp_path, monkeypatch):
+    revision, cache = "0" * 39 + "1", tmp_path / "models--me--model"
+    shutil.copytree(exported, cache / "snapshots" / revision, ignore=shutil.ignore_patterns("*.py"))
+    (cache / "refs").mkdir()
+    (cache / "refs/v1").write_text(revision)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    reachable.cache_clear()
+    opened, ours = load("me/model@v1", "cpu").vlm.state_dict(), load(exported, "cpu").vlm.state_dict()
+    assert all(torch.equal(opened[name], ours[name]) for name in ours)
+    with pytest.raises(FileNotFoundError, match=r"load: me/other: .*\n.*hf download me/other"):
+        load("me/other")
+    reachable.cache_clear()
 
 
 def test_the_card_has_what_was_measured_and_no_path(run, exported):
@@ -116,8 +134,7 @@ def adapted(tmp_path_factory):
 
 
 def test_adapters_are_merged_or_written_beside_the_model(adapted, tmp_path, monkeypatch):
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "code"))
-    monkeypatch.syspath_prepend(str(tmp_path / "code"))
+    keep_code_in(tmp_path / "code", monkeypatch)
     main([str(adapted), str(tmp_path / "merged")])
     main([str(adapted), str(tmp_path / "apart"), "--lora", "adapter"])
     before = adapted.parent / "version_0"

@@ -4,7 +4,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers.dynamic_module_utils
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -14,7 +13,7 @@ from lit_mm.data.images import ImageOptions
 from lit_mm.hub.export import export
 from lit_mm.inference.answering import Ask
 from lit_mm.model.batch import IMAGE
-from tests.helpers.exporting import model_of, our_logits
+from tests.helpers.exporting import keep_code_in, model_of, our_logits
 from tests.helpers.media import noise
 from tests.helpers.models import tiny_llm
 
@@ -26,8 +25,7 @@ SCALES = [16, 4, 1]
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vllm")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(folder / "code"))
-        patch.syspath_prepend(str(folder / "code"))
+        keep_code_in(folder / "code", patch)
         model = model_of("five stages", tiny_llm("Qwen2Config"), ImageOptions("pad", 64))
         export(model, folder / "model")
         yield model, folder / "model"
