@@ -151,11 +151,14 @@ def _vit(trunk: Readers, said: dict[str, Any], layer: int, shown: dict[str, Any]
             f"{where}: its files say {found}, expected heads, gelu or quick_gelu, and 1e-5; --backbone names a model "
             "of timm that has them, such as vit_large_patch14_clip_quickgelu_336.openai"
         )
+    depth = len({name.split(".")[1] for name in trunk if name.startswith("blocks.")})
+    if not -depth <= layer < depth:
+        raise ValueError(f"{where}: block {layer} is to give the grid, it has {depth}")
     overrides = {
         "img_size": round(cells**0.5) * patch,
         "patch_size": patch,
         "embed_dim": width,
-        "depth": len({name.split(".")[1] for name in trunk if name.startswith("blocks.")}),
+        "depth": depth,
         "num_heads": heads,
         "mlp_ratio": inner[0] / width,
     }

@@ -7,7 +7,8 @@ becomes a safetensors file for `model.init_from`. Tensors stay in their files un
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, get_args
 import lightning
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import instantiate_module
 from rich.table import Table
@@ -135,7 +137,7 @@ def gather(options: argparse.Namespace) -> Found:
         tower = options.encoder or config.get("mm_vision_tower")
         if not tower:
             raise ValueError(f"import: {source.where} has no vision tower: --encoder names one")
-        sources["encoder"] = open_source(find(tower, "import: --encoder"), "import: --encoder")
+        sources["encoder"] = open_source(find(str(tower), "import: --encoder"), "import: --encoder")
     return Found(sources, config, where)
 
 
@@ -246,12 +248,13 @@ def write_run(found: Found, options: argparse.Namespace, out: Path, folder: Path
         out: The folder's later name.
         folder: Where to write now.
     """
-    config = model_config(found, options)
-    config["llm"]["tokenizer"] = str(folder / "tokenizer")
-    save_tokenizer(found, options, config["llm"]["name_or_path"], folder / "tokenizer")
-    lit = instantiate_module(LitMatryoshka, deepcopy(config))  # which puts objects into it
-    with torch.device("meta"):
-        vlm = lit._build(on_meta=True)
+    with sense(found.where):
+        config = model_config(found, options)
+        config["llm"]["tokenizer"] = str(folder / "tokenizer")
+        save_tokenizer(found, options, config["llm"]["name_or_path"], folder / "tokenizer")
+        lit = instantiate_module(LitMatryoshka, deepcopy(config))  # which puts objects into it
+        with torch.device("meta"):
+            vlm = lit._build(on_meta=True)
     matches = {part: match(part, found.sources[part], getattr(vlm, part)) for part in PARTS}
     report(matches, [name for source in {id(s): s for s in found.sources.values()}.values() for name in source.unused])
     config["llm"]["tokenizer"] = str(out.resolve() / "tokenizer")
@@ -272,6 +275,23 @@ def write_run(found: Found, options: argparse.Namespace, out: Path, folder: Path
     _write_yaml({"model": config, "data": data}, folder)
 
 
+@contextmanager
+def sense(where: Path) -> Iterator[None]:
+    """Errors of classes that were given what a file says are the file's.
+
+    Raises:
+        ValueError: The file describes no model.
+    """
+    try:
+        yield
+    except NONSENSE as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"import: {where} describes no model: {type(error).__name__}: {said:.200}") from error
+
+
+NONSENSE = (AttributeError, IndexError, KeyError, RuntimeError, StrictDataclassError, TypeError, ZeroDivisionError)
+
+
 def model_config(found: Found, options: argparse.Namespace) -> dict[str, Any]:
     """The config of LitMatryoshka.
 
@@ -283,7 +303,10 @@ def model_config(found: Found, options: argparse.Namespace) -> dict[str, Any]:
     below = read_json((source.base or folder_of_files(source)) / "config.json")
     own = found.config if "text_config" in found.config or "num_attention_heads" in found.config else below
     name, overrides = llm_config(own, found.where)
-    dtype = str(next(iter(of_part(source, "llm").values()))().dtype).removeprefix("torch.")
+    tensors = of_part(source, "llm")
+    if (layers := overrides.get("num_hidden_layers", 0)) > len(tensors):
+        raise ValueError(f"import: {found.where}: {layers} layers, but only {len(tensors)} weights of the LLM")
+    dtype = str(next(iter(tensors.values()))().dtype).removeprefix("torch.")
     llm = {"name_or_path": name, "config_overrides": overrides, "chat_template": "own"}
     llm["dtype"] = dtype if dtype in get_args(DType) else "float32"
     config = {"encoder": encoder, "llm": llm, "parts": {part: {} for part in PARTS}, "max_new_tokens": ANSWER}

@@ -119,6 +119,8 @@ def _check_members(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     names = {member.filename for member in members}
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise ValueError("it is TorchScript, whose code is not run: save its state_dict() with torch.save")
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED or member.file_size > path.stat().st_size:
             raise ValueError(f"its member {member.filename} is compressed ({member.file_size} bytes)")
