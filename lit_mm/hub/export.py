@@ -199,7 +199,7 @@ def new_folder(folder: Path, verb: str = "export") -> Iterator[Path]:
         made.mkdir()
         yield made
         for file in made.rglob("*.safetensors"):  # which its library lets nobody else read
-            file.chmod((made / "config.json").stat().st_mode)
+            file.chmod(made.stat().st_mode & 0o666)
         if folder.exists():
             folder.rmdir()
         made.rename(folder)
