@@ -67,6 +67,25 @@ class Teaching(NamedTuple):
     weight: float
     temperature: float
 
+    @property
+    def teacher(self) -> Tensor:
+        """[S] the row of each row's teacher, or its own."""
+        return torch.arange(len(self.back), device=self.back.device) - self.back
+
+    def divergence(self, losses: Tensor, gradients: Tensor, hidden: Tensor) -> Tensor:
+        """weight × KL [S] at temperature 1, from cross-entropies [S], their gradients and hidden states [S, D]."""
+        at, moved = self.teacher, hidden - hidden[self.teacher]
+        return self.weight * (losses - losses[at] - (gradients[at] * moved).sum(1))
+
+    def learned(self, rows: Tensor) -> Tensor:
+        """Rows [S, …] + weight × (rows - those of their teachers)."""
+        return rows + self.weight * (rows - rows[self.teacher])
+
+    def taught(self, rows: Tensor) -> Tensor:
+        """The transpose of `learned`."""
+        of_students = torch.zeros_like(rows).index_put_((self.teacher,), rows, accumulate=True)
+        return rows + self.weight * (rows - of_students)
+
 
 def teaching_of(
     consistency: Consistency, label: Tensor, scale: Tensor, scales: int, image_scales: int
@@ -101,10 +120,10 @@ class Lesson:
         self.last: Tensor | None = None
         """The last rows so far, at most `reach`."""
 
-    def divergence(self, logarithms: Tensor) -> Tensor:
-        """Log-probabilities [c, vocabulary] of the next rows -> weight × temperature² × KL [c]; 0 without a teacher."""
+    def divergence(self, logits: Tensor) -> Tensor:
+        """Logits [c, vocabulary] of the next rows -> weight × temperature² × KL [c]; 0 without a teacher."""
         weight, temperature = self.teaching.weight, self.teaching.temperature
-        self.soft = logarithms if temperature == 1 else (logarithms / temperature).log_softmax(-1)
+        self.soft = (logits / temperature).log_softmax(-1)
         self.targets = self._targets(self.soft.detach())
         return weight * temperature**2 * F.kl_div(self.soft, self.targets, reduction="none", log_target=True).sum(1)
 
@@ -119,14 +138,12 @@ class Lesson:
         self.last = (known if reach == len(rows) else rows)[-self.teaching.reach :].clone()
         return targets
 
-    def add_gradient(self, probabilities: Tensor) -> None:
-        """Add d divergence / d logits to the rows' probabilities; both overwrite what `divergence` was computed from.
+    def gradient(self) -> Tensor:
+        """d divergence / d logits [c, vocabulary] of these rows; overwrites what it is computed from.
 
         It is weight × temperature × (probabilities - the teacher's), both at the temperature.
         """
-        weight, temperature = self.teaching.weight, self.teaching.temperature
-        student = probabilities if temperature == 1 else self.soft.exp_()
-        probabilities.sub_(self.targets.exp_().sub_(student), alpha=weight * temperature)
+        return self.soft.exp_().sub_(self.targets.exp_()).mul_(self.teaching.weight * self.teaching.temperature)
 
 
 def weighted_loss(
@@ -154,7 +171,7 @@ def weighted_loss(
     for states, ids in zip(hidden.split(chunk), labels.split(chunk), strict=True):
         logits = (head(states) * factor).to(weights.dtype)
         losses.append(cross_entropy(logits, ids))
-        terms.append(lesson.divergence(logits.log_softmax(-1)) if lesson else torch.zeros_like(losses[-1]))
+        terms.append(lesson.divergence(logits) if lesson else torch.zeros_like(losses[-1]))
     all_losses, all_terms = torch.cat(losses), torch.cat(terms)
     return ((all_losses + all_terms) * weights).sum(), all_losses.detach(), all_terms.detach()
 
@@ -171,7 +188,13 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 class _HeadLoss(torch.autograd.Function):
     """Output head, cross-entropy and consistency. Each chunk's gradient is computed in the forward pass, so that its
-    logits need not be kept for the backward pass."""
+    logits need not be kept for the backward pass.
+
+    At temperature 1 consistency costs nothing that grows with the vocabulary. Cross-entropy ℓ(h) is the logarithm of a
+    sum of exponentials of linear functions of h, plus a linear function, so that the divergence is Bregman's:
+    KL(p(t) ‖ p(h)) = ℓ(h) - ℓ(t) - ∇ℓ(t)·(h - t), where t and h are the teacher's and the student's hidden states. And
+    as both have the same label, its gradient by the logits is the difference of their cross-entropies' gradients.
+    """
 
     @staticmethod
     def forward(
@@ -187,28 +210,35 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         of_weight = torch.zeros_like(weight, dtype=weights.dtype) if ctx.needs_input_grad[1] else None
         of_bias = torch.zeros_like(bias, dtype=weights.dtype) if bias is not None and ctx.needs_input_grad[2] else None
-        lesson, losses, terms, of_hidden = teaching and Lesson(teaching), [], [], []
-        pieces = (x.split(chunk) for x in (hidden, labels, weights))
-        for states, ids, share in zip(*pieces, strict=True):
+        plain = teaching if teaching and teaching.temperature == 1 else None
+        lesson = Lesson(teaching) if teaching and not plain else None
+        # the weights multiply the narrow side: hidden states instead of logits
+        weighted, shares = weights[:, None] * hidden, weights
+        if plain:
+            weighted, shares = plain.taught(weighted), plain.taught(weights)
+        losses, terms, products = [], [], []
+        pieces = (x.split(chunk) for x in (hidden, labels, shares, weighted.to(hidden.dtype)))
+        for states, ids, share, inputs in zip(*pieces, strict=True):
             raw = F.linear(states, weight, bias)
             logarithms = (raw.to(weights.dtype) * factor).log_softmax(-1)
             losses.append(-logarithms.gather(1, ids[:, None])[:, 0])
             terms.append(lesson.divergence(logarithms) if lesson else torch.zeros_like(share))
             # d loss / d logits = softmax - one-hot
-            gradient = logarithms.exp_()
+            gradient = logarithms.exp_().scatter_add_(1, ids[:, None], -torch.ones_like(share)[:, None])
             if lesson:
-                lesson.add_gradient(gradient)
-            gradient.scatter_add_(1, ids[:, None], -torch.ones_like(share)[:, None])
+                gradient += lesson.gradient()
             gradient = gradient.mul_(factor).to(raw.dtype)
-            # the weights multiply the narrow side: hidden states instead of logits
-            of_hidden.append((share[:, None] * (gradient @ weight.to(raw.dtype))).to(hidden.dtype))
+            products.append(gradient @ weight.to(raw.dtype))
             if of_weight is not None:
-                _add_product(of_weight, gradient.T, (share[:, None] * states).to(states.dtype))
+                _add_product(of_weight, gradient.T, inputs)
             if of_bias is not None:
                 of_bias += share @ gradient.to(share.dtype)
+        all_losses, all_terms, of_hidden = torch.cat(losses), torch.cat(terms), torch.cat(products).to(weights.dtype)
+        if plain:
+            all_terms = plain.divergence(all_losses, of_hidden, hidden)
+            of_hidden = plain.learned(of_hidden)
         of_head = (x if x is None else x.to(weight.dtype) for x in (of_weight, of_bias))
-        ctx.save_for_backward(torch.cat(of_hidden), *of_head)
-        all_losses, all_terms = torch.cat(losses), torch.cat(terms)
+        ctx.save_for_backward((weights[:, None] * of_hidden).to(hidden.dtype), *of_head)
         ctx.mark_non_differentiable(all_losses, all_terms)
         return ((all_losses + all_terms) * weights).sum(), all_losses, all_terms
 
