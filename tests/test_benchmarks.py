@@ -163,8 +163,10 @@ def test_authors_loss_is_the_mean_over_scales(nested_step):
 def test_a_training_step_writes_its_plan_and_its_time(tmp_path, monkeypatch):
     file = tmp_path / "out.json"
     words = ["--device", "cpu", "--size", "tiny", "--precision", "32-true", "--steps", "1", "--json", str(file)]
-    benchmark("training_step", monkeypatch).main(words)
+    benchmark("training_step", monkeypatch).main([*words, "--consistency", "finest"])
     made = json.loads(file.read_text())
+    assert len(made["seconds_without"]) == 1
+    assert 1 < made["limit"] < 1.01
     assert made["planned_bytes"] > 1536 * 1536 * 3 * 4  # normalized pixels in float32
     assert made["step_flops"] > 0
     assert len(made["seconds"]) == 1

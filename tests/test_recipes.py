@@ -19,6 +19,7 @@ from lit_mm.cli import LitMMCLI
 from lit_mm.costs.llm_shapes import published
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.tokenizer import load_tokenizer
+from lit_mm.model.loss import Consistency
 from lit_mm.model.scales import nested_shapes
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.parts import count_parameters
@@ -58,6 +59,7 @@ ABLATIONS = {
     "single_scale": ("m3/tune", "m3/llava", "ablations/single_scale"),
     "sampling_spatial": ("m3/tune", "m3/llava", "ablations/sampling_spatial"),
     "sampling_sequential": ("m3/tune", "m3/llava", "ablations/sampling_sequential"),
+    "consistency": ("m3/tune", "m3/llava", "ablations/consistency"),
 }
 LLMS = {
     "vicuna_7b": ("lmsys/vicuna-7b-v1.5", 4096, "vicuna_v1"),
@@ -284,6 +286,9 @@ def test_ablations_change_one_thing(parse, build, name):
     elif name == "single_scale":
         assert lit.scales == [36]
         assert trained(lit) == named(lit, ALL)
+    elif name == "consistency":
+        assert lit.consistency == Consistency(1.0, "finest", 1.0, 0)
+        assert lit.scales == NESTED[1536]
     else:
         assert lit.vlm.projector.sampling == name.removeprefix("sampling_")
         assert lit.scales == NESTED[1536]
