@@ -14,7 +14,7 @@ from rich.table import Table
 
 from lit_mm.callbacks.meter import counts_in, objects_of_ranks
 from lit_mm.costs.devices import arithmetic_of, device_name, versions
-from lit_mm.costs.timing import WARM_UP, AnswerTimer
+from lit_mm.costs.timing import WARM_UP, AnswerTimer, router_times
 from lit_mm.costs.units import in_bytes, in_flops
 from lit_mm.evaluation.benchmarks import Benchmark
 from lit_mm.evaluation.efficiency import UNTRAINED, Asked, accuracy_per_tflop, scale_costs, summary, untrained
@@ -81,6 +81,7 @@ class Evaluation:
             [len(answer.logprobs) for answer in answers],
             [-inf if answer.finish == "error" else min(answer.logprobs) for answer in answers],
             [-inf if answer.finish == "error" else answer.margin for answer in answers],
+            [own.router[scale] for own in answers if own.router for scale in self.lit.asked_scales],
         )
 
     def gather(self, trainer: Trainer) -> None:
@@ -102,6 +103,8 @@ class Evaluation:
             cached = self.lit.costs.language.cached * (2 if half else self.lit.vlm.llm.dtype.itemsize)
         asked = {str(scale) for scale in self.lit.asked_scales}
         rows = [row for row in scale_costs(self.numbers, self.lit.all_scales, cached) if row["scale"] in asked]
+        if self.lit.vlm.router is not None and cached is not None:
+            rows[-1]["router_flops"] = self.lit.vlm.router.flops
         scores, trained = scores_of(self.questions), {str(scale) for scale in self.lit.trained_scales}
         for row, own, interval in zip(rows, scores.T, intervals(scores), strict=True):
             row |= {"trained": row["scale"] in trained, "accuracy": float(own.mean()), "interval": interval.tolist()}
@@ -165,6 +168,8 @@ class Evaluation:
                 timer = AnswerTimer(self.lit.vlm, round(row["prompt_tokens"]) - visual, new_tokens, self.repetitions)
                 with trainer.precision_plugin.val_step_context():
                     measured.append(timer(pixels, visual))
+            if self.lit.vlm.router is not None:
+                measured[-1]["router_ms"] = router_times(self.lit.vlm.router, self.repetitions)
         except torch.OutOfMemoryError:  # no reason to lose a run
             rank_zero_info("answers are not timed: out of memory")
             return None

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_mm.callbacks.meter import objects_of_ranks
 from lit_mm.evaluation.benchmarks import Benchmark, split_name
 from lit_mm.evaluation.calibration import CHOOSER
-from lit_mm.inference.choosers import Confidence, read_chooser, tried
+from lit_mm.inference.choosers import Calibrated, read_chooser, tried
 from lit_mm.inference.generation import Generated
 from lit_mm.training.saving import SHARDED
 
@@ -58,7 +58,7 @@ class AnswerWriter(BasePredictionWriter):
                 those of validation; null: as it was calibrated.
         """
         super().__init__(write_interval="batch")
-        self.mean_tokens, self.chooser = mean_tokens, cast(Confidence | None, None)
+        self.mean_tokens, self.chooser = mean_tokens, cast(Calibrated | None, None)
         self.parquet = parquet
         self.files: dict[str | None, IO[str]] = {}
         self.answered: set[str | int] = set()
@@ -214,7 +214,7 @@ def told_of(trainer: Trainer, lit: LightningModule) -> dict[str, Any]:
     return told
 
 
-def chooser_of(run: Path, lit: Any, mean_tokens: float | None) -> Confidence | None:
+def chooser_of(run: Path, lit: Any, mean_tokens: float | None) -> Calibrated | None:
     """The run's chooser, if all scales that it may try are asked.
 
     Raises:

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from lit_mm.model.scales import Scale
-from lit_mm.training.parts import PARTS
+from lit_mm.training.parts import PARTS, parts_of, trained_parts
 
 Layout = dict[str, dict[str, list[Any]]]
 
@@ -57,7 +57,8 @@ def settings(trainer: Trainer, lit: Any) -> dict[str, str | float]:
     """The settings that runs are compared by. TensorBoard sorts names, capitals first, and shows the first five."""
     budget = getattr(getattr(trainer, "datamodule", None), "budget", None)
     limits = {name: getattr(budget, name, None) for name in ("records", "tokens", "pixels")}
-    rates = {part: "frozen" if own.frozen else own.lr for part, own in vars(lit.parts).items()}
+    trained = [part for part in trained_parts(lit.vlm) if not getattr(lit.parts, part).frozen]
+    rates = {part: getattr(lit.parts, part).lr if part in trained else "frozen" for part in parts_of(lit.vlm)}
     found = {
         "Scales": ", ".join(map(str, lit.scales)),
         "Encoder": encoder_name(lit.vlm.encoder),

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lit_mm.model.router import Router
 from lit_mm.model.vlm import MatryoshkaVLM
 
 WARM_UP, REPETITIONS = 2, 10
@@ -108,6 +109,17 @@ class AnswerTimer:
             token = output.logits.argmax(-1)
         watch.mark()
         return watch
+
+
+@torch.no_grad()
+def router_times(router: Router, repetitions: int) -> dict[str, float]:
+    """Milliseconds of one question's scores: quartiles over the repetitions, after a warm-up."""
+    state = torch.zeros(1, router.width, device=next(router.parameters()).device)
+    watch = Stopwatch(state.device)
+    for _ in range(WARM_UP + repetitions + 1):
+        watch.mark()
+        router.scores(state, state)
+    return quartiles(watch.read()[WARM_UP:])
 
 
 def quartiles(times: list[float]) -> dict[str, float]:

@@ -96,7 +96,7 @@ class Batches(Dataset):
             samples += self._stand_in(plan.records[-1])
         batch = collate(samples, inputs.time_scales)
         batch.scale_weights = self.draw(plan.epoch, plan.step)
-        batch.packed = pack(batch, inputs.scales, inputs.packing, inputs.attention)
+        batch.packed = pack(batch, inputs.scales, inputs.packing, inputs.attention, inputs.router)
         batch.counts = counts_of(batch, inputs.scales)
         return batch
 

@@ -32,6 +32,7 @@ class ModelInputs:
         keep_finest: Whether every step includes the finest scale.
         positions: The LLM's maximum sequence length; None: unlimited.
         max_new_tokens: Maximum tokens of an answer.
+        router: Whether a router is trained.
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class ModelInputs:
         positions: Positions | None = None,
         max_new_tokens: int = 0,
         attention: Attention = "branch",
+        router: bool = False,
     ) -> None:
         self.tokenizer, self.stride, self.scales, self.color = tokenizer, stride, scales, color
         self.sampling, self.pooling, self.time_scales = sampling, pooling, list(time_scales)
-        self.packing, self.attention = packing, attention
+        self.packing, self.attention, self.router = packing, attention, router
         self.scales_per_step, self.keep_finest = scales_per_step, keep_finest
         self.positions, self.max_new_tokens = positions, max_new_tokens
 
@@ -63,7 +65,7 @@ class ModelInputs:
 
     def settings(self) -> dict[str, Any]:
         """The settings that affect a record's costs and whether it is too long."""
-        others = ("tokenizer", "color", "packing", "attention", "max_new_tokens")
+        others = ("tokenizer", "color", "packing", "attention", "max_new_tokens", "router")
         told = {name: value for name, value in vars(self).items() if name not in others}
         return told | {"tokenizer": _identity(self.tokenizer)}
 

@@ -23,7 +23,9 @@ def rows_by_cost(questions: Sequence[Judged], scales: Sequence[dict[str, Any]]) 
     - ms: until the answer's last token, from the measured medians of one answer at a time and the question's own
       number of answer tokens; encoding is paid once.
 
-    Text before the image is counted at every scale that is tried, although it need not be computed again.
+    Text before the image is counted at every scale that is tried, although it need not be computed again. A router pays
+    for the coarsest prompt, for itself, and for the answer that it chooses, whose prompt is paid already if it is the
+    coarsest.
 
     Args:
         questions: With the answers of S scales.
@@ -37,21 +39,38 @@ def rows_by_cost(questions: Sequence[Judged], scales: Sequence[dict[str, Any]]) 
         raise ValueError(f"expected {tokens.shape[1]} scales, as in the questions, found {len(scales)}")
     if not tokens.any():
         raise ValueError("no question shows an image: all scales are the same")
-    found: dict[Cost, tuple[np.ndarray, float]] = {"tokens": (tokens, 0.0)}
+    found: dict[Cost, tuple[np.ndarray, float, np.ndarray, float]] = {"tokens": (tokens, 0.0, tokens[:, -1], 0.0)}
     if all("prefill_flops" in row for row in scales):
         prefill = np.array([row["prefill_flops"] for row in scales])
-        found["flops"] = np.broadcast_to(prefill, tokens.shape), float(scales[0]["encode_flops"])
+        costs = np.broadcast_to(prefill, tokens.shape)
+        found["flops"] = costs, float(scales[0]["encode_flops"]), costs[:, -1], scales[-1].get("router_flops", 0.0)
     if all(row.get("measured") for row in scales):
         found["ms"] = _milliseconds(questions, [row["measured"] for row in scales])
     names, scores, statistics = [row["scale"] for row in scales], scores_of(questions), statistics_of(questions)
-    return {cost: Rows(names, scores, *own, statistics) for cost, own in found.items()}
+    return {
+        cost: Rows(names, scores, costs, once, statistics, _routed(costs, read, router))
+        for cost, (costs, once, read, router) in found.items()
+    }
 
 
-def _milliseconds(questions: Sequence[Judged], measured: Sequence[dict[str, Any]]) -> tuple[np.ndarray, float]:
+def _routed(costs: np.ndarray, read: np.ndarray, router: float) -> np.ndarray:
+    """[Q, S] of each answer that a router chose: the costs [Q, S] of answering, and, unless this goes on with the
+    coarsest prompt, those [Q] of reading that prompt."""
+    further = np.repeat(read[:, None], costs.shape[1], 1)
+    further[:, -1] = 0
+    return costs + further + router
+
+
+def _milliseconds(
+    questions: Sequence[Judged], measured: Sequence[dict[str, Any]]
+) -> tuple[np.ndarray, float, np.ndarray, float]:
     first, encode, further = (
         np.array([(times[f"{name}_ms"] or {"median": 0.0})["median"] for times in measured])
         for name in ("first_token", "encode", "further_token")
     )
     once = float(np.median(encode))
     lengths = np.array([question.tokens for question in questions], float)
-    return np.maximum(first - once, 0) + (np.maximum(lengths, 1) - 1) * further, once
+    first = np.maximum(first - once, 0)
+    router = measured[-1].get("router_ms", {"median": 0.0})["median"]
+    read = np.full(len(lengths), first[-1])
+    return first + (np.maximum(lengths, 1) - 1) * further, once, read, router

@@ -1,7 +1,9 @@
-"""Thresholds of a confidence chooser: from what each scale answered on validation questions, for a target.
+"""Thresholds of choosers: from what each scale answered on validation questions, for a target.
 
 A path is some of the scales, the cheapest first. A question goes along it until an answer's statistic reaches the
-threshold of its scale; it pays for every scale that it tried. Works on plain arrays; knows nothing of models.
+threshold of its scale; it pays for every scale that it tried. With the statistic `router` it is answered at once at the
+first scale of the path that the router's score, read at the coarsest scale, is near enough to the best one of; it pays
+for that scale and for reading the scores. Works on plain arrays; knows nothing of models.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from lit_mm.evaluation.results import Judged
 Floats = NDArray[np.float64]
 CHOOSER = "chooser.json"
 """The file in a run's folder with its calibrated chooser."""
-Statistic = Literal["mean", "least", "margin", "agreement"]
+Statistic = Literal["mean", "least", "margin", "agreement", "router"]
 STATISTICS: tuple[Statistic, ...] = get_args(Statistic)
+CERTAINTIES = STATISTICS[:-1]
+"""Those that tell how certain an answer is."""
 THRESHOLDS = {1: 0, 2: 100, 3: 100, 4: 40, 5: 20}
 """Number of scales in a path -> thresholds that are tried at each: at most 160,000 combinations."""
 MOST_SCALES = 5
@@ -37,7 +41,9 @@ class Rows:
         scores: [Q, S] in 0..1.
         costs: [Q, S] what each answer costs, without what is paid once.
         once: What every question costs whatever its scale, such as the encoder.
-        statistics: [Q, S] for each statistic; of agreement, numbers that are equal where two answers' texts are.
+        statistics: [Q, S] for each statistic; of agreement, numbers that are equal where two answers' texts are; of
+            router the score of every scale, without it if there is no router.
+        routed: [Q, S] what each answer costs if a router chose it, reading its scores included.
     """
 
     scales: list[str]
@@ -45,21 +51,24 @@ class Rows:
     costs: Floats
     once: float
     statistics: dict[Statistic, Floats]
+    routed: Floats | None = None
 
     def of(self, questions: NDArray) -> Rows:
         """Some of the questions, by index or mask."""
         some = {name: values[questions] for name, values in self.statistics.items()}
-        return Rows(self.scales, self.scores[questions], self.costs[questions], self.once, some)
+        routed = None if self.routed is None else self.routed[questions]
+        return Rows(self.scales, self.scores[questions], self.costs[questions], self.once, some, routed)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a confidence chooser does, and what it reached where it was calibrated.
+    """What a chooser does, and what it reached where it was calibrated.
 
     Args:
-        statistic: What tells how certain an answer is.
+        statistic: What tells how certain an answer is, or router.
         path: Indices of the scales, in the order in which they are tried.
-        thresholds: For all of them but the last: an answer stands if its statistic is at least this.
+        thresholds: For all of them but the last: an answer stands if its statistic is at least this. Of router one:
+            how far a scale's score may be below the best.
         accuracy: Mean score.
         cost: Mean cost of all tried scales.
     """
@@ -113,6 +122,9 @@ def statistics_of(questions: Sequence[Judged]) -> dict[Statistic, Floats]:
     margin = np.array([question.margins for question in questions])
     seen = np.array([question.visual_tokens for question in questions]) > 0
     plain = {name: np.where(seen, own, inf) for name, own in (("mean", mean), ("least", least), ("margin", margin))}
+    if any(question.router for question in questions):
+        scores = [question.router or [0.0] * seen.shape[1] for question in questions]
+        plain["router"] = np.where(seen, np.array(scores), 0.0)
     return cast(dict[Statistic, Floats], plain | {"agreement": np.where(seen, np.array(texts, float), np.nan)})
 
 
@@ -141,6 +153,9 @@ def rules(rows: Rows, statistic: Statistic) -> Iterator[tuple[tuple[int, ...], l
 
     Paths have up to five scales, with more than five scales up to three.
     """
+    if statistic == "router":
+        yield from _routed(rows)
+        return
     order = np.argsort(rows.costs.mean(0), kind="stable").tolist()
     longest = len(order) if len(order) <= MOST_SCALES else 3
     for length in range(1, longest + 1):
@@ -150,6 +165,39 @@ def rules(rows: Rows, statistic: Statistic) -> Iterator[tuple[tuple[int, ...], l
             tried = [thresholds_of(own, most) if statistic != "agreement" else np.array([0.5]) for own in certain.T]
             if all(map(len, tried)):
                 yield path, tried, *_reached(rows, path, certain, tried)
+
+
+def _routed(rows: Rows) -> Iterator[tuple[tuple[int, ...], list[Floats], Floats, Floats]]:
+    """As `rules`, for a router: single scales, and every path that begins with the coarsest scale, where the scores are
+    read."""
+    *finer, coarsest = range(rows.scores.shape[1])
+    for scale in (coarsest, *reversed(finer)):
+        yield (scale,), [], np.array(rows.scores[:, scale].mean()), np.array(rows.costs[:, scale].mean() + rows.once)
+    for length in range(1, len(finer) + 1):
+        for others in combinations(reversed(finer), length):
+            path = (coarsest, *others)
+            near = np.fmin.accumulate(_below_best(rows, path), 1)  # the slack that is enough for this or a coarser one
+            tried = np.append(0.0, thresholds_of(near[:, :-1].ravel(), THRESHOLDS[2]))
+            yield path, [tried], *_by_slack(rows, path, near, tried)
+
+
+def _by_slack(rows: Rows, path: tuple[int, ...], near: Floats, tried: Floats) -> tuple[Floats, Floats]:
+    """Accuracy and mean cost for every slack. A question is answered at a scale from the slack that is enough for it up
+    to the one that is enough for a coarser scale."""
+    begins, count = np.searchsorted(tried, near[:, :-1]), len(tried)
+    ends = np.concatenate([np.full((len(near), 1), count), begins], 1)
+    begins = np.concatenate([begins, np.zeros((len(near), 1), int)], 1)
+    totals = []
+    for values in (rows.scores[:, path], cast(Floats, rows.routed)[:, path]):
+        changes = [np.bincount(at.ravel(), values.ravel(), count + 1) for at in (begins, ends)]
+        totals.append((changes[0] - changes[1]).cumsum()[:count] / len(values))
+    return totals[0].round(12), totals[1] + rows.once
+
+
+def _below_best(rows: Rows, path: Sequence[int]) -> Floats:
+    """[Q, len(path)] how far each scale's score by the router is below the best of the path; nan where it is none."""
+    own = rows.statistics["router"][:, list(path)]
+    return own.max(1, keepdims=True) - own
 
 
 def _reached(rows: Rows, path: tuple[int, ...], certain: Floats, tried: list[Floats]) -> tuple[Floats, Floats]:
@@ -222,18 +270,21 @@ def _best(target: Target, accuracy: Floats, cost: Floats, finest: float) -> tupl
 
 def follow(rows: Rows, rule: Rule) -> NDArray[np.int64]:
     """[Q] the place in the rule's path at which each question's answer stands."""
-    certain = certainties(rows, rule.statistic, rule.path)
-    stands = np.concatenate([certain >= np.array(rule.thresholds), np.ones((len(certain), 1), bool)], 1)
-    return stands.argmax(1)
+    if rule.statistic == "router":
+        stands = _below_best(rows, rule.path)[:, :-1] <= np.array(rule.thresholds)
+    else:
+        stands = certainties(rows, rule.statistic, rule.path) >= np.array(rule.thresholds)
+    return np.concatenate([stands, np.ones((len(stands), 1), bool)], 1).argmax(1)
 
 
 def outcome(rows: Rows, rule: Rule) -> tuple[Floats, Floats]:
-    """[Q] each question's score and the cost of all scales that it tried."""
+    """[Q] each question's score and the cost of all that it tried."""
     stops = follow(rows, rule)[:, None]
     path = list(rule.path)
     scores = np.take_along_axis(rows.scores[:, path], stops, 1)[:, 0]
-    costs = np.take_along_axis(rows.costs[:, path].cumsum(1), stops, 1)[:, 0]
-    return scores, costs + rows.once
+    is_routed = rule.statistic == "router" and len(path) > 1
+    paid = cast(Floats, rows.routed)[:, path] if is_routed else rows.costs[:, path].cumsum(1)
+    return scores, np.take_along_axis(paid, stops, 1)[:, 0] + rows.once
 
 
 def held_out(rows: Rows, target: Target, statistics: Sequence[Statistic], seed: int = 0) -> tuple[float, float]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Judged:
         tokens: [S] of each answer, its end token included.
         least_logprobs: [S] of each answer's least likely token; -inf where logits were not finite.
         margins: [S] of each answer's first token, see `Generated.margin`; -inf where logits were not finite.
+        router: [S] the router's score of each scale; empty without a router or without images.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Judged:
     tokens: list[int]
     least_logprobs: list[float]
     margins: list[float]
+    router: list[float] = field(default_factory=list)
 
 
 COLUMNS = {"answer": "answers", "score": "scores", "logprob": "logprobs", "visual_tokens": "visual_tokens"}
@@ -117,7 +119,7 @@ def by_type(questions: Sequence[Judged], seed: int = 0) -> dict[str, dict[str, A
 
 def write_questions(file: Path, questions: Sequence[Judged], scales: Sequence[str]) -> None:
     """Write a parquet file with a row per question: `question_id`, `type`, `question`, `references`, and for every
-    scale `answer@16`, `score@16`, and so on: see `COLUMNS`."""
+    scale `answer@16`, `score@16`, and so on: see `COLUMNS`; `router@16` only if there is a router."""
     import pyarrow
     import pyarrow.parquet
 
@@ -128,8 +130,10 @@ def write_questions(file: Path, questions: Sequence[Judged], scales: Sequence[st
         "references": [question.references for question in questions],
     }
     for place, scale in enumerate(scales):
-        for name, field in COLUMNS.items():
-            columns[f"{name}@{scale}"] = [getattr(question, field)[place] for question in questions]
+        for name, of in COLUMNS.items():
+            columns[f"{name}@{scale}"] = [getattr(question, of)[place] for question in questions]
+        if any(question.router for question in questions):
+            columns[f"router@{scale}"] = [question.router[place] if question.router else None for question in questions]
     pyarrow.parquet.write_table(pyarrow.table(columns), file)
 
 
@@ -147,10 +151,10 @@ def read_questions(file: Path) -> tuple[list[Judged], list[str]]:
     scales = [name.removeprefix("answer@") for name in rows[0] if name.startswith("answer@")]
     if missing := [f"{kind}@{scale}" for scale in scales for kind in COLUMNS if f"{kind}@{scale}" not in rows[0]]:
         raise ValueError(f"{file}: no column {missing[0]}, an older version may have written it: evaluate again")
-    return [
-        Judged(
-            *(row[name] for name in ("question_id", "type", "question", "references")),
-            *([row[f"{kind}@{scale}"] for scale in scales] for kind in COLUMNS),
-        )
-        for row in rows
-    ], scales
+    return [Judged(*_fields(row, scales)) for row in rows], scales
+
+
+def _fields(row: dict[str, Any], scales: Sequence[str]) -> Iterator[Any]:
+    yield from (row[name] for name in ("question_id", "type", "question", "references"))
+    yield from ([row[f"{kind}@{scale}"] for scale in scales] for kind in COLUMNS)
+    yield [row[f"router@{scale}"] for scale in scales if row.get(f"router@{scale}") is not None]

@@ -17,7 +17,7 @@ from lit_mm.data.video import VideoOptions
 from lit_mm.evaluation.calibration import CHOOSER
 from lit_mm.hub.folders import open_folder
 from lit_mm.inference.answering import Model
-from lit_mm.inference.choosers import Confidence, read_chooser
+from lit_mm.inference.choosers import Calibrated, read_chooser
 from lit_mm.model.hub import folder_of, is_hub_name
 from lit_mm.model.scales import Scale
 from lit_mm.renamed import with_new_names
@@ -137,7 +137,7 @@ def contents_of(checkpoint: Path) -> dict[str, Any]:
     return load_tensors(checkpoint / "meta.pt" if sharded else checkpoint, "load: ")
 
 
-def _chooser(run: Path, step: int | None, scales: Sequence[Scale], mean_tokens: float | None) -> Confidence | None:
+def _chooser(run: Path, step: int | None, scales: Sequence[Scale], mean_tokens: float | None) -> Calibrated | None:
     """The chooser of a run; a warning says if it was calibrated on other weights than those of this step."""
     file = run / CHOOSER
     if not file.is_file():
@@ -156,6 +156,8 @@ def _module(hyper_parameters: dict[str, Any], tokenizer: Path, scales: list[int]
     """The module of a checkpoint, perhaps with other scales, without weights of its own from elsewhere."""
     config = {name: value for name, value in hyper_parameters.items() if name != "_instantiator"}
     config = with_new_names({"model": config})["model"]
+    if scales and scales != config["scales"]:
+        config["router"] = None  # it has a score for each scale of training
     config["scales"] = scales or config["scales"]
     config["init_from"] = None
     if bits := config["llm"].get("quantize"):

@@ -96,6 +96,7 @@ class Answer:
         first_token_seconds: From the call to the first token, encoding included.
         seconds: From the call to the last token. Both times include the scales tried before.
         tried: The scales at which the question was answered, this one last.
+        router: See `Generated.router`.
     """
 
     text: str
@@ -108,6 +109,7 @@ class Answer:
     first_token_seconds: float
     seconds: float
     tried: list[Scale]
+    router: dict[Scale, float] = field(default_factory=dict)
 
     @property
     def logprob(self) -> float:
@@ -482,7 +484,7 @@ class Rounds:
         for prompt, own in zip(self.prompts, self.answers, strict=True):
             if prompt.chooser:
                 visual, tried = sum(answer.visual_tokens for answer in own), [answer.scale for answer in own]
-                own[:] = [replace(own[-1], visual_tokens=visual, tried=tried)]
+                own[:] = [replace(own[-1], visual_tokens=visual, tried=tried, router=own[0].router)]
         return [{str(answer.scale): answer for answer in own} for own in self.answers]
 
     def _encoded(self) -> Tensor | None:
@@ -630,7 +632,7 @@ def _texts(ask: Ask, where: str) -> tuple[list[str], str | None]:
 
 def _answer(made: Generated, scale: Scale, times: Sequence[float]) -> Answer:
     told = made.text, scale, made.visual_tokens, made.ids, made.logprobs, made.margin, made.finish
-    return Answer(*told, first_token_seconds=times[0], seconds=times[-1], tried=[scale])
+    return Answer(*told, first_token_seconds=times[0], seconds=times[-1], tried=[scale], router=made.router)
 
 
 def _marked(text: str) -> list[Kind]:

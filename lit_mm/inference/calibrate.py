@@ -51,7 +51,10 @@ def main(arguments: Sequence[str]) -> None:
     cost, target = _target(options)
     if cost not in rows:
         raise ValueError(f"{folder / VALIDATION}.json: no {UNITS[cost][0]} of the scales, validate with them first")
-    statistics: list[Statistic] = [options.statistic] if options.statistic else list(STATISTICS)
+    known = [statistic for statistic in STATISTICS if statistic in rows[cost].statistics]
+    if options.statistic not in (None, *known):
+        raise ValueError("calibrate: --statistic router: the validation was of a model without one")
+    statistics: list[Statistic] = [options.statistic] if options.statistic else known
     best = calibrate(rows[cost], target, statistics)
     told = described(rows, cost, target, best) | {
         "calibrated_on": {"file": f"{VALIDATION}.parquet", "questions": len(rows[cost].scores), "step": result["step"]}
@@ -70,7 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--mean_ms", type=float, help="milliseconds of a whole answer on average, of all scales tried")
     add("--max_loss", type=float, help="accuracy below the finest scale's, as a share (default: 0.01)")
     add("--cost", choices=get_args(Cost), help="what --max_loss saves (default: tokens)")
-    add("--statistic", choices=STATISTICS, help="what tells how certain an answer is (default: the best of all)")
+    add(
+        "--statistic",
+        choices=STATISTICS,
+        help="what tells the scale: how certain an answer is, or router (default: the best)",
+    )
     return parser
 
 
@@ -143,6 +150,8 @@ def table(rows: Rows, cost: Cost, target: Target, statistics: Sequence[Statistic
     title = f"{len(rows.scores):,} questions, target: {wanted}"
     told = "Costs are those of all tried scales. Held out: each half of the questions is judged by the path and the "
     told += "thresholds that the other half gave. An answer stands if its statistic is at least its threshold."
+    if "router" in statistics:
+        told += " The router takes the first scale whose score is near enough to the best, and pays for reading them."
     found = Table(title=title, title_justify="left", caption=told, caption_justify="left")
     found.add_column("")
     found.add_column("path and thresholds", overflow="fold")
@@ -169,7 +178,9 @@ def table(rows: Rows, cost: Cost, target: Target, statistics: Sequence[Statistic
 
 
 def _path(rows: Rows, rule: Rule) -> str:
-    """`1 (< -0.5) 4 (< -0.25) 16`: how a question goes on."""
+    """`1 (< -0.5) 4 (< -0.25) 16`: how a question goes on; `1, 4, 16 (within 0.2)`: what a router chooses from."""
     names = [rows.scales[scale] for scale in rule.path]
+    if rule.statistic == "router" and rule.thresholds:
+        return f"{', '.join(names)} (within {rule.thresholds[0]:.3g})"
     steps = [f"{name} (< {threshold:.3g})" for name, threshold in zip(names, rule.thresholds, strict=False)]
     return " ".join([*steps, names[-1]])

@@ -1,4 +1,5 @@
-"""Which scale a question is answered at: fixed, or by how certain the answers at coarser scales are.
+"""Which scale a question is answered at: fixed, by how certain the answers at coarser scales are, or by the model's
+router.
 
 A chooser is asked again and again: it names the scale to try next, until the last answer stands.
 """
@@ -13,7 +14,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_mm.evaluation.calibration import STATISTICS, Statistic
+from lit_mm.evaluation.calibration import CERTAINTIES, Statistic
 from lit_mm.model.scales import Scale
 
 if TYPE_CHECKING:
@@ -89,13 +90,15 @@ class Confidence(Chooser):
         if len(self.thresholds) != len(self.scales) - 1:
             expected = f"{len(self.scales) - 1}, one for each of the scales {_named(self.scales)} but the last"
             raise ValueError(f"thresholds: expected {expected}, found {len(self.thresholds)}")
-        if self.statistic not in STATISTICS:
-            raise ValueError(f"statistic: expected one of {', '.join(STATISTICS)}, found {self.statistic!r}")
+        if self.statistic not in CERTAINTIES:
+            raise ValueError(f"statistic: expected one of {', '.join(CERTAINTIES)}, found {self.statistic!r}")
 
     def next(self, question: Question, answers: Sequence[Answer]) -> Scale | None:
         """See `Chooser`."""
-        if not answers:
-            return self.scales[0]
+        return self.further(answers) if answers else self.scales[0]
+
+    def further(self, answers: Sequence[Answer] | Sequence[Generated]) -> Scale | None:
+        """The scale to try next after at least one answer; None: the last one stands."""
         place = len(answers)
         if place == len(self.scales) or certainty(self.statistic, answers) >= self.thresholds[place - 1]:
             return None
@@ -106,6 +109,61 @@ class Confidence(Chooser):
         likely."""
         known = {"margin": begun.margin, "least": min(begun.logprobs, default=0.0)}
         return known.get(self.statistic, inf) < self.thresholds[place]
+
+
+@dataclass
+class Router(Chooser):
+    """Answers at the coarsest scale that the model's router scores within `slack` of the best one.
+
+    The scores are read where the answer at the model's coarsest scale begins. That answer is gone on with if it is
+    chosen, otherwise it is left after its first token.
+
+    Args:
+        scales: Those it chooses from, the model's coarsest first, the finest last. A single one is always chosen.
+        slack: How far below the best score a scale's score may be, in nats; with the loss `sufficient`, a scale is
+            taken if it is sufficient with a probability of at least exp(-slack).
+
+    Raises:
+        ValueError: No scales, equal ones, or a negative slack.
+    """
+
+    scales: list[Scale]
+    slack: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.scales or len(set(self.scales)) < len(self.scales) or not self.slack >= 0:
+            found = f"{_named(self.scales)} and {self.slack:g}"
+            raise ValueError(f"router: expected different scales and a slack of at least 0, found {found}")
+
+    def next(self, question: Question, answers: Sequence[Answer]) -> Scale | None:
+        """See `Chooser`."""
+        return self.further(answers) if answers else self.scales[0]
+
+    def further(self, answers: Sequence[Answer] | Sequence[Generated]) -> Scale | None:
+        """As for `Confidence`."""
+        chosen = self.choice(answers[0].router)
+        return None if len(answers) > 1 or chosen == self.scales[0] else chosen
+
+    def goes_on(self, place: int, begun: Generated) -> bool:
+        """See `Chooser`."""
+        return not place and self.choice(begun.router) != self.scales[0]
+
+    def choice(self, scores: Mapping[Scale, float]) -> Scale:
+        """The scale by the router's scores; the finest where they are not finite.
+
+        Raises:
+            ValueError: There are none, as the model has no router.
+        """
+        if len(self.scales) == 1:
+            return self.scales[0]
+        if not scores:
+            raise ValueError(f"the chooser reads a router at scale {self.scales[0]}, where the model has none")
+        best = max(scores[scale] for scale in self.scales)
+        return next((scale for scale in self.scales if best - scores[scale] <= self.slack), self.scales[-1])
+
+
+Calibrated = Confidence | Router
+"""The choosers that `calibrate` makes."""
 
 
 def certainty(statistic: Statistic, answers: Sequence[Answer] | Sequence[Generated]) -> float:
@@ -126,19 +184,17 @@ def certainty(statistic: Statistic, answers: Sequence[Answer] | Sequence[Generat
     return min(last.logprobs) if statistic == "least" else sum(last.logprobs) / len(last.logprobs)
 
 
-def tried(chooser: Confidence, answers: Mapping[Scale, Generated]) -> list[Generated]:
+def tried(chooser: Calibrated, answers: Mapping[Scale, Generated]) -> list[Generated]:
     """Of one question's answers at all scales, those that the chooser tries, the one that stands last."""
     found = [answers[chooser.scales[0]]]
-    while found[0].visual_tokens and len(found) < len(chooser.scales):
-        if certainty(chooser.statistic, found) >= chooser.thresholds[len(found) - 1]:
-            break
-        found.append(answers[chooser.scales[len(found)]])
+    while found[0].visual_tokens and (scale := chooser.further(found)) is not None:
+        found.append(answers[scale])
     return found
 
 
 def read_chooser(
     file: Path, scales: Sequence[Scale], mean_tokens: float | None = None
-) -> tuple[Confidence, int | None]:
+) -> tuple[Calibrated, int | None]:
     """The chooser that `calibrate` wrote, and the step of the weights that it was calibrated on.
 
     Args:
@@ -155,7 +211,9 @@ def read_chooser(
         chosen = told if mean_tokens is None else _within(told["front"], mean_tokens)
         known = {str(scale): scale for scale in scales}
         path = [known[str(name)] for name in chosen["path"]]
-        chooser = Confidence(path, [float(each) for each in chosen["thresholds"]], told["statistic"])
+        thresholds = [float(each) for each in chosen["thresholds"]]
+        is_router = told["statistic"] == "router"
+        chooser = Router(path, *thresholds) if is_router else Confidence(path, thresholds, told["statistic"])
         return chooser, told["calibrated_on"]["step"]
     except KeyError as error:
         detail = f"no {error.args[0]!r}; the model has scales {_named(scales)}"

@@ -38,6 +38,7 @@ from lit_mm.inference.decoding import end_ids, processors
 from lit_mm.inference.prompts import embed, logits_of, pack_prompts, prompt_codes, run
 from lit_mm.model.attention import NAME
 from lit_mm.model.batch import Images, Question
+from lit_mm.model.router import mean_of
 from lit_mm.model.scales import Scale
 from lit_mm.model.vlm import MatryoshkaVLM
 
@@ -57,6 +58,7 @@ class Generated:
         visual_tokens: Visual tokens in its prompt.
         text: The answer as text, cut before a stop string; empty without a tokenizer.
         seconds: From the call to its last token, with encoding and the rest of the batch.
+        router: At the coarsest scale, the score of each scale by the model's router, if it has one.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -66,6 +68,7 @@ class Generated:
     visual_tokens: int = 0
     text: str = ""
     seconds: float = 0.0
+    router: dict[Scale, float] = field(default_factory=dict)
 
 
 Emit = Callable[[int, Generated, bool], bool | None]
@@ -257,7 +260,7 @@ class Decoder:
         if cache is not None:
             codes = self.codes[0][None].to(self.device)  # [1, T]
             self.mask, self.cache = torch.ones_like(codes), cache
-            return self._run(codes[:, length:])
+            return self._logits(self._run(codes[:, length:]))
         packed = pack_prompts([self.codes[number].numpy() for number in self.numbers])
         packed.codes, packed.position_ids = packed.codes.to(self.device), packed.position_ids.to(self.device)
         packed.layout = apply_to_collection(packed.layout, Tensor, Tensor.to, self.device)
@@ -270,7 +273,24 @@ class Decoder:
         index = pad_sequence([own - own[0] for own in packed.index], **left)
         index = (index + torch.stack([own[0] for own in packed.index])[:, None]).to(self.device)
         self.cache = each_layer(new, lambda x: x[0][:, index].transpose(0, 1))  # [1, heads, L, d] -> [B, heads, T, d]
-        return logits_of(self.vlm, hidden[index[:, -1]])
+        return self._logits(hidden[index[:, -1]])
+
+    def _logits(self, last: Tensor) -> Tensor:
+        """States [B, D] at the ends of the prompts -> next logits; the router reads these states."""
+        self._route(self.numbers, last)
+        return logits_of(self.vlm, last)
+
+    def _route(self, numbers: Sequence[int], last: Tensor) -> None:
+        """Note the router's scores for those of the prompts that show images at the coarsest scale."""
+        router, scales = self.vlm.router, self.vlm.projector.scales
+        if router is None:
+            return
+        for number, state in zip(numbers, last, strict=True):
+            rows = -1 - self.codes[number][self.codes[number] < 0]
+            if len(rows) and rows[0] % sum(scales) >= sum(scales[:-1]):
+                visual = mean_of(self.nested.flatten(0, 1)[rows.to(self.device)], torch.zeros_like(rows), 1)
+                scores = router.scores(visual, state[None])[0].tolist()
+                self.answers[number].router = dict(zip(self.vlm.all_scales, scores, strict=True))
 
     def _take(self, logits: Tensor) -> list[int]:
         """Choose every sequence's next token; return the places in the batch of those that go on."""
@@ -358,10 +378,10 @@ class Decoder:
     def _step(self) -> Tensor:
         """Run the LLM on every sequence's last token; return the next logits [B, vocabulary]."""
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)  # [B, T + 1]
-        return self._run(self.made[:, -1:])
+        return logits_of(self.vlm, self._run(self.made[:, -1:]))
 
     def _run(self, codes: Tensor) -> Tensor:
-        """Run the LLM on what follows the cache, [B, t] of the mask's [B, T]; return the next logits."""
+        """Run the LLM on what follows the cache, [B, t] of the mask's [B, T]; return the last states [B, D]."""
         output = cast(Any, self.vlm.llm).base_model(
             inputs_embeds=embed(self.vlm, self.nested, codes),
             position_ids=self.mask.cumsum(1)[:, -codes.shape[1] :] - 1,
@@ -369,7 +389,7 @@ class Decoder:
             past_key_values=self.cache,
             use_cache=True,
         )
-        return logits_of(self.vlm, output.last_hidden_state[:, -1])
+        return output.last_hidden_state[:, -1]
 
     def _idle(self) -> Tensor:
         """A step without a sequence on this rank, while another rank goes on."""
@@ -391,7 +411,7 @@ class Decoder:
             group = groups[min(place, len(groups) - 1)]
             codes = pad_sequence([self.codes[n] for n in group], **left).to(self.device)  # [B, T]
             mask = pad_sequence([torch.ones_like(self.codes[n]) for n in group], **left).to(self.device)
-            with without_own_settings(llm), torch.random.fork_rng(devices=[]):
+            with without_own_settings(llm), first_states(llm) as states, torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.generators[group[0]].initial_seed())
                 output = llm.generate(
                     inputs_embeds=embed(self.vlm, self.nested, codes),
@@ -401,6 +421,7 @@ class Decoder:
                     synced_gpus=self.vlm.sharded,
                 )
             if place < len(groups):
+                self._route(group, states[0][:: len(states[0]) // len(group)])  # beams of a prompt are neighbors
                 for row, number in enumerate(group):
                     self._note(number, output, row)
 
@@ -503,3 +524,15 @@ def without_own_settings(llm: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         llm.generation_config = own
+
+
+@contextmanager
+def first_states(llm: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Meanwhile the last states [B, D] at the end of the LLM's first run, which is that of the prompts, are noted."""
+    found: list[Tensor] = []
+    note = lambda _, __, output: None if found else found.append(output.last_hidden_state[:, -1])  # noqa: E731
+    handle = llm.base_model.register_forward_hook(note)
+    try:
+        yield found
+    finally:
+        handle.remove()

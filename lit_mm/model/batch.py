@@ -87,6 +87,23 @@ class Question:
 
 
 @dataclass
+class Answers:
+    """The A answers after an image in a packed sequence with the coarsest scale: what a router learns from.
+
+    Args:
+        of_label: [S] the answer that each label is of; A for labels before the first image.
+        first: [A] the label that begins each answer at the coarsest scale.
+        seen: [P] the nested tokens that the prompts show at the coarsest scale, as in `PackedSequence.visual_source`.
+        of_seen: [P] the answer whose prompt shows them.
+    """
+
+    of_label: Tensor
+    first: Tensor
+    seen: Tensor
+    of_seen: Tensor
+
+
+@dataclass
 class PackedSequence:
     """Samples laid out for one run of the LLM: L positions, V of them visual, S with a label.
 
@@ -103,6 +120,7 @@ class PackedSequence:
         label_place: [S] each label's place in the batch's samples laid end to end; equal at all scales.
         layout: Which positions attend to which.
         counts: Numbers of positions and of attention pairs.
+        answers: Its answers, if a router is trained.
     """
 
     input_ids: Tensor
@@ -116,6 +134,7 @@ class PackedSequence:
     label_place: Tensor
     layout: Layout
     counts: Counts
+    answers: Answers | None = None
 
 
 @dataclass

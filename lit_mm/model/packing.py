@@ -19,20 +19,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 
 from lit_mm.model.attention import Attention, Segment, layout_of
-from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch, Counts, Images, PackedSequence
+from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Answers, Batch, Counts, Images, PackedSequence
 
 Packing = Literal["packed", "sequential", "padded"]
 """How a batch is laid out: all scales in one packed sequence, one sequence a scale, or padded samples."""
 
 
 def pack(
-    batch: Batch, scales: Sequence[int], packing: Packing = "packed", attention: Attention = "branch"
+    batch: Batch,
+    scales: Sequence[int],
+    packing: Packing = "packed",
+    attention: Attention = "branch",
+    answers: bool = False,
 ) -> list[PackedSequence]:
     """Lay the samples of a batch out at the scales whose weight is not 0.
 
@@ -42,6 +46,7 @@ def pack(
         packing: `packed`: one sequence with all branches. `sequential`: one sequence per scale; labels in
             prefixes are in the first sequence only. `padded`: none.
         attention: The mechanism that the sequences are laid out for.
+        answers: Whether to list the answers, for a router. Packing `packed` with the coarsest scale only.
 
     Raises:
         ValueError: No such packing.
@@ -53,7 +58,7 @@ def pack(
     if packing == "padded" or not samples:
         return []
     if packing == "packed":
-        return [_sequence(batch, samples, drawn, scales, attention)]
+        return [_sequence(batch, samples, drawn, scales, attention, answers=answers)]
     asking = [[sample for sample in samples if scale in sample.branches] for scale in drawn[1:]]
     others = [
         _sequence(batch, members, [scale], scales, attention, prefix_labels=False)
@@ -150,12 +155,14 @@ def _sequence(
     scales: Sequence[int],
     attention: Attention,
     prefix_labels: bool = True,
+    answers: bool = False,
 ) -> PackedSequence:
     """One packed sequence of the samples at some of the drawn scales."""
     offsets, pixels, counts = np.cumsum([0, *scales]), pixels_of(batch.images), Counts(shown=[0] * len(scales))
     columns: dict[str, list[np.ndarray]] = {name: [np.zeros(0, np.int64)] for name in COLUMNS}
     belongs, segments = [np.zeros((0, len(batch.scale_weights)), bool)], []
-    for piece in _pieces(batch, samples, drawn, scales, prefix_labels):
+    pieces = list(_pieces(batch, samples, drawn, scales, prefix_labels))
+    for piece in pieces:
         start, labels = piece.segment.start, piece.labels[1:]
         labeled = np.flatnonzero(labels != IGNORE_INDEX)  # the state at t predicts the label at t + 1
         visual = np.arange(offsets[piece.scale], offsets[piece.scale + 1])
@@ -171,11 +178,41 @@ def _sequence(
         segments.append(piece.segment)
         counts.shown[piece.scale] += len(piece.rows)
         counts.shown_pixels += int(pixels[piece.rows].sum())
-    tensors = {name: torch.from_numpy(np.concatenate(pieces)) for name, pieces in columns.items()}
+    tensors: dict[str, Any] = {name: torch.from_numpy(np.concatenate(own)) for name, own in columns.items()}
     counts.visual, counts.labels = len(tensors["visual_index"]), len(tensors["labels"])
     counts.text, counts.pairs = len(tensors["input_ids"]) - counts.visual, sum(s.pairs for s in segments)
     label_scales = torch.from_numpy(np.concatenate(belongs))
-    return PackedSequence(**tensors, label_scales=label_scales, layout=layout_of(segments, attention), counts=counts)
+    layout = layout_of(segments, attention)
+    sequence = PackedSequence(**tensors, label_scales=label_scales, layout=layout, counts=counts)
+    sequence.answers = _answers(pieces, sequence.visual_source.numpy()) if answers else None
+    return sequence
+
+
+def _answers(pieces: Sequence[_Piece], visual_source: np.ndarray) -> Answers:
+    """The answers in a packed sequence: runs of labels in branches, the same in every branch of a sample."""
+    columns: list[list[np.ndarray]] = [[np.zeros(0, np.int64)] for _ in range(4)]
+    of_label, first, seen, of_seen = columns
+    firsts: dict[int, int] = {}  # the first answer of each sample
+    total = labels = tokens = 0
+    for piece in pieces:
+        labeled, shown = np.flatnonzero(piece.labels[1:] != IGNORE_INDEX), np.flatnonzero(piece.ids == IMAGE)
+        begins = np.flatnonzero(np.diff(labeled, prepend=-2) > 1)
+        if len(shown):
+            own = firsts.setdefault(piece.sample, total)
+            numbers, total = own + np.arange(len(begins)), own + len(begins)
+            of_label.append(np.repeat(numbers, np.diff(begins, append=len(labeled))))
+        else:
+            of_label.append(np.full(len(labeled), -1))
+        if len(shown) and piece.label_scales[-1]:
+            first.append(labels + begins)
+            for number, begin in zip(numbers, labeled[begins], strict=True):
+                before = visual_source[tokens : tokens + int((shown <= begin).sum())]
+                seen.append(before)
+                of_seen.append(np.full(len(before), number))
+        labels, tokens = labels + len(labeled), tokens + len(shown)
+    made = [torch.from_numpy(np.concatenate(own)) for own in columns]
+    made[0][made[0] < 0] = total
+    return Answers(*made)
 
 
 COLUMNS = (

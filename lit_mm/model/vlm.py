@@ -15,11 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from lit_mm.model.attention import FlexLayout
-from lit_mm.model.batch import Batch, FrameSets, Images, PackedSequence
+from lit_mm.model.batch import Answers, Batch, FrameSets, Images, PackedSequence
 from lit_mm.model.encoder import Encoder
 from lit_mm.model.loss import Consistency, teaching_of, weighted_loss
 from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.reference import padded_sums
+from lit_mm.model.router import Router, answer_losses, mean_of
 from lit_mm.model.scales import Scale, all_scales, check_time_scales
 
 
@@ -28,7 +29,7 @@ class Losses:
     """What a step computes.
 
     Args:
-        loss: Scalar with a gradient: the scales' losses by their weights.
+        loss: Scalar with a gradient: the scales' losses by their weights, or with a router its own loss.
         per_scale: [scales] mean cross-entropy over the batch's own labels, without a gradient; 0 for scales
             that take no part.
         consistency: [scales] likewise what consistency with a finer scale adds to these; None if it is not
@@ -49,6 +50,7 @@ class MatryoshkaVLM(nn.Module):
         llm: A causal LM of transformers.
         time_scales: Numbers of sets of neighboring frames that a video is cut into, finest first; each
             divides the one before. Empty: a video's frames are not pooled.
+        router: Predicts at which scale a question should be answered; None: there is none.
     """
 
     def __init__(
@@ -57,11 +59,13 @@ class MatryoshkaVLM(nn.Module):
         projector: MatryoshkaProjector,
         llm: PreTrainedModel,
         time_scales: Sequence[int] = (),
+        router: Router | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.projector = projector
         self.llm = llm
+        self.router = router
         self.time_scales = check_time_scales(time_scales)
         self.sharded = False
         """Whether parameters are sharded, so that all ranks must run the same number of forwards."""
@@ -86,7 +90,7 @@ class MatryoshkaVLM(nn.Module):
 
         Args:
             batch: Samples, packed or not.
-            count: Divisor of the sum of losses; None: the batch's own number of labels.
+            count: Divisor of the sum of losses; None: the batch's own number of labels, or of answers for a router.
             encodings: Minimum number of runs of the encoder and the projector. Ranks that share
                 parameters or gradients must all run them equally often: ranks with fewer image sizes
                 run dummy images whose loss is zero.
@@ -94,6 +98,8 @@ class MatryoshkaVLM(nn.Module):
             consistency: Adds the divergence from finer scales, whatever its `start`; None: cross-entropy only.
         """
         nested, own = self._encode(batch.images) if nested is None else nested, max(1, batch.num_labels)
+        if self.router is not None and num_answers(batch) is not None:
+            return self._routed(batch, nested, self.router, count)
         dummies = [self._dummy() for _ in range(encodings - len(batch.images.groups))]
         zero = torch.stack(dummies).sum() if dummies else None
         consistency = consistency if sum(map(bool, batch.scale_weights)) > 1 else None
@@ -160,6 +166,20 @@ class MatryoshkaVLM(nn.Module):
         total, losses, terms = weighted_loss(self.llm, hidden, labels, weights, teaching)
         return total, (losses[:, None] * of_scales).sum(0), (terms[:, None] * of_scales).sum(0)
 
+    def _routed(self, batch: Batch, nested: Tensor, router: Router, count: Tensor | int | None) -> Losses:
+        """The router's losses; a gradient reaches only the router."""
+        [packed] = batch.packed
+        answers, total = cast(Answers, packed.answers), cast(int, num_answers(batch))
+        with torch.no_grad():
+            hidden = self._hidden(packed, nested, None, False)
+            losses = weighted_loss(self.llm, hidden, packed.labels, torch.ones_like(packed.labels))[1]
+            of_scales = packed.label_scales.to(losses.dtype)
+            of_answers = answer_losses(losses, of_scales, answers.of_label, total)
+            visual = mean_of(nested.flatten(0, 1)[answers.seen], answers.of_seen, total)
+        own = router.loss(router(visual, hidden[answers.first]), of_answers).sum()
+        per_scale = (losses[:, None] * of_scales).sum(0) / max(1, batch.num_labels)
+        return Losses(own / (max(1, total) if count is None else count), per_scale)
+
     def _hidden(self, packed: PackedSequence, nested: Tensor, zero: Tensor | None, recompute: bool) -> Tensor:
         """Last hidden states [S, D] at the positions that predict labels. `recompute` runs the LLM again in
         the backward pass, so that only one packed sequence's activations exist at a time."""
@@ -219,6 +239,12 @@ class MatryoshkaVLM(nn.Module):
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """function(self, *arguments), run as a forward of the model so that sharded parameters are gathered."""
         return function(self, *arguments)
+
+
+def num_answers(batch: Batch) -> int | None:
+    """The answers that a router learns from; None if they are not listed."""
+    listed = [packed.answers for packed in batch.packed]
+    return sum(len(own.first) for own in listed if own) if any(listed) else None
 
 
 def mean_over(sets: FrameSets, tokens: Tensor) -> Tensor:

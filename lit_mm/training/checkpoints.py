@@ -40,7 +40,7 @@ class InitFrom:
     path, or a hub name with or without a revision (`owner/name@revision`).
 
     Args:
-        run: Source of all parts.
+        run: Source of all parts; a model with a router takes that of the run, if it has one.
         encoder: Source of the encoder, if not `run`.
         projector: Source of the projector, if not `run`.
         llm: Source of the LLM, if not `run`.
@@ -219,6 +219,13 @@ def start_from(vlm: MatryoshkaVLM, init: InitFrom) -> None:
         weights = open_weights(source).of(part)
         _check_names(part, weights, expected, init)
         _copy(expected, weights)
+    if vlm.router is not None and init.run:
+        weights = open_weights(init.run)
+        own = {n.removeprefix("router."): read for n, read in weights.tensors.items() if n.startswith("router.")}
+        if own:
+            expected = expected_names(vlm.router)
+            _check_names("router", Weights(weights.where, own), expected, init)
+            _copy(expected, Weights(weights.where, own))
 
 
 def expected_names(module: nn.Module) -> dict[str, Tensor]:

@@ -32,8 +32,9 @@ from lit_mm.model.llm import LLM, load_config, load_llm, packing_of, positions_o
 from lit_mm.model.loss import Consistency
 from lit_mm.model.packing import Packing
 from lit_mm.model.projector import MatryoshkaProjector
+from lit_mm.model.router import Router, RouterOptions
 from lit_mm.model.scales import Pooling, Sampling, Scale, all_scales, check_scales, check_time_scales
-from lit_mm.model.vlm import Losses, MatryoshkaVLM
+from lit_mm.model.vlm import Losses, MatryoshkaVLM, num_answers
 from lit_mm.training.check import check_packing, stand_in
 from lit_mm.training.checkpoints import InitFrom, Weights, expected_names, llm_weights, start_from
 from lit_mm.training.optim import FusedAdamW, MuonAdamW
@@ -63,6 +64,7 @@ class LitMatryoshka(LightningModule):
         scales_per_step: int | Literal["all"] = "all",
         keep_finest: bool = False,
         consistency: Consistency | None = None,
+        router: RouterOptions | None = None,
         parts: Parts = Parts(),  # noqa: B008 (read only)
         init_from: str | InitFrom | None = None,
         activation_checkpointing: list[Literal["encoder", "llm"]] = [],  # noqa: B006 (read only)
@@ -96,6 +98,8 @@ class LitMatryoshka(LightningModule):
                 training step, weighted so that the expected loss is the mean over all. all: every one, as in M3.
             keep_finest: Whether the finest scale takes part in every step when scales are drawn.
             consistency: Coarser scales also learn to answer as a finer one does; null: they do not.
+            router: Train a small head that predicts at which scale a question should be answered. Everything else
+                stays as it is, so that it goes with init_from.
             parts: Which parts train, from which stage on, and their learning rates.
             init_from: Weights to start from: an earlier run, or one source per part. This is not a resume;
                 --ckpt_path restores everything and overrides this.
@@ -117,7 +121,7 @@ class LitMatryoshka(LightningModule):
         self.scales, self.sampling, self.pooling = check_scales(scales), sampling, pooling
         self.time_scales = check_time_scales(time_scales) if time_scales else []
         self.attention, self.scales_per_step, self.keep_finest = attention, scales_per_step, keep_finest
-        self.consistency = consistency
+        self.router, self.consistency = router, None if router else consistency
         self.parts, self.build_optimizer, self.build_scheduler = parts, optimizer, scheduler
         self.init_from = InitFrom(init_from) if isinstance(init_from, str) else init_from or InitFrom()
         self.activation_checkpointing = activation_checkpointing
@@ -130,7 +134,12 @@ class LitMatryoshka(LightningModule):
         if consistency and (len(self.all_scales) < 2 or scales_per_step == 1):
             found = f"scales {', '.join(map(str, self.all_scales))}, scales_per_step {scales_per_step}"
             raise ValueError(f"model.consistency needs at least two scales in a step, found {found}")
-        if llm.quantize and not (parts.llm.frozen or parts.llm.lora):
+        if router and (self.packing != "packed" or scales_per_step != "all" or self.time_scales):
+            found = f"packing {self.packing}, scales_per_step {scales_per_step}, time_scales {self.time_scales}"
+            raise ValueError(
+                f"model.router: expected packing packed, all scales_per_step, no time scales, found {found}"
+            )
+        if llm.quantize and not (parts.llm.frozen or parts.llm.lora or router):
             raise ValueError(f"llm.quantize {llm.quantize}: these weights cannot train: set parts.llm.frozen or .lora")
         self.place, self._asked, self._trained_at = Place(), list[Scale](), list[Scale]()
         self.recent: list[tuple[list[str], Tensor]] = []
@@ -182,6 +191,7 @@ class LitMatryoshka(LightningModule):
             self.positions,
             self.max_new_tokens,
             self.attention,
+            self.router is not None,
         )
 
     def configure_model(self) -> None:
@@ -192,6 +202,8 @@ class LitMatryoshka(LightningModule):
             FSDP1()
         if self.llm.quantize and is_sharded(self._trainer):
             raise ValueError("llm.quantize: quantized weights are not sharded, use trainer.strategy ddp")
+        if self.router and is_sharded(self._trainer) and self.trainer.state.fn == TrainerFn.FITTING:
+            raise ValueError("model.router: it is not trained with a sharded model, use trainer.strategy ddp")
         direct = self._read_by_layer()
         self.vlm = self._build(on_meta=direct is not None)
         start_from(self.vlm, self.init_from)
@@ -220,7 +232,8 @@ class LitMatryoshka(LightningModule):
             llm.set_attn_implementation(NAME)
         width = cast(nn.Embedding, llm.get_input_embeddings()).embedding_dim
         projector = MatryoshkaProjector(encoder.num_features, width, self.scales, self.sampling, self.pooling)
-        vlm = MatryoshkaVLM(encoder, projector, llm, self.time_scales)
+        router = Router(width, len(self.scales), self.router) if self.router else None
+        vlm = MatryoshkaVLM(encoder, projector, llm, self.time_scales, router)
         if self.init_gain is not None:
             vlm.init_weights(self.init_gain)
         return vlm
@@ -331,7 +344,8 @@ class LitMatryoshka(LightningModule):
     def _identity(self) -> dict[str, Any]:
         """The settings that change what the same weights compute."""
         named = {name: getattr(self, name) for name in ("scales", "time_scales", "sampling", "pooling")}
-        return named | {"chat template": self.tokenizer.chat_template}
+        router = vars(self.router) if self.router else None
+        return named | {"chat template": self.tokenizer.chat_template, "router": router}
 
     def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
         """Load weights, with a shorter error than torch's.
@@ -382,8 +396,9 @@ class LitMatryoshka(LightningModule):
         names = ["epoch", "step", "train/loss", *(f"train/loss@{scale}" for scale in self.all_scales)]
         if self.consistency:
             names += ["train/consistency", *(f"train/consistency@{scale}" for scale in self.all_scales[1:])]
-        names.append("train/gradient_norm")
+        names += ["train/gradient_norm", *(["train/router_loss"] if self.router else [])]
         if sum(self.trainer.num_val_batches):
+            names += ["val/router_loss"] if self.router else []
             names += ["val/loss", *(f"val/loss@{scale}" for scale in self.all_scales)]
             names += [f"val/accuracy@{scale}" for scale in self.asked_scales]
         return names
@@ -401,8 +416,10 @@ class LitMatryoshka(LightningModule):
         return cast(Any, data).order() if hasattr(data, "order") else {}
 
     def _over_ranks(self, batch: Batch) -> tuple[Tensor, int]:
-        """Labels of all ranks, and how often each must run its encoder: as often as the one with most image sizes."""
-        own = torch.tensor([batch.num_labels, max(1, len(batch.images.groups))], device=self.device)
+        """Labels of all ranks (for a router answers), and how often each must run its encoder: as often as the one with
+        most image sizes."""
+        count = (num_answers(batch) or 0) if self.router else batch.num_labels
+        own = torch.tensor([count, max(1, len(batch.images.groups))], device=self.device)
         if self.trainer.world_size == 1:
             return own[0].float(), 1  # 1, so that the loss depends on the encoder also without images
         labels, encodings = cast(Tensor, self.all_gather(own)).unbind(1)
@@ -522,6 +539,8 @@ class LitMatryoshka(LightningModule):
             terms = losses.consistency
             self.log("train/consistency", terms[drawn].mean(), batch_size=count)
             self.log_dict({f"train/consistency@{self.all_scales[n]}": terms[n] for n in drawn[1:]}, batch_size=count)
+        if self.router:
+            self.log(f"{split}/router_loss", losses.loss, batch_size=count, prog_bar=True, sync_dist=not training)
 
     def configure_optimizers(self) -> Any:
         """The configured optimizer with the parameter groups of the parts, and the schedule, updated every step."""

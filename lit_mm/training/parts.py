@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from lit_mm.costs.flops import count_parameters
 from lit_mm.model.vlm import MatryoshkaVLM
 
-PartName = Literal["encoder", "projector", "llm"]
-PARTS: tuple[PartName, ...] = get_args(PartName)
+PartName = Literal["encoder", "projector", "llm", "router"]
+PARTS: tuple[PartName, ...] = ("encoder", "projector", "llm")
+"""The parts that every model has."""
 
 
 @dataclass
@@ -87,17 +88,19 @@ class LLMPart(Part):
 
 @dataclass
 class Parts:
-    """How the three parts train. The defaults are M3's: everything, at 2e-5.
+    """How the parts train. The defaults are M3's: everything, at 2e-5.
 
     Args:
         encoder: The image encoder.
         projector: The Matryoshka projector.
         llm: The language model.
+        router: The router, which trains alone: a model that has one keeps its other parts as they are.
     """
 
     encoder: Part = field(default_factory=Part)
     projector: Part = field(default_factory=Part)
     llm: LLMPart = field(default_factory=LLMPart)
+    router: Part = field(default_factory=lambda: Part(lr=1e-3))
 
     def __post_init__(self) -> None:
         lora, llm = self.llm.lora, self.llm
@@ -105,6 +108,18 @@ class Parts:
             raise ValueError("parts.llm: lora trains only the adapters, it goes with neither frozen nor from_stage")
         if all(getattr(self, name).frozen for name in PARTS):
             raise ValueError("parts: encoder, projector and llm are all frozen, nothing would train")
+        if self.router.frozen:
+            raise ValueError("parts.router: frozen, but it is what trains where there is one: set model.router to null")
+
+
+def parts_of(vlm: MatryoshkaVLM) -> list[PartName]:
+    """The model's parts."""
+    return [*PARTS, "router"] if vlm.router is not None else list(PARTS)
+
+
+def trained_parts(vlm: MatryoshkaVLM) -> list[PartName]:
+    """Those that may train: a router trains alone."""
+    return ["router"] if vlm.router is not None else list(PARTS)
 
 
 def apply_parts(vlm: MatryoshkaVLM, parts: Parts) -> None:
@@ -113,11 +128,12 @@ def apply_parts(vlm: MatryoshkaVLM, parts: Parts) -> None:
     Raises:
         ValueError: A part has no such stage, or LoRA targets a layer that does not exist.
     """
-    if parts.llm.lora:
+    trained = trained_parts(vlm)
+    if parts.llm.lora and "llm" in trained:
         add_adapters(vlm.llm, parts.llm.lora)
-    for name in PARTS:
+    for name in parts_of(vlm):
         module, first = getattr(vlm, name), getattr(parts, name).from_stage
-        if getattr(parts, name).frozen:
+        if getattr(parts, name).frozen or name not in trained:
             module.requires_grad_(False)
         elif first is not None:
             stages = stages_of(vlm, name)
@@ -180,8 +196,8 @@ def stages_of(vlm: MatryoshkaVLM, name: PartName) -> list[nn.Module]:
     """A part's stages, blocks or decoder layers, in the order of computation."""
     if name == "encoder":
         return vlm.encoder.stages
-    if name == "projector":
-        return [layer for layer in vlm.projector.layers if isinstance(layer, nn.Linear)]
+    if name in ("projector", "router"):
+        return [layer for layer in getattr(vlm, name).layers if isinstance(layer, nn.Linear)]
     return vlm.decoder_layers
 
 
@@ -205,7 +221,7 @@ def parameter_groups(vlm: MatryoshkaVLM, parts: Parts) -> list[dict[str, Any]]:
     biases and layer scales. With layer_decay every stage has its own: `encoder_stage_3_other`, ….
     Names are used because sharding may change the shapes by which the three kinds are told apart.
     """
-    return [group for name in PARTS for group in _groups_of(vlm, name, getattr(parts, name))]
+    return [group for name in trained_parts(vlm) for group in _groups_of(vlm, name, getattr(parts, name))]
 
 
 def _groups_of(vlm: MatryoshkaVLM, name: PartName, part: Part) -> Iterator[dict[str, Any]]:
@@ -241,8 +257,9 @@ def parts_table(vlm: MatryoshkaVLM, parts: Parts) -> Table:
     table = Table(title="What trains", title_justify="left")
     for column in ("part", "parameters", "trained", "lr", "dtype", "how"):
         table.add_column(column, justify="right" if column in ("parameters", "trained", "lr") else "left")
-    for name in PARTS:
+    for name in parts_of(vlm):
         module, part = getattr(vlm, name), getattr(parts, name)
+        part = part if name in trained_parts(vlm) else Part(frozen=True)
         counts = [millions(count_parameters(module, trained)) for trained in (False, True)]
         dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()})
         table.add_row(name, *counts, "" if part.frozen else f"{part.lr:g}", ", ".join(dtypes), _how(part))

@@ -31,7 +31,65 @@ def rows(questions: int = 12, seed: int = 0, scales: int = 4, once: float = 0.0,
     noisy = informative * scores + rng.normal(0, 1, scores.shape)
     texts = rng.integers(0, 2, scores.shape).astype(float)
     costs = np.tile(TOKENS[:scales], (questions, 1))
-    return Rows(SCALES[:scales], scores, costs, once, {"mean": noisy, "agreement": texts})
+    read = np.where(np.arange(scales) == scales - 1, 0, 0.5) + 0.25  # the coarsest prompt's first token, and the router
+    statistics = {"mean": noisy, "agreement": texts, "router": noisy}
+    return Rows(SCALES[:scales], scores, costs, once, statistics, costs + read)
+
+
+def routed_by_hand(made: Rows, path, slack: float) -> tuple[float, float, list[int]]:
+    """As `by_hand`, for a router that chooses from the scales of a path."""
+    scores, costs, stops = [], [], []
+    for question, own in enumerate(made.statistics["router"]):
+        near = [place for place, scale in enumerate(path) if max(own[list(path)]) - own[scale] <= slack]
+        stops.append(near[0])
+        scale = path[near[0]]
+        scores.append(made.scores[question, scale])
+        coarsest = made.scores.shape[1] - 1
+        costs.append(made.once + made.costs[question, scale] + 0.25 + (0 if scale == coarsest else 0.5))
+    return float(np.mean(scores)), float(np.mean(costs)), stops
+
+
+@pytest.mark.parametrize("target", [Target(30), Target(12.5), Target(max_loss=0), Target(max_loss=0.2)], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_rule_of_a_router_is_that_of_brute_force(target, seed):
+    made = rows(9, seed, 3, once=2.0)
+    rule = calibrate(made, target, ["router"])
+    found = [(made.scores[:, n].mean(), made.costs[:, n].mean() + 2) for n in range(3)]
+    for path in ((2, 1), (2, 0), (2, 1, 0)):
+        own = made.statistics["router"][:, list(path)]
+        gaps = sorted({0.0, *(own.max(1, keepdims=True) - own).ravel()})
+        found += [
+            routed_by_hand(made, path, slack)[:2] for slack in [0.0, *((a + b) / 2 for a, b in pairwise(gaps)), 99]
+        ]
+    if target.mean_cost is not None:
+        best = max((own for own in found if own[1] <= target.mean_cost), key=lambda own: (own[0], -own[1]))
+    else:
+        least = made.scores[:, 0].mean() - target.max_loss - 1e-12
+        best = min((own for own in found if own[0] >= least), key=lambda own: (own[1], -own[0]))
+    assert (rule.accuracy, rule.cost) == pytest.approx(best)
+
+
+def test_every_slack_of_a_router_is_counted_right():
+    made = rows(60, 1)
+    for path, tried, accuracy, cost in rules(made, "router"):
+        for place, slack in enumerate(tried[0] if tried else []):
+            *expected, stops = routed_by_hand(made, path, slack)
+            assert (accuracy[place], cost[place]) == pytest.approx(expected)
+            rule = Rule("router", path, (slack,), 0, 0)
+            assert follow(made, rule).tolist() == stops
+            scores, costs = outcome(made, rule)
+            assert (scores.mean(), costs.mean()) == pytest.approx(expected)
+        if not tried:
+            assert outcome(made, Rule("router", path, (), 0, 0))[1].mean() == pytest.approx(cost)
+
+
+def test_a_router_that_knows_the_losses_needs_one_answer_and_the_coarsest_prompt():
+    """With a perfect score it reaches the oracle's accuracy at the oracle's cost and what reading the scores costs."""
+    made = rows(300)
+    made.statistics["router"][:] = made.scores
+    best, rule = oracle(made.scores, TOKENS), calibrate(made, Target(sum(TOKENS)), ["router"])
+    assert rule.accuracy == pytest.approx(best.accuracy)
+    assert rule.cost == pytest.approx(best.mean_tokens + 0.25 + 0.5 * (best.needed != 3).mean())
 
 
 def by_hand(made: Rows, statistic: str, path, thresholds) -> tuple[float, float, list[int]]:

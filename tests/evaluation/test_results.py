@@ -89,6 +89,9 @@ def test_questions_survive_their_file(tmp_path):
     write_questions(tmp_path / "q.parquet", questions, ["16", "8x1"])
     assert read_questions(tmp_path / "q.parquet") == (questions, ["16", "8x1"])
     assert scores_of(questions).shape == (3, 2)
+    questions[1].router = [-0.5, -1.5]  # one question with an image, asked of a model with a router
+    write_questions(tmp_path / "q.parquet", questions, ["16", "8x1"])
+    assert read_questions(tmp_path / "q.parquet")[0] == questions
 
 
 def test_a_file_without_a_column_is_named(tmp_path):

@@ -111,6 +111,13 @@ def test_costs_by_hand():
         "flops": ([[50, 5]], 100),
         "ms": ([[4 + 2 * 2, 1]], 10),
     }
+    assert all("router" not in own.statistics for own in found.values())
+    question.router = [-0.5, -1.0]
+    rows[1] |= {"router_flops": 7.0, "measured": quick | {"router_ms": {"median": 0.5}}}
+    routed = {name: own.routed.tolist() for name, own in rows_by_cost([question], rows).items()}
+    assert routed == {"tokens": [[34, 2]], "flops": [[50 + 5 + 7, 5 + 7]], "ms": [[8 + 1 + 0.5, 1 + 0.5]]}
+    question.tokens = [3, 4]  # an answer at the coarsest scale that is left after its first token
+    assert rows_by_cost([question], rows)["ms"].routed.tolist() == [[8 + 1 + 0.5, 1 + 3 * 2 + 0.5]]
     assert list(rows_by_cost([question], [{"scale": "16"}, {"scale": "1", "measured": None}])) == ["tokens"]
 
 

@@ -9,7 +9,8 @@ import torch
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.inference.answering import Ask, Model
-from lit_mm.inference.choosers import Chooser, Confidence, Fixed, read_chooser
+from lit_mm.inference.choosers import Chooser, Confidence, Fixed, Router, read_chooser
+from lit_mm.model import router
 from lit_mm.model.batch import IMAGE
 from tests.helpers.models import tiny_llm
 from tests.helpers.questions import KINDS
@@ -180,6 +181,71 @@ def test_logits_that_are_no_numbers_are_not_certain():
     assert answer.ids == model.answer(picture(0), "what?", 16).ids
 
 
+def routed(kind: str = "packed", slack: float = 0.0) -> Model:
+    """With a router that chooses different scales."""
+    model = made(kind, Router(PATH, slack))
+    torch.manual_seed(5)
+    model.vlm.router = router.Router(32, 3, router.RouterOptions(hidden=8)).double()
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_router_chooses_the_coarsest_scale_whose_score_is_near_the_best(kind):
+    model, chosen = routed(kind), []
+    for slack in (0.0, 0.2, 100.0):
+        found = [own for each in model.answers(asks(), Router(PATH, slack)) for own in each.values()]
+        for ask, answer in zip(asks(), found, strict=True):
+            scores = model.answer(ask.images, ask.question, 1, system=ask.system).router
+            assert bool(scores) == bool(ask.images)
+            near = [scale for scale in PATH if ask.images and scores[scale] >= max(scores.values()) - slack]
+            expected = near[0] if near else 1
+            assert answer.tried == ([1] if expected == 1 else [1, expected])
+            alone = model.answer(ask.images, ask.question, expected, system=ask.system)
+            assert answer.ids == alone.ids and answer.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
+            assert answer.visual_tokens == len(ask.images or []) * sum(answer.tried)
+            chosen.append((slack, answer.scale))
+    assert len(set(chosen)) >= 5  # all three scales at slack 0
+
+
+def test_a_router_reads_the_coarsest_prompt_once():
+    """And goes on with it if it chooses that scale; otherwise what stands before the image is not computed again."""
+    model, ask, lengths = routed(), asks()[-1], []
+    model.vlm.llm.base_model.register_forward_pre_hook(
+        lambda _, arguments, options: lengths.append(options["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    whole = [model.length(model.prompt(ask), scale)[0] for scale in (1, 16)]
+    before = model.prompt(ask).sample.questions[0].input_ids.tolist().index(IMAGE)
+    for first in (True, False):
+        with torch.no_grad():
+            model.vlm.router.layers[2].weight.zero_()
+            model.vlm.router.layers[2].bias.copy_(torch.tensor([0.0, 0.0, 1.0 if first else -1.0]))
+        lengths.clear()
+        answer = model.answer(ask.images, ask.question, Router([1, 16]), system=ask.system)
+        assert answer.tried == ([1] if first else [1, 16])
+        further = [1] * (min(4, len(answer.logprobs)) - 1)
+        assert lengths == ([whole[0], *further] if first else [whole[0], whole[1] - before, *further])
+
+
+def test_a_conversation_with_a_router_is_one_at_the_chosen_scales():
+    """The scores of a later turn, whose images are in the keys and values kept, are those of the whole conversation."""
+    model, turns = routed(slack=0.1), []
+    auto = model.chat(picture(0))
+    for text in TEXTS[:4]:
+        answer = auto.ask(text, tokens="auto")
+        alone = model.answer(picture(0), text if turns else f"<image>\n{text}", "auto", turns)
+        assert (answer.ids, answer.tried) == (alone.ids, alone.tried)
+        assert answer.router == pytest.approx(alone.router, abs=1e-10)
+        turns = auto.turns[:]
+
+
+def test_scores_that_are_no_numbers_lead_to_the_finest_scale():
+    assert Router(PATH).choice(dict.fromkeys(PATH, float("nan"))) == 16
+    model = routed()
+    encode = model.vlm.encode
+    model.vlm.encode = lambda *given: torch.cat([encode(*given)[:, :-1], encode(*given)[:, -1:] * torch.nan], 1)
+    assert model.answer(picture(0), "what?", "auto").tried == [1, 16]
+
+
 class Circling(Chooser):
     scales = PATH
 
@@ -202,6 +268,10 @@ def test_mistakes_are_named():
         Confidence([4, 4], [0.0])
     with pytest.raises(ValueError, match="statistic: expected one of mean"):
         Confidence([1], [], "most")
+    with pytest.raises(ValueError, match="reads a router at scale 1, where the model has none"):
+        model.answer(picture(0), "what?", Router([1, 4]))
+    with pytest.raises(ValueError, match="a slack of at least 0, found 1, 4 and -1"):
+        Router([1, 4], -1)
 
 
 def test_a_file_describes_a_chooser(tmp_path):
@@ -216,6 +286,9 @@ def test_a_file_describes_a_chooser(tmp_path):
     assert read_chooser(file, [16, 4, 1]) == (Confidence([1, 4, 16], [-1, -0.25], "least"), 7)
     assert read_chooser(file, [16, 4, 1], mean_tokens=9)[0] == Confidence([1, 16], [-0.5], "least")
     assert read_chooser(file, [16, 4, 1], mean_tokens=8.9)[0] == Confidence([1], [], "least")
+    file.write_text(json.dumps(told | {"statistic": "router", "thresholds": [0.25]}))
+    assert read_chooser(file, [16, 4, 1])[0] == Router([1, 4, 16], 0.25)
+    assert read_chooser(file, [16, 4, 1], mean_tokens=8)[0] == Router([1])
     with pytest.raises(ValueError, match="the fewest that a chooser reaches are 1"):
         read_chooser(file, [16, 4, 1], mean_tokens=0.5)
     with pytest.raises(ValueError, match=r"chooser\.json: no '4'; the model has scales 16, 1"):
