@@ -3,7 +3,7 @@
 config.json, model*.safetensors, generation_config.json           the model
 processor_config.json, tokenizer*.json, chat_template.jinja       images and text -> what it takes
 modeling_lit_mm.py, …                                             copies of files of this package
-README.md, chooser.json                                           what was measured; the scale chosen per question
+README.md, chooser.json, router/                                  what was measured; the scale chosen per question
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub import HfApi, save_torch_state_dict
 from lightning.pytorch.utilities import rank_zero_warn
+from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import Sequence as Sequential
 from torch import Tensor, nn
@@ -180,6 +181,9 @@ def export(
         processor.save_pretrained(made)
         _copy_modules(made)
         describe(made, model, origin)
+        if model.vlm.router:
+            (made / "router").mkdir()
+            save_file(model.vlm.router.state_dict(), made / "router/model.safetensors", {"format": "pt"})
         if adapter:
             write_adapter(adapter, model.vlm.llm.base_model_prefix, made / "adapter")
 
@@ -284,6 +288,7 @@ def config_of(model: Model, image_token_id: int, step: int | None = None) -> Lit
         "image_first": model.image_first,
         "max_new_tokens": model.max_new_tokens,
         "decoding": model.decoding,
+        "router": asdict(vlm.router.options) if vlm.router else None,
         "step": step,
         "version": lit_mm.__version__,
     }

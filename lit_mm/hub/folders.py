@@ -20,6 +20,7 @@ from lit_mm.inference.answering import Model
 from lit_mm.model.attention import NAME
 from lit_mm.model.llm import packing_of
 from lit_mm.model.projector import MatryoshkaProjector
+from lit_mm.model.router import Router, RouterOptions
 from lit_mm.model.scales import Scale, VideoScale
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.checkpoints import InitFrom, materialize, open_weights, start_from
@@ -77,8 +78,10 @@ def _vlm(config: LitMMConfig, scales: Sequence[int], told: dict[str, Any]) -> Ma
         llm.set_attn_implementation(NAME)
     encoder, width = build_encoder(vision), cast(nn.Embedding, llm.get_input_embeddings()).embedding_dim
     projector = MatryoshkaProjector(encoder.num_features, width, scales, config.sampling, config.pooling)
-    dtype = vision.dtype or torch.float32
-    return MatryoshkaVLM(encoder.to(dtype), projector.to(dtype), llm, told["time_scales"])
+    dtype, router = vision.dtype or torch.float32, None
+    if told.get("router") and list(scales) == list(config.scales):
+        router = Router(width, len(scales), RouterOptions(**told["router"])).to(dtype)
+    return MatryoshkaVLM(encoder.to(dtype), projector.to(dtype), llm, told["time_scales"], router)
 
 
 def _scale(told: int | list[int]) -> Scale:

@@ -17,6 +17,7 @@ from lit_mm.hub.llava import export_llava
 from lit_mm.hub.loading import load, run_of
 from lit_mm.inference.answering import Ask, Model
 from lit_mm.model.batch import IMAGE
+from lit_mm.model.router import Router, RouterOptions
 from tests.helpers.environment import ROOT
 from tests.helpers.exporting import model_of, our_logits, vicuna
 from tests.helpers.media import noise
@@ -215,6 +216,16 @@ def test_a_folder_opens_in_lit_mm_and_is_exported_again_bit_for_bit(tmp_path):
     assert files == sorted(file.name for file in (tmp_path / "second").iterdir())
     for name in files:
         assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes(), name
+
+
+def test_a_router_goes_with_its_model(tmp_path):
+    """And not with other scales."""
+    model = CASES["five stages, llama"](tmp_path)
+    model.vlm.router = Router(32, 3, RouterOptions("sufficient", hidden=8))
+    export(model, tmp_path / "folder", Origin(step=7))
+    found = load(tmp_path / "folder", "cpu").answer(noise(80, 50), "what is it?", 1).router
+    assert found == pytest.approx(model.answer(noise(80, 50), "what is it?", 1).router, abs=1e-5) and len(found) == 3
+    assert load(tmp_path / "folder", "cpu", scales=[16, 1]).vlm.router is None
 
 
 def test_ids_that_differ_from_training_are_named(tmp_path):

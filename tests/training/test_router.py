@@ -111,6 +111,7 @@ def test_nothing_else_is_trained(base, routed):
     assert {name.split(".")[1] for name in moved} == {"router"} and len(moved) == 4
     opened = load(routed[0]).vlm.router.state_dict()
     assert all(torch.equal(after[f"vlm.router.{name}"], own) for name, own in opened.items())
+    assert load(routed[0], scales=[16, 1]).vlm.router is None  # its scores are those of three scales
 
 
 @pytest.mark.parametrize("routed", [{"loss": "ranking"}], indirect=True)
@@ -151,11 +152,6 @@ def test_a_router_is_resumed_exactly(base):
     assert again.keys() == whole.keys() and all(torch.equal(whole[name], own) for name, own in again.items())
     part = weights(third)
     assert not any(torch.equal(part[name], own) for name, own in whole.items() if name.startswith("vlm.router"))
-
-
-def test_other_scales_leave_the_router_out(base):
-    model = load(fitted(base, "fewer", steps=1), scales=[16, 1])
-    assert model.vlm.router is None and model.scales == [16, 1]
 
 
 @pytest.mark.parametrize(
