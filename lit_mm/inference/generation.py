@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, Literal, cast
 
 import torch
@@ -282,15 +283,17 @@ class Decoder:
 
     def _route(self, numbers: Sequence[int], last: Tensor) -> None:
         """Note the router's scores for those of the prompts that show images at the coarsest scale."""
-        router, scales = self.vlm.router, self.vlm.projector.scales
-        if router is None:
+        scales, shown = self.vlm.projector.scales, [-1 - self.codes[n][self.codes[n] < 0] for n in numbers]
+        coarsest = [len(own) > 0 and int(own[0]) % sum(scales) >= sum(scales[:-1]) for own in shown]
+        if self.vlm.router is None or not any(coarsest):
             return
-        for number, state in zip(numbers, last, strict=True):
-            rows = -1 - self.codes[number][self.codes[number] < 0]
-            if len(rows) and rows[0] % sum(scales) >= sum(scales[:-1]):
-                visual = mean_of(self.nested.flatten(0, 1)[rows.to(self.device)], torch.zeros_like(rows), 1)
-                scores = router.scores(visual, state[None])[0].tolist()
-                self.answers[number].router = dict(zip(self.vlm.all_scales, scores, strict=True))
+        asked = list(compress(range(len(numbers)), coarsest))
+        index = torch.arange(len(asked)).repeat_interleave(torch.tensor([len(shown[place]) for place in asked]))
+        tokens = self.nested.flatten(0, 1)[torch.cat([shown[place] for place in asked]).to(self.device)]
+        visual = mean_of(tokens, index.to(self.device), len(asked))
+        scores = self.vlm.router.scores(visual, last[asked])  # [A, scales]
+        for place, own in zip(asked, scores.tolist(), strict=True):
+            self.answers[numbers[place]].router = dict(zip(self.vlm.all_scales, own, strict=True))
 
     def _take(self, logits: Tensor) -> list[int]:
         """Choose every sequence's next token; return the places in the batch of those that go on."""

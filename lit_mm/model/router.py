@@ -131,4 +131,4 @@ def mean_of(rows: Tensor, index: Tensor, groups: int) -> Tensor:
     """Rows [P, D] and the group of each [P] -> means [groups, D], float32 at least."""
     exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
     sums = exact.new_zeros(groups, rows.shape[1]).index_add(0, index, exact)
-    return sums / torch.bincount(index, minlength=groups)[:, None]
+    return sums / exact.new_zeros(groups, 1).index_add(0, index, exact.new_ones(len(index), 1))

@@ -98,9 +98,9 @@ class MatryoshkaVLM(nn.Module):
             consistency: Adds the divergence from finer scales, whatever its `start`; None: cross-entropy only.
         """
         nested, own = self._encode(batch.images) if nested is None else nested, max(1, batch.num_labels)
+        dummies = [self._dummy() for _ in range(encodings - len(batch.images.groups))]
         if self.router is not None and num_answers(batch) is not None:
             return self._routed(batch, nested, self.router, count)
-        dummies = [self._dummy() for _ in range(encodings - len(batch.images.groups))]
         zero = torch.stack(dummies).sum() if dummies else None
         consistency = consistency if sum(map(bool, batch.scale_weights)) > 1 else None
         if batch.packed:

@@ -186,7 +186,7 @@ def example_batch(
     batch = collate(made, vlm.time_scales)
     scales = len(vlm.all_scales)
     batch.scale_weights = [1 / scales] * scales
-    batch.packed = pack(batch, vlm.projector.scales, packing, attention)
+    batch.packed = pack(batch, vlm.projector.scales, packing, attention, vlm.router is not None)
     return batch
 
 

@@ -433,7 +433,7 @@ class LitMatryoshka(LightningModule):
         """Log losses and judge answers at every scale, and return these; a rank that is out of records logs with
         weight 0."""
         nothing = torch.zeros(len(self.all_scales), device=self.device)
-        losses, encodings = Losses(nothing, nothing), self._encodings(batch)
+        losses, encodings = Losses(nothing.sum(), nothing), self._encodings(batch)
         if batch.input_ids:
             losses = self.vlm(batch, encodings=encodings)
         elif self.vlm.sharded:
