@@ -177,8 +177,8 @@ def _of_export(path: Path) -> Readers:
     for name, read in read_folder(path).items():
         [part] = [part for part in ours if name.startswith(part)]
         found[ours[part] + name.removeprefix(part)] = read
-    if (router := path / "router/model.safetensors").is_file():
-        found |= {f"router.{name}": read for name, read in _safetensors([router]).items()}
+    if (router := path / "router").is_dir():
+        found |= {f"router.{name}": read for name, read in read_folder(router).items()}
     return _with_adapter(found, path / "adapter", ours["model.language_model."])
 
 
