@@ -117,9 +117,9 @@ class Server:
         return {"object": "list", "data": [self.card()]}
 
     def card(self) -> dict[str, Any]:
-        """The model, as OpenAI describes one, with its scales, finest first."""
-        scales = [str(scale) for scale in self.model.scales]
-        return {"id": self.name, "object": "model", "created": self.started, "owned_by": "lit_mm", "scales": scales}
+        """The model, as OpenAI describes one, with its scales, finest first, and whether it has a chooser."""
+        own = {"scales": [str(scale) for scale in self.model.scales], "auto": self.model.chooser is not None}
+        return {"id": self.name, "object": "model", "created": self.started, "owned_by": "lit_mm"} | own
 
     async def one_model(self, name: str) -> dict[str, Any]:
         """GET /v1/models/NAME."""

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -248,6 +249,29 @@ def request_of(kind: str, *arguments: Any, repeats: int = 1) -> Any:
 
     told = (*arguments, lambda document: [RED], 0, "colors", "test")
     return Instance(kind, told, 0, {"task": "colors", "doc_id": 0, "repeats": repeats})
+
+
+def test_the_chooser_chooses(run, tmp_path):
+    """Answers and counts of "auto" are those of `Model.answer`; half of the questions go on to a second scale."""
+    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install 'lit_mm[eval]'")
+    from lit_mm.hub.lmms_eval.models import SimpleModel
+
+    folder = shutil.copytree(run, tmp_path / "run")
+    plain, texts = load(run), ["what is this?", "which color?", "how many?", "is it a circle?"]
+    middle = float(np.median([np.mean(plain.answer(RED, text, 1).logprobs) for text in texts]))
+    told = {"statistic": "mean", "path": ["1", "16"], "thresholds": [middle], "front": []}
+    told["calibrated_on"] = {"step": json.loads((run / "accuracy_tokens_val.json").read_text())["step"]}
+    (folder / "chooser.json").write_text(json.dumps(told))
+    auto, model = SimpleModel(str(folder), "auto", batch_size=3), load(folder)
+    auto.task_dict = {"colors": {"test": [{}]}}
+    found = auto.generate_until([request_of("generate_until", text, {}) for text in texts])
+    for text, own in zip(texts, found, strict=True):
+        expected, prompt = model.answer(RED, text, "auto"), model.prompt(Ask(text, RED))
+        assert own.text == expected.text
+        assert own.token_counts.input_tokens == sum(model.length(prompt, scale)[0] for scale in expected.tried)
+    assert {len(model.answer(RED, text, "auto").tried) for text in texts} == {1, 2}
+    with pytest.raises(ValueError, match="likelihoods of given answers are read at one scale"):
+        auto.loglikelihood([request_of("loglikelihood", "why?", "red")])
 
 
 @pytest.fixture

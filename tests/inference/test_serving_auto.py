@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lit_mm import load
+from tests.helpers.browser import page, until  # noqa: F401 (a fixture)
 from tests.helpers.command_line import forked
 from tests.helpers.serving import Serving, asked, data_url, image_part, tokens, trained_run
 
@@ -71,6 +72,23 @@ def test_a_stream_shows_the_answer_that_stands_only(served):
         assert {choice["scale"] for choice in choices} == {str(expected.scale)}
         assert choices[-1]["tried"] == [str(scale) for scale in expected.tried]
         assert events[-1]["usage"]["prompt_tokens_details"]["image_tokens"] == expected.visual_tokens
+
+
+def test_the_page_tells_what_the_chooser_does(served, page):  # noqa: F811
+    server, model, picture = served
+    page.goto(server.url)
+    until(lambda: page.is_enabled("#scale"))
+    page.set_input_files("#file", str(picture))
+    page.wait_for_selector("#drop canvas")
+    for text in QUESTIONS:
+        page.fill("#question", text)
+        page.press("#question", "Enter")
+        until(lambda: page.is_enabled("#go"))
+        expected = model.answer(picture, text, "auto")
+        told = page.inner_text("#answers article:first-child p")
+        tried = " after trying 1" if len(expected.tried) > 1 else ""
+        assert told.startswith(f"auto answers with {expected.scale}{tried}: {expected.text}".rstrip())
+        assert f"({expected.visual_tokens} visual tokens, " in told
 
 
 def test_ask_tells_the_scales_tried(served, tmp_path):

@@ -28,7 +28,7 @@ class Counted:
 
     Args:
         answer: The answer.
-        prompt_tokens: Tokens of the prompt, visual tokens included.
+        prompt_tokens: Tokens of the prompt, visual tokens included; of all scales tried.
     """
 
     answer: Answer
@@ -36,11 +36,12 @@ class Counted:
 
 
 class SimpleModel(lmms):
-    """Answers a task's text and images at one scale.
+    """Answers a task's text and images at one scale, or at the scale that the run's chooser chooses.
 
     Args:
         pretrained: A run's folder or a checkpoint, as for `lit_mm.load`.
-        tokens: The scale: 36, or 8x16 for a model with time scales; None is the finest.
+        tokens: The scale: 36, or 8x16 for a model with time scales; auto: the run's chooser chooses for each
+            question; None is the finest.
         batch_size: Questions answered at once.
         device: Where it computes; None: a GPU if there is one. With several ranks each has its own.
 
@@ -67,7 +68,8 @@ class SimpleModel(lmms):
         self.model = load(str(pretrained), str(self.accelerator.device) if self._world_size > 1 else device)
         if tokens == "all":
             raise ValueError("tokens all: lmms-eval takes one answer to a question, run it once for each scale")
-        [self.scale] = self.model.scales_of(tokens)
+        self.chooser = self.model.chooser_of(tokens)
+        [self.scale] = self.model.scales_of(None if self.chooser else tokens)
         self.device = next(self.model.vlm.projector.parameters()).device
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
@@ -110,6 +112,8 @@ class SimpleModel(lmms):
         in training. The pairs are in GenerationResult, as lmms-eval 0.7.3 makes texts of bare ones.
         """
         found = []
+        if self.chooser:
+            raise ValueError("tokens auto: likelihoods of given answers are read at one scale, name it")
         for _, options in groupby(self._progress(requests), _question):
             asked = list(options)
             ask, where = SimpleModel._first(self, asked[0]), _where(asked[0])
@@ -142,11 +146,16 @@ class SimpleModel(lmms):
 
     def _answers(self, asks: Sequence[tuple[Ask, str, int]], options: dict[str, Any]) -> list[Counted]:
         """Answer (question, what errors call it, seed) in one batch."""
-        prompts = [self.model.prompt(ask, [self.scale], seed, where) for ask, where, seed in asks]
-        answers = [own[str(self.scale)] for own in self.model.answers_to(prompts, **options)]
-        if broken := [where for (_, where, _), answer in zip(asks, answers, strict=True) if answer.finish == "error"]:
-            raise ValueError(f"{broken[0]}: the model's logits at scale {self.scale} are not finite")
-        lengths = [self.model.length(prompt, self.scale)[0] for prompt in prompts]
+        scales = self.chooser or [self.scale]
+        prompts = [self.model.prompt(ask, scales, seed, where) for ask, where, seed in asks]
+        answers = [answer for own in self.model.answers_to(prompts, **options) for answer in own.values()]
+        for (_, where, _), answer in zip(asks, answers, strict=True):
+            if answer.finish == "error":
+                raise ValueError(f"{where}: the model's logits at scale {answer.scale} are not finite")
+        lengths = [
+            sum(self.model.length(prompt, scale)[0] for scale in answer.tried)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
         return [Counted(*pair) for pair in zip(answers, lengths, strict=True)]
 
     def _batches(self, requests: Sequence[Instance], size: int = 0) -> Iterator[list[tuple[Instance, int]]]:
@@ -165,7 +174,8 @@ class SimpleModel(lmms):
                     progress.update(len(same[start : start + size]))
 
     def _progress(self, requests: Sequence[Any]) -> tqdm:
-        return tqdm(requests, desc=f"lit_mm at {self.scale} tokens", disable=self.rank != 0)
+        tokens = "auto" if self.chooser else f"{self.scale} tokens"
+        return tqdm(requests, desc=f"lit_mm at {tokens}", disable=self.rank != 0)
 
     def _report(self, found: Sequence[Counted], seconds: float) -> None:
         """Sums for the results' `throughput`."""
@@ -186,7 +196,7 @@ class SimpleModel(lmms):
 
 
 class ChatModel(SimpleModel):
-    """Answers a task's messages at one scale. Multiple choice by likelihood needs --force_simple."""
+    """Answers a task's messages. Multiple choice by likelihood needs --force_simple."""
 
     is_simple = False
     settings_at = 2
