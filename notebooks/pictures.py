@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 import warnings
 from collections.abc import Sequence
 from io import BytesIO
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,26 @@ from torch import Tensor
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # about progress bars, which no cell shows
 from lit_mm.callbacks.efficiency_report import draw_accuracy, draw_speed  # noqa: E402 (after the filter)
+from lit_mm.data.boards import make_board, render  # noqa: E402
+from lit_mm.data.easy_vqa import package_data  # noqa: E402
+from lit_mm.evaluation.answer_costs import UNITS  # noqa: E402
+from lit_mm.evaluation.front import draw_cost  # noqa: E402
+from lit_mm.evaluation.oracle_report import draw_envelope, draw_needed, draw_types  # noqa: E402
+from lit_mm.evaluation.results import Judged  # noqa: E402
 
 SCALES = ["#1f5fa8", "#2f8f83", "#8a9a2b", "#d9822b", "#b5403a"]
 """Colors of the scales, finest first; repeated if there are more scales."""
 PREFIX, QUESTION, ANSWER = "#4a525c", "#c9ced5", "#8c95a1"
 ENCODER, VISUAL, TEXT = "#1f5fa8", "#d9822b", "#d3d7dc"
 MARK = "#ffe600"
+RIGHT, WRONG = "#2e7d32", "#b5403a"
+TITLES = {"tokens": "Visual tokens", "flops": "FLOPs", "ms": "Time"}
+STATISTICS = {
+    "mean": "mean log-probability of the answer",
+    "least": "log-probability of the answer's least likely token",
+    "margin": "log-probability of the first token, less the second likeliest's",
+    "agreement": "same answer as at the scale before",
+}
 matplotlib.rcParams |= {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
 
 
@@ -285,4 +302,139 @@ def finished_run(result: dict[str, Any]) -> Shown:
     draw_accuracy(left, result)
     for axes in right:
         draw_speed(axes, result)
+    return show(figure)
+
+
+def image_of(question_id: str) -> Image.Image:
+    """The image of one of the demo's questions: of a board, `board_test_7_row#2`, or of easy-VQA, `test_7#2`."""
+    board, split, number = re.findall("^(board_)?([a-z]+)_([0-9]+)", question_id)[0]
+    if board:
+        return render(make_board(split, int(number)))
+    return Image.open(package_data() / f"{split}/images/{number}.png")
+
+
+def of_each_type(questions: Sequence[Judged], numbers: Sequence[int], most: int = 4) -> list[int]:
+    """Some of the numbered questions: one of each type, the most frequent first, then a second of each, and so on."""
+    by_type: dict[str, list[int]] = {}
+    for number in numbers:
+        by_type.setdefault(questions[number].type, []).append(number)
+    turns = chain.from_iterable(zip_longest(*sorted(by_type.values(), key=len, reverse=True)))
+    return [number for number in turns if number is not None][:most]
+
+
+def asked(lines: dict[str, Sequence[tuple[Judged, int]]], scales: Sequence[str], certain: bool = False) -> Shown:
+    """Up to four questions below each title: the image, the question, and the answer at every scale, right or wrong.
+
+    Each question comes with the index of the scale that it is about: an arrow marks its answer, and the areas of its
+    tokens are drawn over the image. `certain` adds each answer's probability.
+    """
+    figure = Figure(figsize=(9.6, len(lines) * (2.8 + 0.2 * len(scales))))
+    figure.set_layout_engine("constrained", w_pad=0.2, h_pad=0.1)
+    parts = np.atleast_1d(figure.subfigures(len(lines), 1))
+    for part, (title, line) in zip(parts, lines.items(), strict=True):
+        part.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
+        places = part.subplots(1, 4)
+        for axes in places:
+            axes.axis("off")
+        for axes, (question, scale) in zip(places, line, strict=False):
+            _draw_question(axes, question, scales, scale, certain)
+    return show(figure)
+
+
+def _draw_question(axes: Axes, question: Judged, scales: Sequence[str], marked: int, certain: bool) -> None:
+    axes.imshow(image_of(question.id), extent=(0, 1, 1, 0), interpolation="nearest")
+    _draw_areas(axes, question.visual_tokens[marked], 1)
+    title = textwrap.fill(question.question, 28)
+    axes.set_title(title + "\n" * (1 - title.count("\n")), fontsize=10, loc="left")
+    for place, scale in enumerate(scales):
+        right = question.scores[place] >= 0.5
+        line = f"{'▶' if place == marked else ' '} {scale:>3}: {question.answers[place]} {'✓' if right else '✗'}"
+        line += f" {100 * np.exp(question.logprobs[place]):.0f} %" * certain
+        told = {"color": RIGHT if right else WRONG, "family": "DejaVu Sans Mono", "fontsize": 9}
+        told["fontweight"] = "bold" if place == marked else "normal"
+        axes.annotate(line, (0, 1), (-8, -14 * place - 5), "data", "offset points", va="top", **told)
+
+
+def _draw_areas(axes: Axes, tokens: int, side: float) -> None:
+    """The areas of a square number of tokens, as lines over a square image."""
+    cuts = np.linspace(0, side, round(tokens**0.5) + 1)
+    for draw in (axes.hlines, axes.vlines):
+        draw(cuts, 0, side, color="#555555", linewidth=1, clip_on=False)
+
+
+def needed(result: dict[str, Any]) -> Shown:
+    """What the oracle reaches and chooses, of all questions and by type."""
+    figure = Figure(figsize=(9.6, 7.2), layout="constrained")
+    axes = figure.subplot_mosaic(
+        [["accuracy", "needed"], ["types", "types"]], width_ratios=[3, 2], height_ratios=[3, 2]
+    )
+    draw_envelope(axes["accuracy"], result)
+    draw_needed(axes["needed"], result)
+    draw_types(axes["types"], result)
+    _move_legend(axes["accuracy"])
+    return show(figure)
+
+
+def _move_legend(axes: Axes) -> None:
+    """Put it below the panel, where it covers no curve."""
+    axes.get_legend().remove()
+    axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+
+
+def digits(shares: dict[str, np.ndarray]) -> Shown:
+    """For every scale, a board with the share of digits [4, 4] that are read right, and the areas of its tokens."""
+    figure, places = _panels(len(shares), len(shares), 3.0)
+    for axes, (scale, share) in zip(places, shares.items(), strict=True):
+        axes.imshow(share, "Blues", vmin=0, vmax=1.2, extent=(0, 4, 4, 0))
+        for (row, column), value in np.ndenumerate(share):
+            color = "white" if value > 0.6 else "black"
+            axes.text(column + 0.5, row + 0.5, f"{100 * value:.0f}", ha="center", va="center", color=color)
+        _draw_areas(axes, int(scale), 4)
+        axes.set_title(f"{_count(int(scale))}: {100 * share.mean():.0f} % of the digits", loc="left")
+        axes.axis("off")
+    return show(figure)
+
+
+def fronts(result: dict[str, Any]) -> Shown:
+    """Accuracy against each cost: fixed scales, the chooser and the oracle; against tokens also the choosers of other
+    token budgets."""
+    figure, places = _panels(len(result["costs"]), len(result["costs"]), 3.8, sharey=True)
+    for axes, (cost, own) in zip(places, result["costs"].items(), strict=True):
+        draw_cost(axes, own if cost == "tokens" else own | {"front": []}, *UNITS[cost])
+        axes.set_title(TITLES[cost], loc="left")
+        axes.set_xlabel(f"mean {UNITS[cost][0]} per question")
+    for axes in places[1:]:
+        axes.set_ylabel("")
+    figure.legend(*places[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return show(figure)
+
+
+def stopped(tables: dict[str, tuple[Sequence[str], np.ndarray]], stops: Sequence[str]) -> Shown:
+    """Numbers of questions [rows, stops], with names of the rows: at which scale the chooser stopped."""
+    figure, places = _panels(len(tables), len(tables), 0.5 + 0.5 * max(len(names) for names, _ in tables.values()))
+    for axes, (title, (names, counts)) in zip(places, tables.items(), strict=True):
+        axes.imshow(np.log1p(counts), "Blues", aspect="auto", vmax=1.4 * np.log1p(counts.max()))
+        for (row, column), count in np.ndenumerate(counts):
+            axes.text(column, row, f"{count:,}", ha="center", va="center")
+        axes.set_xticks(range(len(stops)), [f"stopped at {stop}" for stop in stops])
+        axes.set_yticks(range(len(names)), names)
+        axes.set_title(title, loc="left")
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    return show(figure)
+
+
+def certainty(panels: dict[str, tuple[np.ndarray, np.ndarray, float]], statistic: str) -> Shown:
+    """For each scale but the path's last: the statistic of right and of wrong answers, and the threshold."""
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    places = figure.subplots(2, len(panels), sharex="col", sharey=True, squeeze=False)
+    for column, (scale, (values, right, threshold)) in zip(places.T, panels.items(), strict=True):
+        finite = values[np.isfinite(values)]
+        edges = np.linspace(np.quantile(finite, 0.01), finite.max(), 50)
+        for axes, own, name, color in zip(column, (right, ~right), ("right", "wrong"), (RIGHT, WRONG), strict=True):
+            axes.hist(values[own].clip(*edges[[0, -1]]), edges, color=color)
+            axes.axvline(threshold, color="black", linestyle="--", linewidth=1.2)
+            axes.set(yscale="log", ylabel=f"{name} answers")
+        column[0].text(threshold, 1.01, "goes on ◀ ▶ stands", transform=column[0].get_xaxis_transform(), ha="center")
+        column[1].set_xlabel(f"{STATISTICS[statistic]}, at {_count(int(scale))}")
     return show(figure)

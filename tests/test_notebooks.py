@@ -9,10 +9,14 @@ import nbformat
 import pytest
 from PIL import Image
 
+from lit_mm.data.boards import write_boards
+from lit_mm.data.easy_vqa import package_data, read_questions
+from lit_mm.evaluation import results
+from lit_mm.evaluation.results import Judged, write_questions
 from tests.helpers.environment import ROOT
 
 FOLDER = ROOT / "notebooks"
-PICTURES = {"1_nested_tokens": 4, "2_cost": 4}
+PICTURES = {"1_nested_tokens": 4, "2_cost": 4, "3_oracle": 4, "6_auto": 5}
 
 
 def read(name: str) -> nbformat.NotebookNode:
@@ -85,3 +89,56 @@ def test_the_curve_is_that_of_the_results():
     run = json.loads((FOLDER / "accuracy_tokens.json").read_text())
     figures = " / ".join(f"{100 * row['accuracy']:.2f}" for row in run["scales"])
     assert f"{figures} %" in (ROOT / "experiments/RESULTS.md").read_text()
+
+
+def judged(number: int, kind: str = "row", scores: tuple[float, ...] = (1.0, 0.0)) -> Judged:
+    texts = ["12", "34"]
+    return Judged(f"test_{number}#1", kind, "?", ["12"], texts, [*scores], [-0.1, -0.2], [4, 1], [1, 1], [0, 0], [1, 1])
+
+
+def test_a_record_of_a_run_is_the_same_draw_every_time_and_names_no_folder(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    record = import_module("record").record
+    asked, run = [judged(number) for number in range(40)], tmp_path / "run"
+    run.mkdir()
+    write_questions(run / "accuracy_tokens.parquet", asked, ["4", "1"])
+    (run / "accuracy_tokens.json").write_text(json.dumps({"checkpoint": str(run / "last.ckpt"), "step": 7}))
+    (run / "chooser.json").write_text("{}")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        record(run, tmp_path / name, most=10)
+    drawn, scales = results.read_questions(tmp_path / "one/questions.parquet")
+    assert drawn == results.read_questions(tmp_path / "two/questions.parquet")[0]
+    assert (len(drawn), scales) == (10, ["4", "1"])
+    assert [question for question in asked if question in drawn] == drawn != asked[:10]
+    assert json.loads((tmp_path / "one/accuracy_tokens.json").read_text()) == {"checkpoint": "last.ckpt", "step": 7}
+    assert (tmp_path / "one/chooser.json").read_text() == "{}"
+
+
+def test_a_questions_image_is_the_one_that_was_asked(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    image_of = import_module("pictures").image_of
+    write_boards(tmp_path, train=0, val=0, test=2)
+    for record in json.loads((tmp_path / "test.json").read_text()):
+        assert image_of(f"{record['id']}#1").tobytes() == Image.open(tmp_path / record["image"]).tobytes()
+    last = max(read_questions("test"))
+    assert image_of(f"test_{last}#3").filename == str(package_data() / f"test/images/{last}.png")
+
+
+def test_questions_are_shown_of_all_types_the_most_frequent_first(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    kinds = ["color", "row", "row", "cell", "row", "cell"]
+    questions = [judged(number, kind) for number, kind in enumerate(kinds)]
+    some = import_module("pictures").of_each_type
+    assert some(questions, [0, 1, 2, 3, 4, 5], 5) == [1, 3, 0, 2, 5]
+    assert some(questions, [0, 5], 4) == [0, 5]
+
+
+def test_right_answers_are_marked_as_right(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    pictures, shown = import_module("pictures"), []
+    monkeypatch.setattr(pictures, "show", shown.append)
+    pictures.asked({"title": [(judged(0), 1)]}, ["4", "1"], certain=True)
+    axes = shown[0].subfigs[0].axes[0]
+    assert [text.get_text() for text in axes.texts] == ["    4: 12 ✓ 90 %", "▶   1: 34 ✗ 82 %"]
+    assert [text.get_color() for text in axes.texts] == [pictures.RIGHT, pictures.WRONG]

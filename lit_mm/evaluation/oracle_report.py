@@ -227,7 +227,7 @@ def draw_envelope(axes: Axes, result: Result) -> None:
     axes.plot(*best, "*", color=ORANGE, markersize=15, label="oracle", zorder=5)
     _note(axes, f"{best[1]:.1f} at {best[0]:.1f} tokens", best, (0, 11), ORANGE)
     axes.plot(*dealt, "X", color=GRAY, markersize=8, label="its scales, shuffled", zorder=5)
-    _note(axes, f"{dealt[1]:.1f}", dealt, (0, -16), GRAY)
+    _note(axes, f"{dealt[1]:.1f}", dealt, (-14, 8), GRAY)
     axes.set_xscale("log", base=2)
     ticks = {f"{tokens:.3g}" if tokens < 100 else f"{tokens:.0f}": tokens for tokens, _ in fixed}
     axes.set_xticks(list(ticks.values()), list(ticks))
