@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench notebooks docs test test-fast lint types format clean
+.PHONY: help install demo bench evidence notebooks docs test test-fast lint types format clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,12 @@ bench: install ## Time training steps, encoder, data loading and answers against
 	$(RUN) experiments/benchmarks/latency.py
 	$(RUN) experiments/benchmarks/watching.py
 	$(RUN) experiments/benchmarks/answering.py
+
+MINUTES ?= 60
+SEEDS ?= 1 2 3
+
+evidence: install ## Test the papers' claims again on small sets (MINUTES=60 SEEDS="1 2 3"; resumable)
+	$(RUN) -m experiments.evidence --budget $(MINUTES) --seeds $(SEEDS)
 
 notebooks: install ## Rerun the notebooks and save their outputs, and redraw the README's picture
 	$(RUN) notebooks/run.py

@@ -21,6 +21,7 @@ _HOMES = {
     "EasyVQADataModule": "data.easy_vqa",
     "ImageDataModule": "data.datamodules",
     "ImageOptions": "data.images",
+    "RenderedDataModule": "data.rendered",
     "Subset": "data.dataset",
     "VideoShapesDataModule": "data.clips",
     "VideoDataModule": "data.datamodules",
