@@ -367,6 +367,7 @@ def test_every_overlay_is_in_a_combination_that_is_tested():
     tested |= {f"hardware/{name}" for name in ("one_gpu", "ddp", "fsdp")}
     folder = ROOT / "experiments"
     files = {*folder.glob("*/**/*.yaml")} - {*folder.glob("evaluation/*.yaml")}  # benchmarks: see test_readers
+    files -= {*folder.glob("evidence/*.yaml")}  # see tests/evidence
     found = {str(file.relative_to(folder).with_suffix("")) for file in files}
     assert found | {"base"} == tested
 
