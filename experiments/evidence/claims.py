@@ -117,7 +117,7 @@ class Set:
             )
         frozen = self.arm("frozen_llm", overlay="frozen_llm")
         ways = {name: (self.arm(name, overlay=f"sampling_{name}"),) for name in ("sequential", "spatial")}
-        consistent = self.arm("consistency", "--model.consistency.weight", "1.0")
+        consistent = self.arm("consistency", overlay="consistency")
         found |= {
             "d": Claim(
                 "The LLM has to be trained, too",
