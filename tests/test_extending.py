@@ -1,27 +1,36 @@
-"""The README's two extensions, as they stand there, in one run, and its model that is built by hand."""
+"""The extensions of the README and of docs/extending.md, as they stand there, in one run; a model built by hand."""
 
+import importlib
 import json
 import re
-import sys
 
 import pytest
 import torch
 import yaml
 
+from lit_mm import MatryoshkaProjector, load
+from lit_mm.hub.export import export
 from tests.helpers.command_line import CONFIG, lit_mm_anew
 from tests.helpers.environment import ROOT
 from tests.helpers.media import draw
 
 
-def blocks() -> list[str]:
-    """Python of the README, in order: an encoder, a data format."""
-    found = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return [block for block in found if "class " in block]
+def blocks() -> dict[str, str]:
+    """Python files of both, by module."""
+    text = "".join((ROOT / file).read_text() for file in ("README.md", "docs/extending.md"))
+    return dict(re.findall(r"```python\n# (my_\w+)\.py\n(.*?)```", text, re.DOTALL))
 
 
 def test_each_extension_is_short():
-    assert len(blocks()) == 2
-    assert all(len(block.splitlines()) <= 20 for block in blocks())
+    assert set(blocks()) == {"my_encoder", "my_data", "my_projector", "my_chooser"}
+    assert all(len(block.splitlines()) <= 20 for block in blocks().values())
+
+
+def test_the_benchmark_in_the_guide_is_the_one_that_is_tested():
+    """`tests/evaluation/benchmarks/test_source.py` reads questions with the file."""
+    [shown] = re.findall(r"```yaml\n(about: .*?)```", (ROOT / "docs/evaluation.md").read_text(), re.DOTALL)
+    file = ROOT / "experiments/evaluation/own_benchmark.yaml"
+    assert yaml.safe_load(shown) == yaml.safe_load(file.read_text()) and len(shown.splitlines()) <= 20
 
 
 def test_a_model_built_by_hand_answers(tmp_path, monkeypatch, capsys):
@@ -40,15 +49,15 @@ def test_a_model_built_by_hand_answers(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_with_ones_own_encoder_and_format(tmp_path, monkeypatch):
-    for block in blocks():
-        name = re.match(r"# (\w+)\.py", block)[1]
+def test_a_run_with_ones_own_encoder_projector_format_and_chooser(tmp_path, monkeypatch):
+    for name, block in blocks().items():
         (tmp_path / f"{name}.py").write_text(block)
     draw(tmp_path / "a.png", (64, 64), "red")
     items = [{"image": "a.png", "query": "what color is it?", "answers": ["red", "dark red"]}] * 4
     (tmp_path / "train.json").write_text(json.dumps(items))
     config = yaml.safe_load(CONFIG)
     config["model"]["encoder"] = {"class_path": "my_encoder.PatchEncoder", "init_args": {"width": 32}}
+    config["model"]["projector"] = {"class_path": "my_projector.NormedProjector", "init_args": {"hidden": 2}}
     data = {"train": str(tmp_path / "train.json"), "image_root": str(tmp_path), "batch_size": 2, "image": {"size": 64}}
     config["data"] = {"class_path": "my_data.MyInstructions", "init_args": data}
     config["trainer"] = {"accelerator": "cpu", "max_steps": 2, "default_root_dir": str(tmp_path / "runs")}
@@ -56,4 +65,13 @@ def test_a_run_with_ones_own_encoder_and_format(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     lit_mm_anew("fit", "--config", str(tmp_path / "my.yaml"))
     assert (tmp_path / "runs/version_0/checkpoints/last.ckpt").is_file()
-    assert sys.version_info >= (3, 11)
+
+    monkeypatch.syspath_prepend(tmp_path)
+    model = load(tmp_path / "runs/version_0", "cpu")
+    projector = model.vlm.projector
+    assert isinstance(projector, MatryoshkaProjector) and len(projector.layers) == 1 + 2 * 2 + 3
+    chooser = importlib.import_module("my_chooser").ByWords(1, 16)
+    assert model.answer(tmp_path / "a.png", "which number is it?", chooser).tried == [16]
+    assert model.answer(tmp_path / "a.png", "what color is it?", chooser).tried == [1]
+    with pytest.raises(ValueError, match="is a PatchEncoder"):
+        export(model, tmp_path / "exported")

@@ -42,6 +42,7 @@ from lit_mm.inference.decoding import end_ids, settings
 from lit_mm.model.batch import IMAGE
 from lit_mm.model.hub import reachable
 from lit_mm.model.loss import logit_factor
+from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.checkpoints import is_export
 from lit_mm.training.parts import merge_adapters
@@ -272,12 +273,15 @@ def config_of(model: Model, image_token_id: int, step: int | None = None) -> Lit
     """The configuration of a model's folder.
 
     Raises:
-        ValueError: The encoder is not one of this package, or the LLM computes its logits in a way of its own.
+        ValueError: Encoder or projector are not of this package, or the LLM computes its logits in a way of its own.
     """
     vlm, media = model.vlm, model.media
     kind = type(vlm.encoder).__name__
     if kind not in ("ConvNeXtEncoder", "TimmEncoder"):
         raise ValueError(f"export: the encoder is a {kind}, expected ConvNeXtEncoder or TimmEncoder")
+    if type(vlm.projector) is not MatryoshkaProjector:
+        found = type(vlm.projector).__name__
+        raise ValueError(f"export: the projector is a {found}, expected MatryoshkaProjector")
     check_head(vlm.llm)
     ours = {
         "names": llm_names(vlm.llm),

@@ -26,6 +26,7 @@ from lit_mm.hub.export import describe, generation_of, is_tied, new_folder, text
 from lit_mm.inference.answering import Model
 from lit_mm.model.encoder import TimmEncoder
 from lit_mm.model.loss import logit_factor
+from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.training.parts import merge_adapters
 
 TOWER = {
@@ -69,6 +70,8 @@ def obstacles(model: Model) -> Iterator[str]:
         yield f"it knows CLIP's ViT, the encoder is {vlm.encoder.arguments['backbone']}"
         return
     size = trunk.patch_embed.img_size
+    if type(vlm.projector) is not MatryoshkaProjector:
+        yield f"its projector has two linear layers, the model a {type(vlm.projector).__name__}"
     if len(vlm.projector.scales) > 1 or vlm.time_scales:
         yield f"it has one scale, the model {', '.join(map(str, vlm.all_scales))}"
     elif vlm.projector.scales[0] != trunk.patch_embed.num_patches:

@@ -17,7 +17,10 @@ from lit_mm.model.scales import Pooling, Sampling, check_scales, nested_cuts, ne
 
 
 class MatryoshkaProjector(nn.Module):
-    """Linear -> GELU -> Linear on every cell, then the nested scales (M3, section 3 and table 7)."""
+    """Linear -> GELU -> Linear on every cell, then the nested scales (M3, section 3 and table 7).
+
+    A subclass can replace `layers` with another Sequential of in_features to out_features whose last is a Linear.
+    """
 
     def __init__(
         self,

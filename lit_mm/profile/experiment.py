@@ -22,7 +22,6 @@ from lit_mm.costs.llm_shapes import config_of
 from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.model.encoder import ConvNeXtEncoder, Encoder, TimmEncoder
 from lit_mm.model.llm import DType, load_config
-from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.router import Router
 from lit_mm.model.scales import Scale, all_scales, check_scales, nested_shapes
 from lit_mm.model.vlm import MatryoshkaVLM
@@ -62,7 +61,8 @@ class Experiment:
             encoder: Encoder = self.model.encoder(**({"pretrained": False} if known else {}))
             llm = AutoModelForCausalLM.from_config(self.llm, dtype=dtype)
             width = llm.get_input_embeddings().embedding_dim
-            projector, options = MatryoshkaProjector(encoder.num_features, width, self.model.scales), self.model.router
+            layout = self.model.scales, self.model.sampling, self.model.pooling
+            projector, options = self.model.projector(encoder.num_features, width, *layout), self.model.router
             router = Router(width, len(self.model.scales), options) if options else None
         return MatryoshkaVLM(encoder.to(dtype), projector.to(dtype), llm, self.model.time_scales or (), router).eval()
 

@@ -59,6 +59,7 @@ class LitMatryoshka(LightningModule):
         time_scales: list[int] | None = None,
         sampling: Sampling = "mean",
         pooling: Pooling = "exact",
+        projector: Callable[[int, int, list[int], Sampling, Pooling], MatryoshkaProjector] = MatryoshkaProjector,
         packing: Packing | Literal["auto"] = "auto",
         attention: Attention = "branch",
         scales_per_step: int | Literal["all"] = "all",
@@ -88,6 +89,7 @@ class LitMatryoshka(LightningModule):
             pooling: exact refuses images whose grid a scale does not divide; adaptive gives every scale to
                 any grid that is large enough, by cutting it into boxes as equal as the next finer scale's
                 borders allow.
+            projector: Called with the channels of the grid, the LLM's width, scales, sampling and pooling.
             packing: How samples are laid out for the LLM. packed: all scales of all samples in one packed
                 sequence; sequential: one scale after another, each recomputed in the backward pass, for the
                 least memory; padded: one scale after another on padded samples. auto: packed. LLMs with
@@ -117,7 +119,7 @@ class LitMatryoshka(LightningModule):
         """
         super().__init__()
         self.save_hyperparameters()
-        self.build_encoder, self.llm = encoder, llm
+        self.build_encoder, self.build_projector, self.llm = encoder, projector, llm
         self.scales, self.sampling, self.pooling = check_scales(scales), sampling, pooling
         self.time_scales = check_time_scales(time_scales) if time_scales else []
         self.attention, self.scales_per_step, self.keep_finest = attention, scales_per_step, keep_finest
@@ -231,7 +233,7 @@ class LitMatryoshka(LightningModule):
         if self.packing != "padded":
             llm.set_attn_implementation(NAME)
         width = cast(nn.Embedding, llm.get_input_embeddings()).embedding_dim
-        projector = MatryoshkaProjector(encoder.num_features, width, self.scales, self.sampling, self.pooling)
+        projector = self.build_projector(encoder.num_features, width, self.scales, self.sampling, self.pooling)
         router = Router(width, len(self.scales), self.router) if self.router else None
         vlm = MatryoshkaVLM(encoder, projector, llm, self.time_scales, router)
         if self.init_gain is not None:

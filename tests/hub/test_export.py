@@ -17,6 +17,7 @@ from lit_mm.hub.llava import export_llava
 from lit_mm.hub.loading import load, run_of
 from lit_mm.inference.answering import Ask, Model
 from lit_mm.model.batch import IMAGE
+from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.router import Router, RouterOptions
 from tests.helpers.environment import ROOT
 from tests.helpers.exporting import model_of, our_logits, vicuna
@@ -177,9 +178,28 @@ def test_llava_computes_the_same_without_remote_code(exported, case):
         assert told["batched"]["None"][number][: len(answer.ids)] == answer.ids
 
 
+class OwnProjector(MatryoshkaProjector):
+    """Computes the same."""
+
+
+def with_own_projector(model: Model) -> Model:
+    model.vlm.projector.__class__ = OwnProjector
+    return model
+
+
+def test_ones_own_projector_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the projector is a OwnProjector, expected MatryoshkaProjector"):
+        export(with_own_projector(model_of("five stages", tiny_llm(), SQUARE)), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 @pytest.mark.parametrize(
     ("build", "said"),
     [
+        (
+            lambda path: with_own_projector(model_of("ViT", tiny_llm(), ImageOptions("pad", 32), (16,))),
+            "two linear layers, the model a OwnProjector",
+        ),
         (
             lambda path: model_of("five stages", tiny_llm(), SQUARE, (16,)),
             "it knows CLIP's ViT, the encoder is convnext_atto",
