@@ -70,7 +70,7 @@ def test_a_broken_link_is_found(tmp_path, link):
 def test_the_menu_lists_every_page_once():
     listed = re.findall(r"[\w/]+\.md", yaml.dump(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
     pages = {str(file.relative_to(ROOT / "docs")) for file in (ROOT / "docs").rglob("*.md")}
-    assert sorted(listed) == sorted(pages | GENERATED)
+    assert sorted(listed) == sorted(pages | GENERATED), "every page of docs/ stands once in mkdocs.yml's nav"
 
 
 def test_every_public_name_is_on_an_api_page():
