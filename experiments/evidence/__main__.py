@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.evidence import report
+from experiments.evidence import efficientnet, report
 from experiments.evidence.claims import Claim, sets
 from experiments.evidence.runs import LIT_MM, Failed, OutOfTime, Runs
 
@@ -58,6 +58,8 @@ def main(words: Sequence[str] | None = None, program: Sequence[str] = LIT_MM) ->
     found = sets(options.receipts, options.variants)
     if options.set not in found:
         parser().error("--set receipts: name their folder with --receipts")
+    if "efficientnet" in options.variants:
+        efficientnet.write()
     chosen = found[options.set]
     claims = chosen.claims()
     if unknown := set(options.claims) - set(claims):

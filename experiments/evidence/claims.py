@@ -63,7 +63,7 @@ class Set:
     Args:
         config: Its YAML file.
         scales: Finest first.
-        side: Of its images, pixels; 0: they differ, and no smaller ones are tried.
+        side: Of its images, pixels; 0: no claim about images of half the side.
         metric: What its tables tell: exact, anls, or words, the share of an answer's words at their places.
         overlays: Variants of the model: YAML files after `config`, and before an arm's own.
         options: Further fields of the command line, such as the place of the data.
@@ -159,10 +159,11 @@ def sets(receipts: str = "", variants: Sequence[str] = ()) -> dict[str, Set]:
         variants: Names of YAML files in this folder that change the model, such as smollm2.
     """
     overlays = tuple(FOLDER / f"{name}.yaml" for name in variants)
+    stages = "efficientnet" not in variants  # an encoder whose stages can be left out
     found = {
-        "reading": Set(FOLDER / "reading.yaml", (16, 4, 1), 64, "words", overlays),
-        "boards": Set(FOLDER / "boards.yaml", (16, 4, 1), 64, "exact", overlays),
-        "documents": Set(FOLDER / "documents.yaml", (64, 16, 4, 1), 256, "exact", overlays),
+        "reading": Set(FOLDER / "reading.yaml", (16, 4, 1), 64 * stages, "words", overlays),
+        "boards": Set(FOLDER / "boards.yaml", (16, 4, 1), 64 * stages, "exact", overlays),
+        "documents": Set(FOLDER / "documents.yaml", (64, 16, 4, 1), 256 * stages, "exact", overlays),
     }
     if receipts:
         files = {"train": "train.json", "val": "val.json", "test": "val.json", "image_root": ""}

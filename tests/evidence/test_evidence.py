@@ -263,6 +263,15 @@ def test_words_are_right_at_their_places():
     }
 
 
+def test_variants_are_overlays_and_other_runs():
+    plain, smol = (sets(variants=names)["reading"] for names in ((), ("smollm2",)))
+    arm = plain.claims()["d"].arms[1]
+    run, other = (Runs(each, Path("runs")).find(arm, 1) for each in (plain, smol))
+    assert run.folder != other.folder
+    assert "experiments/evidence/smollm2.yaml" in other.words
+    assert "c" not in sets(variants=["efficientnet"])["reading"].claims(), "its stages cannot be left out"
+
+
 def test_auto_is_calibrated_before_its_test():
     boards = sets()["boards"]
     [arm] = boards.claims()["g"].arms
