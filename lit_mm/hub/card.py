@@ -29,13 +29,12 @@ class Origin:
     name: str = "model"
 
 
-def card_of(model: Model, origin: Origin) -> str:
-    """The model card, in Markdown."""
-    name = origin.name
-    scales, llm = model.vlm.projector.scales, type(model.vlm.llm).__name__
-    encoder, size = model.vlm.encoder.arguments["backbone"], model.media.image.size
-    coarse = scales[len(scales) // 2]
-    videos = "\nThe classes in this folder take images; `lit_mm.load` takes videos, too.\n" if model.media.video else ""
+def card_of(model: Model, origin: Origin, llava: bool = False) -> str:
+    """The model card, in Markdown; `llava` says that the folder has transformers' own classes."""
+    name, scales, encoder, image = origin.name, model.vlm.projector.scales, model.vlm.encoder, model.media.image
+    trust = "" if llava else ", trust_remote_code=True"
+    chosen = f", num_visual_tokens={scales[len(scales) // 2]}" if len(scales) > 1 else ""
+    trained = f", {origin.step} steps" if origin.step else ""
     return f"""---
 library_name: transformers
 pipeline_tag: image-text-to-text
@@ -44,28 +43,40 @@ tags: [lit_mm, elastic-visual-tokens]
 
 # {name}
 
-A multimodal model that answers at {_listed(scales)} visual tokens per image: fewer tokens cost less, more tokens show
-more detail. Image encoder: {encoder} at stride {model.vlm.encoder.stride}, images of {size or "any"} pixels
-({model.media.image.mode}); LLM: {llm}. Trained with lit_mm{f", {origin.step} steps" if origin.step else ""}.
+A multimodal model that answers from {_listed(scales)} visual tokens per image. Image encoder:
+{encoder.arguments["backbone"]} at stride {encoder.stride}; images: {image.mode}, {image.size or "any"} pixels; LLM:
+{type(model.vlm.llm).__name__}. Trained with lit_mm{trained}.
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-messages = [{{"role": "user", "content": [{{"type": "image", "url": "photo.jpg"}},
-                                       {{"type": "text", "text": "What is it?"}}]}}]
+model = AutoModelForImageTextToText.from_pretrained("{name}"{trust})
+processor = AutoProcessor.from_pretrained("{name}"{trust})
+content = [{{"type": "image", "url": "photo.jpg"}}, {{"type": "text", "text": "What is it?"}}]
 inputs = processor.apply_chat_template(
-    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
 )
-answer = model.generate(**inputs, num_visual_tokens={coarse})[:, inputs["input_ids"].shape[1]:]
+answer = model.generate(**inputs{chosen})[:, inputs["input_ids"].shape[1] :]
 print(processor.decode(answer[0], skip_special_tokens=True))
 ```
 
-Without `num_visual_tokens` it answers at {scales[0]}. It needs torch, timm and transformers; the code in this folder is
-`configuration_lit_mm.py`, `modeling_lit_mm.py`, `processing_lit_mm.py` and what they import.
-{videos}
-{"".join(_measured(origin))}"""
+{"" if llava else _code(scales)}{VIDEO if model.media.video else ""}{"".join(_measured(origin))}"""
+
+
+VIDEO = "The classes of transformers take images; `lit_mm.load` takes videos, too.\n"
+
+
+def _code(scales: list[int]) -> str:
+    """What is needed, and what is said about scales if there are several."""
+    default = f" Without `num_visual_tokens` it answers from {scales[0]} tokens." if len(scales) > 1 else ""
+    return (
+        "It needs torch, timm and transformers; its code is in `configuration_lit_mm.py`, `modeling_lit_mm.py`,\n"
+        f"`processing_lit_mm.py` and what they import.{default}\n"
+    )
 
 
 def _listed(scales: list[int]) -> str:

@@ -383,10 +383,10 @@ def generation_of(model: Model) -> GenerationConfig:
     return config
 
 
-def describe(folder: Path, model: Model, origin: Origin) -> None:
+def describe(folder: Path, model: Model, origin: Origin, llava: bool = False) -> None:
     """Write the model card, or copy that of a folder that is exported again; and copy the chooser."""
-    again = origin.run is not None and is_export(origin.run)
-    text = (cast(Path, origin.run) / CARD).read_text(encoding="utf-8") if again else card_of(model, origin)
+    again = origin.run is not None and is_export(origin.run) and not llava
+    text = (cast(Path, origin.run) / CARD).read_text(encoding="utf-8") if again else card_of(model, origin, llava)
     (folder / CARD).write_text(text, encoding="utf-8")
     if origin.run and (origin.run / CHOOSER).is_file():
         shutil.copyfile(origin.run / CHOOSER, folder / CHOOSER)

@@ -34,7 +34,7 @@ from lit_mm.hub.reading import Readers, find, read_json
 from lit_mm.model.encoder import Encoder
 from lit_mm.model.llm import LLM, DType, Template
 from lit_mm.model.projector import MatryoshkaProjector
-from lit_mm.training.checkpoints import Weights, expected_names, is_redundant
+from lit_mm.training.checkpoints import Weights, expected_names, is_export, is_redundant
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.parts import PARTS, PartName
 
@@ -123,7 +123,12 @@ def gather(options: argparse.Namespace) -> Found:
         FileNotFoundError: A source is not at hand or has no weights.
         ValueError: A source is damaged or not of the expected layout, or the vision tower is nowhere.
     """
-    source = open_source(find(options.source, "import", options.revision), "import", options.base)
+    path = find(options.source, "import", options.revision)
+    if is_export(path):
+        raise ValueError(
+            f"import: {path} is what `export` wrote: load, ask, serve and model.init_from take it as it is"
+        )
+    source = open_source(path, "import", options.base)
     if options.layout not in ("auto", source.layout):
         raise ValueError(f"import: {source.where} is {source.layout}, expected {options.layout}")
     if what := ALONE.get(source.layout):

@@ -59,7 +59,7 @@ def export_llava(model: Model, folder: Path, origin: Origin) -> None:
     with new_folder(folder) as path:
         made.save_pretrained(path)
         processor.save_pretrained(path)
-        describe(path, model, origin)
+        describe(path, model, origin, llava=True)
 
 
 def obstacles(model: Model) -> Iterator[str]:

@@ -126,6 +126,18 @@ def run_of(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
     return checkpoint.parent.parent, contents_of(checkpoint).get("global_step")
 
 
+def name_of(path: str) -> str:
+    """What a model is called: its name on the hub, the name of its exported folder, or its run's folder and the one
+    above it, such as quickstart/version_0."""
+    if is_hub_name(path):
+        return path
+    if is_export(folder := Path(path).expanduser()):
+        return folder.resolve().name
+    checkpoint = checkpoint_of(path).resolve()
+    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.with_suffix("")
+    return f"{run.parent.name}/{run.name}"
+
+
 def checkpoint_of(path: str | os.PathLike[str]) -> Path:
     """The checkpoint that a path means; `last` is that of the newest run in runs."""
     return find_checkpoint(str(path), Path("runs"), "load")

@@ -84,13 +84,12 @@ def _listener(host: str, port: int) -> socket.socket:
 
 
 def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
-    from lit_mm.hub.loading import load
+    from lit_mm.hub.loading import load, name_of
     from lit_mm.inference.server import Limits, Server, run
     from lit_mm.inference.urls import MediaURLs
-    from lit_mm.training.saving import find_checkpoint
 
-    checkpoint = find_checkpoint(options.ckpt_path, Path("runs"))
-    model = load(checkpoint, options.device)
+    name = options.model_name or name_of(options.ckpt_path)
+    model = load(options.ckpt_path, options.device)
     if options.max_pixels:
         media = model.media
         media.image, media.frame = (replace(own, max_pixels=options.max_pixels) for own in (media.image, media.frame))
@@ -98,10 +97,4 @@ def _serve(options: argparse.Namespace, listener: socket.socket) -> None:
     names = "max_requests", "max_batch", "max_bytes", "max_images", "max_tokens", "timeout"
     limits = Limits(**{name: getattr(options, name) for name in names})
     urls = MediaURLs(options.allow_files, options.allow_urls, options.max_bytes)
-    run(Server(model, options.model_name or _name_of(checkpoint.resolve()), limits, urls), listener, options.grace)
-
-
-def _name_of(checkpoint: Path) -> str:
-    """The folder of a checkpoint's run and the one above it, such as quickstart/version_0."""
-    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.with_suffix("")
-    return f"{run.parent.name}/{run.name}"
+    run(Server(model, name, limits, urls), listener, options.grace)

@@ -13,19 +13,26 @@ from safetensors.torch import load_file
 from lit_mm.data.images import ImageOptions
 from lit_mm.hub.card import Origin
 from lit_mm.hub.export import export
+from lit_mm.hub.export import main as export_main
+from lit_mm.hub.importers import main as import_main
 from lit_mm.hub.llava import export_llava
 from lit_mm.hub.loading import load, run_of
 from lit_mm.inference.answering import Ask, Model
 from lit_mm.model.batch import IMAGE
+from lit_mm.model.encoder import TimmEncoder
+from lit_mm.model.llm import LLM
 from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.router import Router, RouterOptions
-from tests.helpers.environment import ROOT
+from tests.helpers.environment import ROOT, TOKENIZER
 from tests.helpers.exporting import model_of, our_logits, vicuna
 from tests.helpers.media import noise
-from tests.helpers.models import CLASSES, EXTRA, tiny_llm
+from tests.helpers.models import CLASSES, EXTRA, SIZES, tiny_llm
 
 PICTURES = {"wide.png": (80, 50), "square.png": (64, 64), "large.png": (97, 130)}
 SQUARE = ImageOptions("pad", 64)
+PLAIN = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+OTHERS = {"GPT2Config": {"n_embd": 32, "n_layer": 2, "n_head": 4}, "GPTNeoXConfig": PLAIN, "PhiConfig": SIZES}
+"""LLMs with names of their own, learned positions, and a bias of the output head."""
 CASES = {
     "five stages, llama": lambda path: model_of("five stages", tiny_llm(), SQUARE),
     "tied, squashed": lambda path: model_of(
@@ -37,13 +44,13 @@ CASES = {
     "ConvNeXt-V2, spatial": lambda path: model_of("ConvNeXt-V2", tiny_llm("Qwen3Config"), SQUARE, sampling="spatial"),
     "ViT, vicuna": lambda path: model_of("ViT", vicuna(path / "vicuna", True), ImageOptions("pad", 32)),
     "EVA, vicuna": lambda path: model_of("EVA", vicuna(path / "vicuna", True), ImageOptions("pad", 32)),
-} | {
-    kind: lambda path, kind=kind: model_of(
-        "five stages", tiny_llm(CLASSES[kind], **EXTRA.get(kind, {})), SQUARE, (4, 1)
-    )
-    for kind in ("cohere", "gemma", "granite", "starcoder2")
 }
-
+for kind in ("cohere", "gemma", "granite", "starcoder2"):
+    llm = tiny_llm(CLASSES[kind], **EXTRA.get(kind, {}))
+    CASES[kind] = lambda path, llm=llm: model_of("five stages", llm, SQUARE, (4, 1))
+for kind, sizes in OTHERS.items():
+    llm = LLM(kind, sizes, TOKENIZER, "bare")
+    CASES[kind] = lambda path, llm=llm: model_of("five stages", llm, SQUARE, (4, 1))
 CLIP = {  # one scale, the whole grid
     "padded": lambda path: model_of("ViT", vicuna(path / "vicuna", True), ImageOptions("pad", 32), (16,)),
     "tied, squashed": lambda path: model_of(
@@ -246,6 +253,32 @@ def test_a_router_goes_with_its_model(tmp_path):
     found = load(tmp_path / "folder", "cpu").answer(noise(80, 50), "what is it?", 1).router
     assert found == pytest.approx(model.answer(noise(80, 50), "what is it?", 1).router, abs=1e-5) and len(found) == 3
     assert load(tmp_path / "folder", "cpu", scales=[16, 1]).vlm.router is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CLIP)
+def test_llava_is_imported_and_exported_again_bit_for_bit(exported, case, tmp_path):
+    _, root = exported[f"LLaVA, {case}"]
+    import_main([str(root / "model"), str(tmp_path / "imported")])
+    export_main([str(tmp_path / "imported"), str(tmp_path / "again"), "--as", "llava"])
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (root / "model" / name).read_bytes()
+
+
+def test_a_head_of_another_kind_is_refused(tmp_path):
+    model = model_of("five stages", tiny_llm("Gemma2Config", head_dim=8, final_logit_softcapping=0.5), SQUARE)
+    with pytest.raises(ValueError, match="the logits of Gemma2ForCausalLM are not those of a linear output head"):
+        export(model, tmp_path / "model")
+
+
+def test_an_encoder_of_your_own_is_refused(tmp_path):
+    class Mine(TimmEncoder):
+        pass
+
+    model = CASES["five stages, llama"](tmp_path)
+    model.vlm.encoder = Mine("resnet18")
+    with pytest.raises(ValueError, match="the encoder is a Mine, expected ConvNeXtEncoder or TimmEncoder"):
+        export(model, tmp_path / "model")
 
 
 def test_ids_that_differ_from_training_are_named(tmp_path):

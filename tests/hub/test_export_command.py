@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 from typing import ClassVar
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -17,12 +18,14 @@ from transformers import AutoModelForImageTextToText
 import lit_mm.hub.export
 from lit_mm import load
 from lit_mm.hub.export import main
+from lit_mm.hub.importers import main as import_main
+from lit_mm.hub.loading import name_of
 from lit_mm.model.hub import reachable
 from tests.helpers.command_line import lit_mm as command
 from tests.helpers.exporting import keep_code_in
 from tests.helpers.media import noise
 from tests.helpers.network import dead_hub  # noqa: F401 (a fixture)
-from tests.helpers.serving import trained_run
+from tests.helpers.serving import Serving, asked, trained_run
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,33 @@ def test_the_folder_answers_as_the_run_does(run, exported):
     assert theirs.trained_scales == ours.trained_scales == [16, 4, 1]
     printed = command("ask", f"--ckpt_path={exported}", "--json", "--tokens=4", "what is red?")
     assert json.loads(printed.splitlines()[-1])["answers"]["4"]["visual_tokens"] == 0
+
+
+def test_it_is_served(run, exported, tmp_path):
+    with Serving(exported, tmp_path / "log.txt") as server:
+        status, told = server.get("/v1/models")
+        assert status == 200 and json.loads(told)["data"][0]["id"] == "model"
+        status, reply = server.post(asked("what is red?"))
+        expected = load(run, "cpu").answer(None, "what is red?")
+        assert status == 200 and reply["choices"][0]["message"]["content"] == expected.text
+    assert [name_of(str(path)) for path in (run, exported, "me/model")] == ["runs/version_0", "model", "me/model"]
+
+
+def test_it_is_evaluated(run, exported, tmp_path):
+    """`test` on the folder gives the figures of the run."""
+    root = run.parent.parent
+    given = [f"--config={root / 'exp.yaml'}", f"--data.init_args.test={root / 'val.json'}"]
+    command("test", *given, f"--model.init_from={exported}", f"--trainer.default_root_dir={tmp_path}")
+    names = [name for scale in (16, 4, 1) for name in (f"logprob@{scale}", f"answer@{scale}")]
+    files = run / "accuracy_tokens.parquet", next(tmp_path.glob("**/accuracy_tokens.parquet"))
+    ours, theirs = (pq.read_table(file).to_pydict() for file in files)
+    for name in names:
+        assert theirs[name] == (pytest.approx(ours[name], abs=1e-5) if "logprob" in name else ours[name])
+
+
+def test_it_is_not_imported(exported, tmp_path):
+    with pytest.raises(ValueError, match=r"is what `export` wrote: load, ask, serve and model\.init_from"):
+        import_main([str(exported), str(tmp_path / "imported")])
 
 
 def test_a_name_on_the_hub_opens_like_its_folder(exported, tmp_path, monkeypatch):
