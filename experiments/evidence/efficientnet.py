@@ -2,7 +2,7 @@
 
     python -m experiments.evidence.efficientnet    # writes data/efficientnet_lite0.safetensors
 
-timm (tf_efficientnet_lite0) and the authors have the same tensors in the same order under other names. tests/evidence compares their logits.
+timm's tf_efficientnet_lite0 has the same tensors in the same order under other names; tests/evidence compares logits.
 """
 
 from __future__ import annotations
