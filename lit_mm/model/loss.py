@@ -193,8 +193,8 @@ class _HeadLoss(torch.autograd.Function):
     At temperature 1 consistency costs nothing that grows with the vocabulary. Cross-entropy ℓ(h) is the logarithm of a
     sum of exponentials of linear functions of h, plus a linear function, so that the divergence is Bregman's:
     KL(p(t) ‖ p(h)) = ℓ(h) - ℓ(t) - ∇ℓ(t)·(h - t), where t and h are the teacher's and the student's hidden states. And
-    as both have the same label, its gradient by the logits is the difference of their cross-entropies' gradients. In bf16
-    the value of a label has the rounding errors of two cross-entropies, and may be below 0.
+    as both have the same label, its gradient by the logits is the difference of their cross-entropies' gradients. In
+    bf16 a label's value has the rounding errors of two cross-entropies, and may be below 0.
     """
 
     @staticmethod
