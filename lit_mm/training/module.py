@@ -101,7 +101,7 @@ class LitMatryoshka(LightningModule):
             keep_finest: Whether the finest scale takes part in every step when scales are drawn.
             consistency: Coarser scales also learn to answer as a finer one does; null: they do not.
             router: Train a small head that predicts at which scale a question should be answered. Everything else
-                stays as it is, so that it goes with init_from.
+                stays as it is, so that it goes with init_from. All scales then take part in every step.
             parts: Which parts train, from which stage on, and their learning rates.
             init_from: Weights to start from: an earlier run, or one source per part. This is not a resume;
                 --ckpt_path restores everything and overrides this.
@@ -122,7 +122,8 @@ class LitMatryoshka(LightningModule):
         self.build_encoder, self.build_projector, self.llm = encoder, projector, llm
         self.scales, self.sampling, self.pooling = check_scales(scales), sampling, pooling
         self.time_scales = check_time_scales(time_scales) if time_scales else []
-        self.attention, self.scales_per_step, self.keep_finest = attention, scales_per_step, keep_finest
+        self.attention, self.keep_finest = attention, keep_finest
+        self.scales_per_step: int | Literal["all"] = "all" if router else scales_per_step
         self.router, self.consistency = router, None if router else consistency
         self.parts, self.build_optimizer, self.build_scheduler = parts, optimizer, scheduler
         self.init_from = InitFrom(init_from) if isinstance(init_from, str) else init_from or InitFrom()
@@ -133,14 +134,12 @@ class LitMatryoshka(LightningModule):
         self.packing, self.positions = packing_of(config, packing), positions_of(config)
         self.end_id = Conversation(self.tokenizer).end_id
         self.metrics: dict[str, list[AnswerMetric]] = {}
-        if consistency and (len(self.all_scales) < 2 or scales_per_step == 1):
+        if self.consistency and (len(self.all_scales) < 2 or scales_per_step == 1):
             found = f"scales {', '.join(map(str, self.all_scales))}, scales_per_step {scales_per_step}"
             raise ValueError(f"model.consistency needs at least two scales in a step, found {found}")
-        if router and (self.packing != "packed" or scales_per_step != "all" or self.time_scales):
-            found = f"packing {self.packing}, scales_per_step {scales_per_step}, time_scales {self.time_scales}"
-            raise ValueError(
-                f"model.router: expected packing packed, all scales_per_step, no time scales, found {found}"
-            )
+        if router and (self.packing != "packed" or self.time_scales):
+            found = f"packing {self.packing}, time_scales {self.time_scales}"
+            raise ValueError(f"model.router: expected packing packed and no time scales, found {found}")
         if llm.quantize and not (parts.llm.frozen or parts.llm.lora or router):
             raise ValueError(f"llm.quantize {llm.quantize}: these weights cannot train: set parts.llm.frozen or .lora")
         self.place, self._asked, self._trained_at = Place(), list[Scale](), list[Scale]()

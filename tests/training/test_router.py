@@ -54,7 +54,7 @@ def fitted(base: Path, name: str, *further: str, steps: int = 60, **router) -> P
     """A run that trains a router."""
     folder = base.parent.parent
     trainer = {"default_root_dir": str(folder / name), "max_steps": steps, "val_check_interval": steps}
-    model = {"init_from": str(base), "router": {"hidden": 32, **router}, "max_new_tokens": 1}
+    model = {"init_from": str(base), "router": {"hidden": 32, **router}, "max_new_tokens": 1, "scales_per_step": 1}
     overlay = {"model": model | {"parts": {"router": {"lr": 0.01}}}, "data": {"init_args": {"batch_size": 32}}}
     overlay["trainer"] = trainer | {"check_val_every_n_epoch": None}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(overlay))
@@ -157,8 +157,10 @@ def test_a_router_is_resumed_exactly(base):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"scales_per_step": 1}, "model.router: expected packing packed, all scales_per_step"),
-        ({"packing": "sequential"}, "found packing sequential"),
+        (
+            {"packing": "sequential"},
+            "model.router: expected packing packed and no time scales, found packing sequential",
+        ),
         ({"time_scales": [2, 1]}, r"time_scales \[2, 1\]"),
     ],
 )
