@@ -28,6 +28,7 @@ from lit_mm.model.encoder import Encoder
 from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.checkpoints import InitFrom, start_from
+from tests.helpers.command_line import lit_mm
 from tests.helpers.foreign import (
     CLIP,
     LLAMA,
@@ -271,3 +272,65 @@ def encoder_of(out: Path) -> Encoder:
     """As its config.yaml describes it, with random weights."""
     config = yaml.safe_load((out / "config.yaml").read_text())["model"]["encoder"]
     return scrambled(build(config).to_empty(device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    """An imported M3 model."""
+    folder = tmp_path_factory.mktemp("m3")
+    theirs = llava(clip_tower(heads=1))
+    config = theirs.config(mm_vision_tower=OPENAI, matryoshka_vis_token_scale=[16, 4])
+    source = write_folder(folder / "m3", theirs.state("model.vision_tower.vision_tower."), config)
+    said = lit_mm("import", str(source), str(folder / "out"), "--chat_template", "bare", "--as", "llava")
+    rows = [[cell.strip() for cell in line.split("│")[1:5]] for line in said.splitlines() if "│" in line]
+    assert rows == [["encoder", "29", "0", "14"], ["projector", "4", "0", "0"], ["llm", "21", "0", "0"]]
+    assert "trunk.blocks.2.attn.proj.bias" in said and f"ask --ckpt_path {folder / 'out'}" in said
+    with pytest.raises(ValueError, match="is llava, expected hf_llava"):
+        main([str(source), str(folder / "another"), "--as", "hf_llava"])
+    with pytest.raises(FileExistsError, match=r"import: .*/out is not empty"):
+        main([str(source), str(folder / "out")])
+    return folder / "out"
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return dict(load(folder, "cpu").vlm.state_dict())
+
+
+def test_an_imported_model_answers_is_judged_and_trains_further(out, instruction_set):
+    image = next((instruction_set / "images").glob("*.png"))
+    assert lit_mm("ask", "--ckpt_path", str(out), str(image), "what is it?", "--tokens", "4")
+    data = [f"--data.{split}={instruction_set / split}.json" for split in ("train", "val")]
+    run = ["--config", str(out / "config.yaml"), *data, "--data.image_root", str(instruction_set)]
+    run += ["--trainer.default_root_dir", str(instruction_set / "runs"), "--trainer.accelerator", "cpu"]
+    assert "val/loss@4" in lit_mm("validate", *run, "--ckpt_path", str(out / "checkpoints/last.ckpt"))
+    frozen = ["--model.parts.encoder.frozen", "true", "--model.parts.llm.frozen", "true"]
+    lit_mm("fit", *run, *frozen, "--model.init_from", str(out), "--trainer.max_steps", "2", "--data.batch_size", "2")
+    before, after = weights(out), weights(instruction_set / "runs")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.startswith("projector.")}
+
+
+@pytest.mark.parametrize("layout", ["transformers", "llava"])
+def test_the_way_out_and_back_changes_no_bit(tmp_path, layout):
+    """In this package's own folders, and in those of transformers' LLaVA."""
+    theirs = llava(clip_tower(heads=1))
+    config = theirs.config(mm_vision_tower=OPENAI)
+    source = write_folder(tmp_path / "llava", theirs.state("model.vision_tower.vision_tower."), config)
+    main([str(source), str(tmp_path / "in"), "--chat_template", "bare"])
+    lit_mm("export", str(tmp_path / "in"), str(tmp_path / "exported"), "--as", layout)
+    back = tmp_path / "exported"
+    if layout == "llava":
+        main([str(back), str(tmp_path / "back"), "--as", "hf_llava"])
+        back = tmp_path / "back"
+    before, after = weights(tmp_path / "in"), weights(back)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_needs_no_import_is_told(out, tmp_path):
+    llama = llava(clip_tower()).llm
+    with pytest.raises(ValueError, match=r"model.llm.name_or_path takes an LLM"):
+        main(
+            [str(write_folder(tmp_path / "llm", dict(llama.state_dict()), llama.config.to_dict())), str(tmp_path / "o")]
+        )
+    with pytest.raises(ValueError, match="is a run or an export: load"):
+        main([str(out), str(tmp_path / "o")])
