@@ -43,6 +43,8 @@ NOT_OVERRIDES = {
 }
 OF_CLASSIFIERS = ("num_classes", "global_pool", "in_chans")
 """timm's keywords that an encoder has no use for, or sets itself."""
+CLIP, CLIP_DEFAULTS = "clip_vision_model", {"hidden_act": "quick_gelu", "num_attention_heads": 12}
+"""transformers' CLIPVisionConfig, whose defaults published files leave out."""
 SIZES = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"}
 
 
@@ -97,7 +99,8 @@ def vision_config(folder: Path) -> dict[str, Any]:
     if tower := config.get("mm_vision_tower"):  # inside a LLaVA, without a config of its own
         is_openais = re.search(r"(^|/)clip-vit-(base|large)-patch\d+(-336)?/?$", str(tower))
         return {"head_width": 64, "hidden_act": "quick_gelu"} if is_openais else {}
-    return config.get("vision_config") or config
+    vision = config.get("vision_config") or config
+    return {**(CLIP_DEFAULTS if "vision_config" in config or vision.get("model_type") == CLIP else {}), **vision}
 
 
 def normalization(source: Source, said: dict[str, Any]) -> dict[str, list[float]]:

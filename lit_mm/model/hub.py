@@ -6,12 +6,14 @@ import re
 from functools import cache
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import get_session
 
 SECONDS = 5.0
 """How long the hub may take to answer before it counts as out of reach."""
+TWICE = ["pytorch_model*.bin"]
+"""What a repository has beside the same weights as safetensors."""
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -52,12 +54,23 @@ def folder_of(source: str, patterns: list[str], option: str, revision: str | Non
         FileNotFoundError: The hub has no such repository, or is out of reach and the cache lacks it.
     """
     name, own = split(source)
+    pinned = revision or own
     try:
-        return Path(
-            snapshot_download(name, revision=revision or own, allow_patterns=patterns, local_files_only=not reachable())
+        online = reachable()
+        twice = _twice(name, pinned) if online else TWICE  # without a network: what the cache need not have
+        path = snapshot_download(
+            name, revision=pinned, allow_patterns=patterns, ignore_patterns=twice, local_files_only=not online
         )
+        return Path(path)
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise FileNotFoundError(missing(option, name, str(error), revision or own)) from None
+        raise FileNotFoundError(missing(option, name, str(error), pinned)) from None
+
+
+def _twice(name: str, revision: str | None) -> list[str]:
+    """Files that hold the same weights as the safetensors beside them."""
+    names = HfApi().list_repo_files(name, revision=revision)
+    has = any(each.startswith("model") and each.endswith(".safetensors") for each in names)
+    return TWICE if has else []
 
 
 def missing(option: str, name: str, error: str, revision: str | None = None) -> str:

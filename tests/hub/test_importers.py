@@ -124,6 +124,7 @@ class HfLlava:
     def save(self, folder: Path) -> Path:
         self.model.save_pretrained(folder, max_shard_size="20KB")
         config = json.loads((folder / "config.json").read_text())
+        del config["vision_config"]["hidden_act"], config["text_config"]["hidden_act"]  # as in published files
         return write_folder(folder, {}, config)
 
     def logits(self, images: Tensor, ids: Tensor) -> Tensor:

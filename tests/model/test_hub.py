@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from lit_mm.model.hub import folder_of, is_hub_name, split
+from lit_mm.model.hub import folder_of, is_hub_name, reachable, split
 from lit_mm.model.llm import from_source
-from tests.helpers.network import dead_hub  # noqa: F401 (a fixture)
+from tests.helpers.network import COMMITS, dead_hub, own_hub  # noqa: F401 (fixtures)
 
 
 def test_names_paths_and_revisions(tmp_path, monkeypatch):
@@ -63,3 +63,27 @@ def test_no_code_of_a_folder_runs(tmp_path):
             return named
 
     assert from_source(Kind, str(tmp_path))["pretrained_model_name_or_path"] == str(tmp_path)
+
+
+def test_a_revision_is_fetched_once_and_without_weights_that_are_there_twice(own_hub, monkeypatch):  # noqa: F811
+    both = {"model.safetensors": b"a", "pytorch_model.bin": b"b", "mm_projector.bin": b"c", "tf_model.h5": b"d"}
+    own_hub.files = {COMMITS["main"]: {"pytorch_model.bin": b"newest"}, COMMITS["v1"]: both}
+    patterns = ["*.safetensors", "*.bin"]
+    folder = folder_of("owner/name@v1", patterns, "x")
+    assert folder.name == COMMITS["v1"]
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
+        "model.safetensors": b"a",
+        "mm_projector.bin": b"c",
+    }
+    assert (folder_of("owner/name", patterns, "x") / "pytorch_model.bin").read_bytes() == b"newest"
+    fetched = [path for path in own_hub.asked if "resolve" in path]
+    assert folder_of("owner/name", patterns, "x", "v1") == folder
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    reachable.cache_clear()
+    assert folder_of("owner/name@v1", patterns, "x") == folder
+    assert [path for path in own_hub.asked if "resolve" in path] == fetched
+
+
+def test_a_repository_that_the_hub_does_not_have(own_hub):  # noqa: F811
+    with pytest.raises(FileNotFoundError, match=r"x: owner/other: .*404"):
+        folder_of("owner/other", ["*"], "x")
