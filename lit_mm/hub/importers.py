@@ -124,8 +124,8 @@ def gather(options: argparse.Namespace) -> Found:
         ValueError: A source is damaged or not of the expected layout, or the vision tower is nowhere.
     """
     path = find(options.source, "import", options.revision)
-    if is_export(path) or (path / "checkpoints").is_dir():
-        raise ValueError(f"import: {path} is a run or an export: load, ask, serve and model.init_from take it as it is")
+    if own := "what `export` wrote" if is_export(path) else "a run" if (path / "checkpoints").is_dir() else None:
+        raise ValueError(f"import: {path} is {own}: load, ask, serve and model.init_from take it as it is")
     source = open_source(path, "import", options.base)
     if options.layout not in ("auto", source.layout):
         raise ValueError(f"import: {source.where} is {source.layout}, expected {options.layout}")

@@ -333,5 +333,5 @@ def test_what_needs_no_import_is_told(out, tmp_path):
         main(
             [str(write_folder(tmp_path / "llm", dict(llama.state_dict()), llama.config.to_dict())), str(tmp_path / "o")]
         )
-    with pytest.raises(ValueError, match="is a run or an export: load"):
+    with pytest.raises(ValueError, match="is a run: load"):
         main([str(out), str(tmp_path / "o")])
