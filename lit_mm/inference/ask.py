@@ -59,7 +59,11 @@ def main(arguments: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(PROGRAM, USAGE, allow_abbrev=False)
     parser.add_argument("words", nargs="*", metavar="FILE … QUESTION", help="images, videos, and the question; - reads")
-    parser.add_argument("--ckpt_path", default="last", help="a checkpoint, a run's folder, or last: the newest in runs")
+    parser.add_argument(
+        "--ckpt_path",
+        default="last",
+        help="a checkpoint, a folder of a run or of export, a hub name, or last: the newest in runs",
+    )
     parser.add_argument("--tokens", help="visual tokens per image: 36, 8x16, all, or auto (default: the finest)")
     parser.add_argument("--mean_tokens", type=float, help="auto, with so many visual tokens a question on average")
     parser.add_argument("--json", action="store_true", help="one JSON object per question")

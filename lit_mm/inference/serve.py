@@ -39,7 +39,11 @@ def main(arguments: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(PROGRAM, USAGE, allow_abbrev=False)
     add = parser.add_argument
-    add("--ckpt_path", default="last", help="a checkpoint, a run's folder, or last: the newest in runs")
+    add(
+        "--ckpt_path",
+        default="last",
+        help="a checkpoint, a folder of a run or of export, a hub name, or last: the newest in runs",
+    )
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: for this machine only)")
     add("--port", type=int, default=8000, help="8000 by default; 0 is any free one")
     add("--device", help="cpu, cuda, … (default: a GPU if there is one)")
