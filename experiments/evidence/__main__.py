@@ -109,13 +109,15 @@ def work(runs: Runs, claims: dict[str, Claim], seeds: Sequence[int]) -> int:
 def write(runs: Runs, claims: dict[str, Claim], options: argparse.Namespace, name: str, further: list[str]) -> None:
     """The report of all claims that have results: NAME.md, and pictures in the folder evidence beside it."""
     metric = options.metric or runs.set.metric
-    sections, variants = [], ["--variants", *options.variants] if options.variants else []
+    sections: list[str] = []
+    asked = ["--set", options.set, *(["--variants", *options.variants] if options.variants else [])]
+    asked += ["--metric", options.metric] if options.metric else []
     for letter, claim in claims.items():
         if found := report.collect(claim, runs, options.seeds, metric):
             picture = f"evidence/{name}_{letter}.png"
             report.draw(found, options.to / picture)
-            asked = ["--set", options.set, *variants, "--claims", letter, "--seeds", *map(str, found.seeds), *further]
-            command = shlex.join(["python", "-m", "experiments.evidence", *asked])
+            own = [*asked, "--claims", letter, "--seeds", *map(str, found.seeds), *further]
+            command = shlex.join(["python", "-m", "experiments.evidence", *own])
             sections.append(report.section(found, letter, command, metric, picture))
         else:
             say(f"claim {letter}: no seed has all its runs yet")

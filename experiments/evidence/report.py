@@ -22,6 +22,11 @@ from lit_mm.evaluation.results import Judged, intervals, read_questions, scores_
 
 Floats = NDArray[np.float64]
 COLORS = ["#8c8c8c", "#1f5fa8", "#c8641e"]
+RULES = {
+    "exact": "an answer is right or wrong",
+    "anls": "ANLS",
+    "words": "of an answer, the share of the words that are right at their places",
+}
 FIELDS = ("company", "date", "total", "address")
 """What questions about real receipts ask for."""
 
@@ -227,7 +232,7 @@ def section(found: Found, letter: str, command: str, metric: str, picture: str) 
     versions = ", ".join(f"{each} {device['versions'][each]}" for each in ("torch", "transformers"))
     seeds = ", ".join(map(str, found.seeds))
     facts = [
-        f"`{command}`; {metric}; seed {seeds}; {device['device']}; {versions}; "
+        f"`{command}`; {RULES[metric]}; seed {seeds}; {device['device']}; {versions}; "
         f"{_span(state['date'] for state in states)}; commit {_span(state['commit'] for state in states)}; training "
         f"took {min(seconds) / 60:.1f} to {max(seconds) / 60:.1f} minutes an arm, beside whatever else ran.",
         "Accuracy in %"
