@@ -82,7 +82,7 @@ def work(runs: Runs, claims: dict[str, Claim], seeds: Sequence[int]) -> int:
         for seed in seeds:
             for letter, claim in claims.items():
                 left, needed = runs.deadline - time.monotonic(), runs.expected(claim.arms, seed)
-                if needed > left:
+                if needed > max(left, 0):
                     minutes = f"about {needed / 60:.0f} minutes, left are {left / 60:.0f}"
                     say(f"claim {letter}, seed {seed}, not begun: {minutes}")
                     continue
