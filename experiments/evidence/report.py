@@ -268,7 +268,8 @@ def draw(found: Found, file: Path) -> None:
         for axes, (group, sides) in zip(panels, found.groups.items(), strict=True):
             _bars(axes, group, sides)
         figure.axes[0].set_ylabel("accuracy (%)")
-        figure.axes[0].legend(frameon=False, fontsize=8)
+        bars, names = figure.axes[0].get_legend_handles_labels()
+        figure.legend(bars, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
         figure.suptitle(found.claim.title, fontsize=11)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
