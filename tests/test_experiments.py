@@ -108,6 +108,19 @@ def test_smollm2_trains(tmp_path):
 
 
 @pytest.mark.slow
+@installed("easy_vqa")
+def test_the_demo_trains_and_is_judged_by_kind_of_question(tmp_path):
+    places = ["--config", "experiments/quickstart.yaml", "--trainer.default_root_dir", str(tmp_path / "runs")]
+    few = ["--data.root", str(tmp_path / "demo"), "--data.train_boards", "32", "--data.val_boards", "200"]
+    few += ["--data.test_boards", "1", "--data.val_questions", "60"]
+    printed = lit_mm("fit", *places, *few, "--trainer.max_steps", "2", "--trainer.val_check_interval", "2")
+    judged = json.loads((tmp_path / "runs/version_0/accuracy_tokens_val.json").read_text())
+    assert {*judged["types"]} == {"easy-VQA", "row", "cell", "color"}
+    assert sum(own["questions"] for own in judged["types"].values()) == judged["questions"] == 60
+    assert "16 tokens: " in printed and "row needs " in printed
+
+
+@pytest.mark.slow
 def test_the_video_demo_trains_and_is_judged(tmp_path):
     places = ["--config", "experiments/video_quickstart.yaml", "--trainer.default_root_dir", str(tmp_path / "runs")]
     few = ["--data.root", str(tmp_path / "clips"), "--data.train_clips", "32", "--data.val_clips", "4"]

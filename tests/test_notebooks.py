@@ -6,13 +6,14 @@ from importlib import import_module
 from io import BytesIO
 
 import nbformat
+import numpy as np
 import pytest
 from PIL import Image
 
 from lit_mm.data.boards import write_boards
 from lit_mm.data.easy_vqa import package_data, read_questions
 from lit_mm.evaluation import results
-from lit_mm.evaluation.results import Judged, write_questions
+from lit_mm.evaluation.results import Judged, scores_of, write_questions
 from tests.helpers.environment import ROOT
 
 FOLDER = ROOT / "notebooks"
@@ -67,11 +68,14 @@ def test_the_readmes_picture_shows_what_the_readme_says(monkeypatch):
     front, made = import_module("front"), []
     monkeypatch.setattr(front, "write", lambda figure, to: made.append((figure, to)))
     front.main()
-    [(figure, file)] = made
+    (figure, file), (demo, demo_file) = made
     heights = [sum(bar.get_height() for bar in axes.patches) for axes in figure.axes[7:]]
     table = [line.split("|") for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| 1536²")]
     assert [f"{heights[0]:.2f} T", f"{heights[-1]:.2f} T"] == [line[5].strip() for line in table]
-    assert Image.open(file).size == tuple(round(110 * side) for side in figure.get_size_inches())
+    for drawn, kept in ((figure, file), (demo, demo_file)):
+        assert Image.open(kept).size == tuple(round(110 * side) for side in drawn.get_size_inches())
+    labels = [line.get_label() for line in demo.axes[1].lines]
+    assert {"all questions", "easy-VQA", "row", "cell", "color"} <= {*labels}
 
 
 def test_a_run_without_times_is_drawn_without_them(monkeypatch):
@@ -113,6 +117,17 @@ def test_a_record_of_a_run_is_the_same_draw_every_time_and_names_no_folder(tmp_p
     assert [question for question in asked if question in drawn] == drawn != asked[:10]
     assert json.loads((tmp_path / "one/accuracy_tokens.json").read_text()) == {"checkpoint": "last.ckpt", "step": 7}
     assert (tmp_path / "one/chooser.json").read_text() == "{}"
+
+
+def test_the_recorded_files_are_of_one_run():
+    """The drawn questions are as accurate as the whole test, within four standard errors; and the steps agree."""
+    questions, scales = results.read_questions(FOLDER / "questions.parquet")
+    test, chooser = (json.loads((FOLDER / f"{name}.json").read_text()) for name in ("accuracy_tokens", "chooser"))
+    assert scales == [row["scale"] for row in test["scales"]]
+    assert chooser["calibrated_on"]["step"] == test["step"]
+    whole = np.array([row["accuracy"] for row in test["scales"]])
+    error = np.sqrt(whole * (1 - whole) / len(questions))
+    assert (np.abs(scores_of(questions).mean(0) - whole) < 4 * error).all()
 
 
 def test_a_questions_image_is_the_one_that_was_asked(tmp_path, monkeypatch):

@@ -248,12 +248,13 @@ def draw_accuracy(axes: Axes, result: Result) -> None:
     axes.vlines(x, [100 * end for end in low], [100 * end for end in high], color=GRAY, zorder=2)
     [enough] = [row for row in result["scales"] if row["scale"] == result["smallest_within_a_point"]]
     ring = enough["visual_tokens"], 100 * enough["accuracy"]
-    label = "fewest tokens within a point of the best"
+    label = "fewest tokens within\na point of the best" if types else "fewest tokens within a point of the best"
     axes.plot(*ring, "o", markersize=15, markerfacecolor="none", markeredgecolor="#333333", label=label, zorder=4)
     for (name, own), color in zip(types.items(), TYPES, strict=False):
         accuracies = [100 * accuracy for accuracy in own["accuracy"]]
         axes.plot([row["visual_tokens"] for row in result["scales"]], accuracies, ".--", color=color, label=name)
-    axes.legend(frameon=False, loc="best" if types else "lower right", fontsize=9 if types else 10)
+    beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": 9}
+    axes.legend(frameon=False, **(beside if types else {"loc": "lower right"}))
     majority = 100 * result["majority_answer"]
     axes.axhline(majority, color="#888888", linestyle="--", linewidth=1.2)
     named = f"majority answer {majority:.1f}"

@@ -72,9 +72,9 @@ class DemoDataModule(EasyVQADataModule):
 
     Every question has a type, `easy-VQA`, `row`, `cell` or `color`, so that `test` tells the accuracy of each.
 
-    Training can begin with up to three stages, before it goes on with the questions of both in equal parts: easy-VQA's
-    captions; easy-VQA's questions; the boards' captions with some of easy-VQA's questions. From the start together,
-    the model learned boards or shapes, but not both: a board's caption has five times as many tokens in the loss.
+    Training goes from the boards' captions to the captions of both, and then to the questions of both. Reading is
+    learned from captions of boards alone. A board's caption has five times as many tokens in the loss as easy-VQA's, so
+    there are a fifth as many.
     """
 
     def __init__(
@@ -83,11 +83,10 @@ class DemoDataModule(EasyVQADataModule):
         root: str = "data/demo",
         val_images: int = 200,
         train_boards: int = 4000,
-        val_boards: int = 50,
+        val_boards: int = 200,
         test_boards: int = 1000,
-        caption_epochs: int = 0,
-        question_epochs: int = 0,
         reading_epochs: int = 0,
+        caption_epochs: int = 0,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         val_questions: int | None = None,
@@ -102,10 +101,9 @@ class DemoDataModule(EasyVQADataModule):
             train_boards: Boards to train on.
             val_boards: Boards for validation.
             test_boards: Boards for the final test.
-            caption_epochs: Epochs of easy-VQA's captions. This and the next two need
+            reading_epochs: Epochs of the boards' captions. This and the next need
                 trainer.reload_dataloaders_every_n_epochs: 1.
-            question_epochs: Epochs of easy-VQA's conversations alone, after that.
-            reading_epochs: Epochs of the boards' captions, each with half of easy-VQA's conversations, after that.
+            caption_epochs: Epochs of captions of both, after that.
             batch_size: Conversations per batch and device in training.
             eval_batch_size: Conversations per batch and device outside training; null: as batch_size.
             val_questions: Number of questions that validation asks; null: all. As in ImageDataModule.
@@ -117,39 +115,28 @@ class DemoDataModule(EasyVQADataModule):
         )
         self.boards = Path(root) / "boards"
         self.counts = {"train": train_boards, "val": val_boards, "test": test_boards}
-
-        def drawn(name: str, epochs: float = 1.0) -> Subset:
-            return Subset(f"{self.boards}/{name}.json", str(self.boards), epochs)
-
-        train, val, test = (f"{easy}/{name}.json" for name in self.counts)
-        root_of_images = str(package_data())
-        half = Subset(train, root_of_images, epochs=0.5)
-        self.files |= {
-            "questions": train,
-            "reading": [drawn("captions"), half],
-            "train": [half, drawn("train", epochs=0.5)],
-            "val": [Subset(val, root_of_images), drawn("val")],
-            "test": [Subset(test, root_of_images), drawn("test")],
-        }
-        self.stages = {"captions": caption_epochs, "questions": question_epochs, "reading": reading_epochs}
+        self.reading_epochs = reading_epochs
+        self.files["reading"] = [Subset(f"{self.boards}/captions.json", str(self.boards))]
+        shares = {"captions": (1, 0.2), "train": (0.5, 0.5), "val": (1, 1), "test": (1, 1)}
+        for name, (of_easy, of_boards) in shares.items():
+            self.files[name] = [
+                Subset(f"{easy}/{name}.json", str(package_data()), of_easy),
+                Subset(f"{self.boards}/{name}.json", str(self.boards), of_boards),
+            ]
 
     def setup(self, stage: str) -> None:
-        """Also read the sets of the first stages."""
+        """Also read the first stage's set."""
         super().setup(stage)
-        if str(getattr(stage, "value", stage)) == "fit":
-            self.sets |= {name: self._read(name, "train") for name, epochs in self.stages.items() if epochs}
+        if self.reading_epochs and str(getattr(stage, "value", stage)) == "fit":
+            self.sets["reading"] = self._read("reading", "train")
 
     def train_set(self, epoch: int) -> str:
         """The set that an epoch trains on."""
-        for name, epochs in self.stages.items():
-            if epoch < epochs:
-                return name
-            epoch -= epochs
-        return "train"
+        return "reading" if epoch < self.reading_epochs else super().train_set(epoch - self.reading_epochs)
 
     def order(self) -> dict[str, Any]:
         """Everything that decides which records go into which batch."""
-        return super().order() | {"epochs of each stage": self.stages}
+        return super().order() | {"reading_epochs": self.reading_epochs}
 
     def prepare_data(self) -> None:
         """Write the records, and the boards that do not exist yet."""
