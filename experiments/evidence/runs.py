@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,10 @@ class Runs:
         with log.open("ab") as file:
             file.write(f"\n$ python -m lit_mm {shlex.join(command)}\n".encode())
             file.flush()
-            process = subprocess.Popen([*self.program, *command], stdout=file, stderr=file, start_new_session=True)
+            # children of a shell's background job would ignore SIGINT
+            heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+            own: dict[str, Any] = {"stdout": file, "stderr": file, "start_new_session": True, "preexec_fn": heed}
+            process = subprocess.Popen([*self.program, *command], **own)
             try:
                 return process.wait(None if left == float("inf") else left)
             except subprocess.TimeoutExpired:

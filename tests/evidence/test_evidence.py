@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -118,13 +119,14 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     code = "import sys; from experiments.evidence.__main__ import main; sys.exit(main(sys.argv[2:], sys.argv[:0] + "
     code += "[sys.executable, sys.argv[1]]))"
     command = [sys.executable, "-c", code, str(evidence.script), "--set", "boards", *evidence.words, "--claims", "d"]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # the tests may be a shell's background job
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, preexec_fn=heed)  # noqa: PLW1509
     while len(evidence.calls("fit")) < 2:
         assert process.poll() is None
         time.sleep(0.1)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    assert process.wait(60) == 130
     assert {*evidence.states()["frozen_llm_seed1"]["seconds"]} == {"fit", "test"}
     assert len(list((tmp_path / "runs/boards").glob("nested*/version_0/checkpoints/last.ckpt"))) == 1
     assert evidence("--claims", "d") == 0
