@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +14,7 @@ from lit_mm.data.images import ImageOptions
 from lit_mm.data.video import VideoOptions
 from lit_mm.hub.huggingface.configuration_lit_mm import LitMMConfig
 from lit_mm.hub.huggingface.modeling_lit_mm import build_encoder
+from lit_mm.hub.reading import read_json
 from lit_mm.hub.template import for_texts
 from lit_mm.inference.answering import Model
 from lit_mm.model.attention import NAME
@@ -23,7 +23,7 @@ from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.router import Router, RouterOptions
 from lit_mm.model.scales import Scale, VideoScale
 from lit_mm.model.vlm import MatryoshkaVLM
-from lit_mm.training.checkpoints import InitFrom, materialize, open_weights, start_from
+from lit_mm.training.checkpoints import InitFrom, materialize, open_weights, start_from, told_of
 
 
 def open_folder(
@@ -41,12 +41,12 @@ def open_folder(
         scales: Visual tokens per image to answer at; None: those of the folder.
 
     Raises:
-        ValueError: A newer version wrote it, its weights do not fit its configuration, or its tokens depend on the
-            scales (adaptive pooling) and there are others.
+        ValueError: A newer version wrote it, a field of its configs is missing, its weights do not fit its
+            configuration, or its tokens depend on the scales (adaptive pooling) and there are others.
         FileNotFoundError: A file is missing.
     """
+    told = told_of(folder)
     config = LitMMConfig.from_pretrained(folder)
-    told: dict[str, Any] = config.lit_mm or {}
     if scales and config.pooling != "exact" and list(scales) != list(config.scales):
         raise ValueError(f"{folder}: with pooling {config.pooling} expected scales {config.scales}, found {scales}")
     vlm = _vlm(config, scales or config.scales, told)
@@ -55,7 +55,10 @@ def open_folder(
     vlm.llm.generation_config = GenerationConfig.from_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.chat_template = for_texts(str(tokenizer.chat_template))
-    images = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))["image_processor"]
+    file = folder / "processor_config.json"
+    images = read_json(file).get("image_processor")
+    if not isinstance(images, dict) or not isinstance(images.get("image_options"), dict):
+        raise ValueError(f"{file}: image_processor is {images!r:.80}, expected image_options")
     return Model(
         vlm,
         tokenizer,

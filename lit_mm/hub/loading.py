@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from lit_mm.inference.choosers import Calibrated, read_chooser
 from lit_mm.model.hub import folder_of, is_hub_name
 from lit_mm.model.scales import Scale
 from lit_mm.renamed import with_new_names
-from lit_mm.training.checkpoints import InitFrom, is_export, start_from
+from lit_mm.training.checkpoints import InitFrom, is_export, start_from, told_of
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.resume import scales_in
 from lit_mm.training.saving import SHARDED, find_checkpoint, load_tensors
@@ -63,11 +62,12 @@ def load(
         FileNotFoundError: No such checkpoint, no chooser for mean_tokens, or a tokenizer or LLM config that is not at
             hand.
         ValueError: The checkpoint does not describe its model, or holds more than tensors, or its tokens depend on
-            the scales (adaptive pooling) and there are others; or no such device.
+            the scales (adaptive pooling) and there are others; `export` did not write what the hub has; or no such
+            device.
     """
     target = _device(device)
     if is_hub_name(str(path)):
-        path = folder_of(str(path), PATTERNS, "load")
+        path = _of_hub(str(path))
     if is_export(folder := Path(path).expanduser()):
         model = open_folder(folder, image, video, scales)
         model.vlm.to(target, dtype)
@@ -105,6 +105,21 @@ def load(
     )
 
 
+def _of_hub(name: str) -> Path:
+    """The folder of a name on the hub. Only its config is downloaded if `export` did not write it.
+
+    Raises:
+        FileNotFoundError: The hub has no such repository or is out of reach, and the cache lacks it.
+        ValueError: `export` did not write it.
+    """
+    if not is_export(folder_of(name, ["config.json"], "load")):
+        raise ValueError(
+            f"load: {name} is not what `export` wrote: `python -m lit_mm import {name} FOLDER` brings published models "
+            "into a folder that load opens"
+        )
+    return folder_of(name, PATTERNS, "load")
+
+
 def _device(name: str | torch.device | None) -> torch.device:
     """Where the model computes.
 
@@ -121,7 +136,7 @@ def run_of(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
     """The folder that lies around a checkpoint, with its chooser and what was measured, and the step of its weights.
     Around what `export` wrote, it is that folder."""
     if is_export(folder := Path(path).expanduser()):
-        return folder, json.loads((folder / "config.json").read_text(encoding="utf-8"))["lit_mm"]["step"]
+        return folder, told_of(folder)["step"]
     checkpoint = checkpoint_of(path)
     return checkpoint.parent.parent, contents_of(checkpoint).get("global_step")
 

@@ -145,11 +145,20 @@ def state_of(loaded: Any, file: Path) -> Readers:
     if not isinstance(state, dict):
         raise ValueError(f"{file}: expected tensors by name, found a {type(state).__name__}")
     for name, tensor in state.items():
-        _check_tensor(f"{file}: {name!s:.200}", tensor)
+        check_tensor(f"{file}: {name!s:.200}", tensor)
     return {str(name): partial(state.__getitem__, name) for name in state}
 
 
-def _check_tensor(what: str, tensor: Any) -> None:
+def check_tensor(what: str, tensor: Any) -> None:
+    """Check that something read from a file is a plain tensor.
+
+    Args:
+        what: The file and the name, for error messages.
+        tensor: What was read.
+
+    Raises:
+        ValueError: It is something else, or claims more elements than the file holds.
+    """
     if type(tensor) not in (Tensor, nn.Parameter):
         raise ValueError(f"{what}: expected a tensor, found a {type(tensor).__name__}")
     if tensor.is_meta or tensor.layout is not strided or tensor.is_quantized:

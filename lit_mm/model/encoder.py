@@ -8,6 +8,7 @@ An encoder knows its stride, so the data side can count an image's tokens before
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -17,6 +18,9 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm, LayerNorm2d
 from timm.models.convnext import ConvNeXt, ConvNeXtStage, _init_weights
 from torch import Tensor, nn
+
+READS = re.compile(r"pretrained|checkpoint_path$|cache_dir$")
+"""timm's keywords that name files or addresses. Those of pretrained_cfg_overlay count only with `pretrained`."""
 
 
 @dataclass
@@ -154,8 +158,13 @@ def create_trunk(backbone: str, pretrained: bool, keywords: dict[str, Any]) -> A
     """A timm model without its classifier; on the meta device no weights are downloaded.
 
     Raises:
-        ValueError: timm does not know the backbone or a keyword.
+        ValueError: timm does not know the backbone or a keyword, or one of them would read other files. Both may be
+            from a file of others.
     """
+    if not re.fullmatch(r"[\w.-]+", str(backbone)):  # `hf-hub:owner/name`, `local-dir:folder`
+        raise ValueError(f"encoder.backbone {backbone}: expected a name of timm's own models")
+    if elsewhere := [key for key in keywords if READS.match(key) and key != "pretrained_cfg_overlay"]:
+        raise ValueError(f"encoder.overrides: {elsewhere[0]} names files; expected sizes and the like")
     weights = pretrained and torch.get_default_device().type != "meta"
     try:
         return timm.create_model(backbone, pretrained=weights, num_classes=0, **keywords)

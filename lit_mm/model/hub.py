@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import get_session
 
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+"""What the client raises for a broken connection, too; it is of httpx or httpx2, whichever huggingface_hub uses."""
 SECONDS = 5.0
 """How long the hub may take to answer before it counts as out of reach."""
 TWICE = ["pytorch_model*.bin"]
 """What a repository has beside the same weights as safetensors."""
+KNOWN = {"model.safetensors": TWICE, "model.safetensors.index.json": TWICE}
+KNOWN |= {"pytorch_model.bin": [], "pytorch_model.bin.index.json": []}
+"""Weights that are in the cache -> what need not be fetched beside them."""
+COMMIT = re.compile(r"[0-9a-f]{40}")
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -56,18 +63,40 @@ def folder_of(source: str, patterns: list[str], option: str, revision: str | Non
     name, own = split(source)
     pinned = revision or own
     try:
-        online = reachable()
-        twice = _twice(name, pinned) if online else TWICE  # without a network: what the cache need not have
-        path = snapshot_download(
-            name, revision=pinned, allow_patterns=patterns, ignore_patterns=twice, local_files_only=not online
+        return _online(name, pinned, patterns) if reachable() else _cached(name, pinned, patterns)
+    except (LocalEntryNotFoundError, HTTP_ERROR) as error:
+        raise FileNotFoundError(missing(option, name, str(error) or repr(error), pinned)) from None
+
+
+def _online(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """What the hub has; what the cache has if the connection breaks or the hub fails."""
+    try:
+        twice = _twice(name, revision)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=twice))
+    except HTTP_ERROR as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+            raise
+        with suppress(LocalEntryNotFoundError):
+            return _cached(name, revision, patterns)
+        raise
+
+
+def _cached(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """What the cache has."""
+    return Path(
+        snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=TWICE, local_files_only=True
         )
-        return Path(path)
-    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise FileNotFoundError(missing(option, name, str(error), pinned)) from None
+    )
 
 
 def _twice(name: str, revision: str | None) -> list[str]:
-    """Files that hold the same weights as the safetensors beside them."""
+    """Files that hold the same weights as the safetensors beside them. The hub is not asked about a commit of which the
+    cache has weights: what it holds never changes."""
+    if revision and COMMIT.fullmatch(revision):
+        for file, twice in KNOWN.items():
+            if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
+                return twice
     names = HfApi().list_repo_files(name, revision=revision)
     has = any(each.startswith("model") and each.endswith(".safetensors") for each in names)
     return TWICE if has else []

@@ -9,21 +9,20 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from lightning.pytorch.utilities import rank_zero_info
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PreTrainedModel
 
+from lit_mm import __version__
 from lit_mm.hub.layouts import is_after_grid, open_source, translate
 from lit_mm.hub.lora import merged, merged_adapter, read_adapter
 from lit_mm.hub.reading import Readers, find, read_files, read_folder, read_json, state_of
+from lit_mm.hub.shards import read_shards
 from lit_mm.model.llm import LLM
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.parts import PARTS, PartName, start_adapters
@@ -135,28 +134,14 @@ def _of_checkpoint(path: Path, merge: bool = True) -> Readers:
 
 
 def _of_shards(path: Path, merge: bool) -> Readers:
-    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     prefix = re.compile(r"^(state_dict|model)\.vlm\.")  # FSDP1 wrote `model`
-    tensors = {name: cast(TensorStorageMetadata, entry) for name, entry in entries.items() if prefix.match(name)}
-    names, ready = list(tensors), dict[str, Tensor]()
-
-    def read(name: str) -> Tensor:
-        if name not in ready:  # every dcp.load opens all files, so 32 tensors are read at a time
-            ready.clear()
-            first = names.index(name)
-            for each in names[first : first + 32]:
-                ready[each] = torch.empty(tensors[each].size, dtype=tensors[each].properties.dtype)
-            dcp.load(ready, checkpoint_id=path, no_dist=True)
-        return ready.pop(name)
-
-    readers: Readers = {prefix.sub("", name): partial(read, name) for name in names}
-    return _merged(readers, torch.load(path / "meta.pt", weights_only=True).get("trained", {})) if merge else readers
+    tensors = {prefix.sub("", name): read for name, read in read_shards(path).items() if prefix.match(name)}
+    return _merged(tensors, load_tensors(path / "meta.pt").get("trained", {})) if merge else tensors
 
 
 def is_of_fsdp1(path: Path) -> bool:
     """Whether a sharded checkpoint was written by FSDP1, which an earlier version had."""
-    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    return any(name.startswith("model.vlm.") for name in entries)
+    return any(name.startswith("model.vlm.") for name in read_shards(path))
 
 
 def is_export(path: Path) -> bool:
@@ -164,9 +149,36 @@ def is_export(path: Path) -> bool:
     return read_json(path / "config.json").get("model_type") == "lit_mm"
 
 
+def told_of(folder: Path) -> dict[str, Any]:
+    """What only this package reads in the config of a folder that `export` wrote.
+
+    Raises:
+        ValueError: A newer version wrote it, or a field is missing.
+    """
+    file = folder / "config.json"
+    told = read_json(file).get("lit_mm")
+    fields = told if isinstance(told, dict) else {}
+    by = str(fields.get("version"))
+    if _numbers(by) > _numbers(__version__):
+        raise ValueError(f"{file}: version {by} of lit_mm wrote it, found {__version__}: install the newer one")
+    if lacking := [name for name in TOLD if name not in fields]:
+        raise ValueError(f"{file}: lit_mm lacks {', '.join(lacking)}; expected what `export` of {__version__} writes")
+    if not isinstance(fields["names"], dict) or not {"base", "head"} <= fields["names"].keys():
+        raise ValueError(f"{file}: lit_mm.names is {fields['names']!r:.80}, expected base and head")
+    return fields
+
+
+TOLD = ("names", "time_scales", "trained_scales", "video", "frame", "image_first", "max_new_tokens", "decoding", "step")
+"""The fields of `lit_mm` in an export's config.json that every version writes."""
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
+
+
 def _of_export(path: Path) -> Readers:
     """What `export` wrote, by the names of transformers' classes -> this package's names."""
-    names = read_json(path / "config.json")["lit_mm"]["names"]
+    names = told_of(path)["names"]
     ours = {
         "model.vision_tower.": "encoder.",
         "model.multi_modal_projector.": "projector.",
@@ -175,7 +187,8 @@ def _of_export(path: Path) -> Readers:
     }
     found: Readers = {}
     for name, read in read_folder(path).items():
-        [part] = [part for part in ours if name.startswith(part)]
+        if not (part := next((each for each in ours if name.startswith(each)), "")):
+            raise ValueError(f"{path}: found the weight {name}, expected names that begin with {', '.join(ours)}")
         found[ours[part] + name.removeprefix(part)] = read
     if (router := path / "router").is_dir():
         found |= {f"router.{name}": read for name, read in read_folder(router).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import shutil
@@ -88,41 +89,47 @@ DAMAGED = (AttributeError, EOFError, IndexError, KeyError, MemoryError, RuntimeE
 """What torch.load raises for archives that are damaged or made up."""
 
 
-def load_tensors(path: Path, option: str = "") -> dict[str, Any]:
+def load_tensors(path: Path, option: str = "", held: bytes | None = None) -> dict[str, Any]:
     """Read a single-file checkpoint without running pickled code; tensors stay in the file until they are used.
 
     Args:
         path: The file.
         option: Start of error messages, such as `--ckpt_path: `.
+        held: Bytes in the file that are the archive; None: the whole file is.
 
     Raises:
         ValueError: The file holds pickled code, or is not a checkpoint.
     """
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{option}{path} is not a checkpoint, or a truncated one ({path.stat().st_size} bytes)")
+    size = path.stat().st_size if held is None else len(held)
+    if not zipfile.is_zipfile(_archive(path, held)):
+        raise ValueError(f"{option}{path} is not a checkpoint, or a truncated one ({size} bytes)")
     try:
-        _check_members(path)
-        return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        _check_members(_archive(path, held), size)
+        return torch.load(_archive(path, held), weights_only=True, mmap=held is None, map_location="cpu")
     except pickle.UnpicklingError:
         raise ValueError(f"{option}{path} holds more than tensors (pickled code), which is not loaded") from None
     except (*DAMAGED, zipfile.BadZipFile) as error:
         raise ValueError(f"{option}{path} is not a checkpoint: {(str(error) or repr(error)).splitlines()[0]}") from None
 
 
-def _check_members(path: Path) -> None:
+def _archive(path: Path, held: bytes | None) -> Path | io.BytesIO:
+    return path if held is None else io.BytesIO(held)
+
+
+def _check_members(file: Path | io.BytesIO, size: int) -> None:
     """Check that an archive has the form that torch.save gives it: members as they are, each once. A compressed one
     could become larger than memory.
 
     Raises:
         ValueError: It has not.
     """
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
     names = {member.filename for member in members}
     if any(name.endswith("/constants.pkl") for name in names):
         raise ValueError("it is TorchScript, whose code is not run: save its state_dict() with torch.save")
     for member in members:
-        if member.compress_type != zipfile.ZIP_STORED or member.file_size > path.stat().st_size:
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
             raise ValueError(f"its member {member.filename} is compressed ({member.file_size} bytes)")
         if member.filename.startswith("/") or ".." in member.filename.split("/"):
             raise ValueError(f"its member {member.filename} leaves the archive")

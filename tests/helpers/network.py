@@ -32,12 +32,16 @@ class Hub(BaseHTTPRequestHandler):
 
     files: ClassVar[dict[str, dict[str, bytes]]] = {}
     asked: ClassVar[list[str]] = []
+    broken: ClassVar[bool] = False
+    """Whether connections end without an answer."""
 
     def do_HEAD(self):
         self.do_GET()
 
     def do_GET(self):
         self.asked.append(self.path)
+        if self.broken:
+            return
         parts = self.path.split("?")[0].strip("/").split("/")
         if parts[:2] == ["api", "models"] and parts[2:4] == ["owner", "name"]:
             commit = COMMITS.get(parts[5] if len(parts) > 5 else "main", parts[-1])
@@ -88,6 +92,7 @@ def own_hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         hub.reachable.cache_clear()
         Hub.asked.clear()
+        Hub.broken = False
         yield Hub
         hub.reachable.cache_clear()
         server.shutdown()

@@ -6,6 +6,7 @@ import collections
 import json
 import pickle
 import resource
+import shutil
 import struct
 import warnings
 import zipfile
@@ -13,12 +14,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
+from lit_mm.hub.describe import encoder_config
+from lit_mm.hub.huggingface.configuration_lit_mm import LitMMVisionConfig
+from lit_mm.hub.huggingface.modeling_lit_mm import build_encoder
 from lit_mm.hub.importers import main
 from lit_mm.hub.layouts import open_source
 from lit_mm.hub.reading import read_file, read_folder
-from lit_mm.training.checkpoints import open_weights
+from lit_mm.model.encoder import ConvNeXtEncoder, TimmEncoder
+from lit_mm.training.checkpoints import is_of_fsdp1, open_weights
 from tests.helpers.foreign import clip_tower, convnext_tower, llava, write_folder
 
 HUGE = 10**12
@@ -282,3 +288,173 @@ def test_a_config_that_makes_no_sense(tmp_path):
         with pytest.raises(ValueError, match=r"a/config.json|embed_tokens|block 8 is to give the grid"):
             main([str(folder), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A sharded checkpoint as torch writes it, and a function that writes its `.metadata` again."""
+    folder = tmp_path / "last.ckpt"
+    dcp.save({"state_dict": {"vlm.a": torch.ones(4, 2), "vlm.b": torch.zeros(3)}}, checkpoint_id=folder, no_dist=True)
+    torch.save({"trained": {}}, folder / "meta.pt")
+    told = dcp.FileSystemReader(folder).read_metadata()
+    return folder, told, lambda told: (folder / ".metadata").write_bytes(pickle.dumps(told))
+
+
+def test_pickled_code_in_the_metadata_of_shards_does_not_run(tmp_path, shards):
+    folder, told, write = shards
+    for place in ("planner_data", "storage_meta", "state_dict_metadata"):
+        setattr(told, place, {"a": Harm(tmp_path / "harm")})
+        write(told)
+        for read in (lambda: open_weights(str(folder)), lambda: is_of_fsdp1(folder)):
+            with pytest.raises(ValueError, match=r"\.metadata is not .*names _?io\.open: pickled code is not run"):
+                read()
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", "", "a/b"])
+def test_shards_cannot_leave_their_folder(tmp_path, shards, name):
+    folder, told, write = shards
+    for info in told.storage_data.values():
+        shutil.copyfile(folder / info.relative_path, tmp_path / "secret")
+        info.relative_path = name
+    write(told)
+    with pytest.raises(ValueError, match=r"\.metadata is not .*expected a file of this folder"):
+        open_weights(str(folder))
+
+
+def of(told, name):
+    """What `.metadata` says of a tensor, and of where its only chunk is stored."""
+    [info] = [info for index, info in told.storage_data.items() if index.fqn == name]
+    return told.state_dict_metadata[name], info
+
+
+def larger(told, name):
+    tensor, _ = of(told, name)
+    tensor.size = tensor.chunks[0].sizes = torch.Size([HUGE, 2])
+
+
+def larger_than_its_chunks(told, name):
+    of(told, name)[0].size = torch.Size([HUGE, 2])
+
+
+def the_same_chunk_often(told, name):
+    tensor, _ = of(told, name)
+    tensor.chunks, tensor.size = tensor.chunks * 1000, torch.Size([4000, 2])
+
+
+def outside(told, name):
+    of(told, name)[0].chunks[0].sizes = torch.Size([2, 4])
+
+
+def negative(told, name):
+    tensor, _ = of(told, name)
+    tensor.size = tensor.chunks[0].sizes = torch.Size([-4, -2])
+
+
+def beyond_the_file(told, name):
+    of(told, name)[1].length = HUGE
+
+
+def before_the_file(told, name):
+    of(told, name)[1].offset = -1
+
+
+def the_same_bytes_twice(told, name):
+    whole = sum(info.length for info in told.storage_data.values())
+    for info in told.storage_data.values():
+        info.offset, info.length = 0, whole
+
+
+def transformed(told, name):
+    of(told, name)[1].transform_descriptors = ["stream.zstd"]
+
+
+@pytest.mark.parametrize(
+    ("lie", "said"),
+    [
+        (larger, "claims .*the file holds"),
+        (larger_than_its_chunks, "its 1 chunks have 8 elements"),
+        (the_same_chunk_often, "its 1000 chunks"),
+        (outside, "outside of"),
+        (negative, "expected whole numbers"),
+        (beyond_the_file, "it claims .* bytes of __0_0.distcp, which has"),
+        (before_the_file, "expected whole numbers"),
+        (the_same_bytes_twice, "it claims .* bytes of __0_0.distcp, which has"),
+        (transformed, "expected plain tensors"),
+    ],
+)
+def test_shards_that_claim_more_than_the_files_hold(shards, lie, said):
+    folder, told, write = shards
+    lie(told, "state_dict.vlm.a")
+    write(told)
+    with pytest.raises(ValueError, match=rf"\.metadata is not that of a sharded checkpoint: .*{said}"):
+        open_weights(str(folder))
+
+
+def test_metadata_of_shards_that_makes_no_sense(shards):
+    folder, told, _ = shards
+    whole = (folder / ".metadata").read_bytes()
+    for own in (b"", whole[:-20], pickle.dumps({}), pickle.dumps(3), pickle.dumps([told.storage_meta])):
+        (folder / ".metadata").write_bytes(own)
+        with pytest.raises(ValueError, match=r"\.metadata is not that of a sharded checkpoint"):
+            open_weights(str(folder))
+
+
+def test_chunks_are_checked_like_other_archives(tmp_path, shards):
+    folder, told, write = shards
+    for own in (Harm(tmp_path / "harm"), "x", torch.ones(2, 4), torch.ones(4, 2).half()):
+        torch.save(own, folder / "chunk")
+        _, info = of(told, "state_dict.vlm.a")
+        info.relative_path, info.offset, info.length = "chunk", 0, (folder / "chunk").stat().st_size
+        write(told)
+        weights = open_weights(str(folder)).tensors
+        with pytest.raises(ValueError, match=r"a in .*chunk holds more than tensors|chunk: .*a.*expected"):
+            weights["a"]()
+        assert torch.equal(weights["b"](), torch.zeros(3))
+    assert not (tmp_path / "harm").exists()
+
+
+def test_what_lies_beside_shards_is_checked_like_other_archives(tmp_path, shards):
+    folder, _, _ = shards
+    assert torch.equal(open_weights(str(folder)).tensors["a"](), torch.ones(4, 2))
+    torch.save({"trained": Harm(tmp_path / "harm")}, folder / "meta.pt")
+    with pytest.raises(ValueError, match=r"meta\.pt holds more than tensors"):
+        open_weights(str(folder))
+    torch.save({"trained": {}, "a": torch.zeros(7)}, folder / "meta.pt")
+    with zipfile.ZipFile(folder / "meta.pt") as archive:
+        members = {each.filename: archive.read(each) for each in archive.infolist()}
+    rewritten(folder / "meta.pt", members | {"meta/data/9": bytes(10**8)}, compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match=r"meta\.pt is not a checkpoint: .*compressed"):
+        open_weights(str(folder))
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("key", ["checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained", "pretrained_strict"])
+def test_keywords_of_timm_that_read_elsewhere(tmp_path, key):
+    save_file({"a": torch.zeros(1)}, tmp_path / "secret.safetensors")
+    folder = tmp_path / "a"
+    folder.mkdir()
+    tower = TimmEncoder("vit_tiny_patch16_224", overrides={"img_size": 32})
+    save_file(tower.trunk.state_dict(), folder / "model.safetensors")
+    told = {"architecture": "vit_tiny_patch16_224", "model_args": {key: str(tmp_path / "secret.safetensors")}}
+    (folder / "config.json").write_text(json.dumps(told))
+    for build in (TimmEncoder, ConvNeXtEncoder):
+        with pytest.raises(ValueError, match=f"encoder.overrides: {key} names files"):
+            build("convnext_atto", overrides=told["model_args"])
+    arguments = encoder_config(open_source(folder, "x"))["init_args"]
+    with pytest.raises(ValueError, match=f"encoder.overrides: {key} names files"):
+        build_encoder(LitMMVisionConfig(encoder="TimmEncoder", arguments=arguments))
+
+
+@pytest.mark.parametrize("name", ["hf-hub:owner/name", "local-dir:/etc", "owner/name", "../x", ["a"]])
+def test_names_of_backbones_that_read_elsewhere(name):
+    with pytest.raises(ValueError, match=r"encoder.backbone .*: expected a name of timm's own models"):
+        build_encoder(LitMMVisionConfig(encoder="TimmEncoder", arguments={"backbone": name}))
+
+
+def test_weights_of_timm_that_only_a_config_asks_for(tmp_path):
+    overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "secret.bin")}}
+    told = {"backbone": "vit_tiny_patch16_224", "overrides": overlay}
+    with pytest.raises(ValueError, match=r"vision_config.arguments: pretrained would read"):
+        build_encoder(LitMMVisionConfig(encoder="TimmEncoder", arguments=told | {"pretrained": True}))
+    build_encoder(LitMMVisionConfig(encoder="TimmEncoder", arguments=told))  # the file is not even looked for

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from lit_mm import load
 from lit_mm.model.hub import folder_of, is_hub_name, reachable, split
 from lit_mm.model.llm import from_source
 from tests.helpers.network import COMMITS, dead_hub, own_hub  # noqa: F401 (fixtures)
@@ -87,3 +88,31 @@ def test_a_revision_is_fetched_once_and_without_weights_that_are_there_twice(own
 def test_a_repository_that_the_hub_does_not_have(own_hub):  # noqa: F811
     with pytest.raises(FileNotFoundError, match=r"x: owner/other: .*404"):
         folder_of("owner/other", ["*"], "x")
+
+
+def test_a_connection_that_breaks_leaves_what_the_cache_has(own_hub, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's own tries
+    own_hub.files = {COMMITS["main"]: {"model.safetensors": b"a"}, COMMITS["v1"]: {"model.safetensors": b"b"}}
+    folder = folder_of("owner/name", ["*.safetensors"], "x")
+    own_hub.broken = True
+    assert folder_of("owner/name", ["*.safetensors"], "x") == folder
+    with pytest.raises(FileNotFoundError, match=r"x: owner/name: .+\n.*hf download owner/name --revision v1"):
+        folder_of("owner/name@v1", ["*.safetensors"], "x")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_the_hub_is_not_asked_about_a_commit_that_the_cache_has(own_hub, file):  # noqa: F811
+    own_hub.files = {COMMITS["v1"]: {file: b"a", "config.json": b"{}"}}
+    source, patterns = f"owner/name@{COMMITS['v1']}", ["*.safetensors", "*.bin", "*.json"]
+    folder = folder_of(source, patterns, "x")
+    assert sorted(each.name for each in folder.iterdir()) == ["config.json", file]
+    own_hub.asked.clear()
+    assert folder_of(source, patterns, "x") == folder
+    assert own_hub.asked == []
+
+
+def test_a_published_model_is_not_downloaded_before_load_says_what_to_do(own_hub):  # noqa: F811
+    own_hub.files = {COMMITS["main"]: {"config.json": b'{"model_type": "llava"}', "model.safetensors": b"a"}}
+    with pytest.raises(ValueError, match=r"load: owner/name is not what .*python -m lit_mm import owner/name FOLDER"):
+        load("owner/name", "cpu")
+    assert [path for path in own_hub.asked if path.endswith(".safetensors")] == []

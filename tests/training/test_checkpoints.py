@@ -1,15 +1,22 @@
 """Hand-off: every source of weights gives exactly its tensors, and nothing is missing in silence."""
 
 import json
+import pickle
+import re
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 from transformers import ConvNextConfig, ConvNextModel
 
+from lit_mm import __version__, load
 from lit_mm.data.images import ImageOptions
 from lit_mm.hub.export import export
+from lit_mm.hub.loading import run_of
 from lit_mm.inference.answering import Model
 from lit_mm.model.encoder import ConvNeXtEncoder, ExtraStage
 from lit_mm.model.projector import MatryoshkaProjector
@@ -260,3 +267,78 @@ def test_older_models_in_bin_files(tmp_path):
     found = other_vlm()
     start_from(found, InitFrom(llm=str(tmp_path)))
     assert same(found, tiny_vlm(), "llm.")
+
+
+def in_chunks(folder, second: int) -> torch.Tensor:
+    """A sharded checkpoint of a tensor with 5 rows, of which ranks wrote 3, 2 from row `second` on, and 0."""
+    whole = torch.arange(20.0).view(5, 4)
+    dcp.save({"state_dict": {"vlm.a": whole}}, checkpoint_id=folder, no_dist=True)
+    torch.save({"trained": {}}, folder / "meta.pt")
+    told = dcp.FileSystemReader(folder).read_metadata()
+    [(index, info)] = told.storage_data.items()
+    chunks, told.storage_data = told.state_dict_metadata[index.fqn].chunks, {}
+    chunks.clear()
+    for rank, (begin, rows) in enumerate(((0, 3), (second, 2), (5, 0))):
+        torch.save(whole[begin : begin + rows].clone(), file := folder / f"__{rank}_0.distcp")
+        offsets = torch.Size([begin, 0])
+        chunks.append(ChunkStorageMetadata(offsets, torch.Size([rows, 4])))
+        own = replace(info, relative_path=file.name, offset=0, length=file.stat().st_size)
+        told.storage_data[MetadataIndex(index.fqn, offsets)] = own
+    (folder / ".metadata").write_bytes(pickle.dumps(told))
+    return whole
+
+
+def test_chunks_of_several_ranks_are_put_together_as_by_torch(tmp_path):
+    whole, theirs = in_chunks(tmp_path, 3), {"state_dict": {"vlm.a": torch.zeros(5, 4)}}
+    dcp.load(theirs, checkpoint_id=tmp_path, no_dist=True)
+    ours = open_weights(str(tmp_path)).tensors["a"]()
+    assert torch.equal(ours, theirs["state_dict"]["vlm.a"]) and torch.equal(ours, whole)
+
+
+def test_chunks_that_leave_a_gap_are_refused(tmp_path):
+    in_chunks(tmp_path, 2)
+    with pytest.raises(ValueError, match=r"chunks of state_dict.vlm.a overlap"):
+        open_weights(str(tmp_path)).tensors["a"]()
+
+
+def told_otherwise(exported, folder, change):
+    """A copy of an export with another `lit_mm` in its config."""
+    shutil.copytree(exported, folder)
+    config = json.loads((folder / "config.json").read_text())
+    change(config["lit_mm"])
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize("version", ["99.0", "99.0.1"])
+def test_an_export_of_a_newer_version_says_so(exported, tmp_path, version):
+    source = told_otherwise(exported, tmp_path / "new", lambda told: told.update(version=version, names=None))
+    said = rf"new/config.json: version {version} of lit_mm wrote it, found {re.escape(__version__)}"
+    for read in (load, open_weights, run_of):
+        with pytest.raises(ValueError, match=said):
+            read(source)
+
+
+def test_fields_that_an_export_lacks_are_named(exported, tmp_path):
+    config = json.loads((exported / "config.json").read_text())["lit_mm"]
+    for name in sorted(config.keys() - {"router", "version"}):
+        source = told_otherwise(exported, tmp_path / name, lambda told, name=name: told.pop(name))
+        for read in (load, open_weights, run_of):
+            with pytest.raises(ValueError, match=rf"{name}/config.json: lit_mm lacks {name};"):
+                read(source)
+    source = told_otherwise(exported, tmp_path / "other", lambda told: told.update(names={"base": "model"}))
+    with pytest.raises(ValueError, match=r"lit_mm.names is .*, expected base and head"):
+        open_weights(source)
+    for name in ("router", "version"):  # an earlier version may not have written them
+        assert load(told_otherwise(exported, tmp_path / name, lambda told, name=name: told.pop(name)), "cpu")
+
+
+def test_other_files_of_an_export_that_lack_something(exported, tmp_path):
+    source = told_otherwise(exported, tmp_path / "other", lambda told: None)
+    (tmp_path / "other/processor_config.json").write_text('{"image_processor": {}}')
+    with pytest.raises(ValueError, match=r"processor_config.json: image_processor is \{\}, expected image_options"):
+        load(source, "cpu")
+    file = tmp_path / "other/model.safetensors"
+    save_file(load_file(file) | {"surprise": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match=r"other: found the weight surprise, expected names that begin with"):
+        open_weights(source)

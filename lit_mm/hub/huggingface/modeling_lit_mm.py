@@ -26,9 +26,12 @@ def build_encoder(config: LitMMVisionConfig) -> Encoder:
     """The encoder that a configuration describes, without weights.
 
     Raises:
-        ValueError: It is of an unknown kind, or the installed timm does not know its backbone.
+        ValueError: It is of an unknown kind, it asks for weights from elsewhere, or the installed timm does not know
+            its backbone.
     """
     arguments = dict(config.arguments or {})
+    if arguments.pop("pretrained", False):
+        raise ValueError("vision_config.arguments: pretrained would read weights from elsewhere, expected none")
     if config.encoder == "TimmEncoder":
         return TimmEncoder(**arguments)
     if config.encoder != "ConvNeXtEncoder":
