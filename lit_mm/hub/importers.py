@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import lightning
 import torch
@@ -27,11 +28,22 @@ from torch import Tensor, nn
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.evaluation.pictures import print_whole
-from lit_mm.hub.describe import check_config, encoder_config, folder_of_files, image_size, layer_of, llm_config
+from lit_mm.hub.describe import (
+    check_config,
+    encoder_config,
+    folder_of_files,
+    image_mode,
+    image_size,
+    layer_of,
+    llm_config,
+    pixels,
+)
 from lit_mm.hub.export import new_folder
-from lit_mm.hub.layouts import Layout, Source, open_source
+from lit_mm.hub.layouts import Layout, Source, open_source, unknown
 from lit_mm.hub.reading import Readers, find, read_json
+from lit_mm.hub.template import for_texts
 from lit_mm.model.encoder import Encoder
+from lit_mm.model.hub import split
 from lit_mm.model.llm import LLM, DType, Template
 from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.training.checkpoints import Weights, expected_names, is_export, is_redundant
@@ -43,7 +55,7 @@ USAGE = f"""{PROGRAM} SOURCE OUT
        {PROGRAM} liuhaotian/llava-v1.5-7b models/llava --encoder openai/clip-vit-large-patch14-336
        {PROGRAM} models/llava-m3-lora models/m3 --base models/llava-v1.5-7b --scales 576 144 36 9 1"""
 ANSWER = 128
-"""The longest answer of an imported model, in tokens, as in LLaVA's evaluation scripts."""
+"""The longest answer of a model whose files do not say it, in tokens, as in LLaVA's evaluation scripts."""
 
 
 @dataclass
@@ -105,11 +117,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a file or folder of weights, or a hub name (owner/name[@revision])")
     add("out", metavar="OUT", help="a new folder")
-    add("--as", dest="layout", choices=("auto", *get_args(Layout)), default="auto", help="the layout to expect")
+    layouts = [each for each in get_args(Layout) if each not in ALONE]
+    add("--as", dest="layout", choices=("auto", *layouts), default="auto", help="the layout to expect")
     add("--revision", help="commit, branch or tag of SOURCE on the hub")
     add("--base", help="where the LLM is if SOURCE lacks it, or the model that adapters were trained on")
     add("--encoder", help="where the vision tower is if SOURCE lacks it (default: as its config says)")
-    add("--backbone", help="timm's name of a ViT whose files do not say it")
+    add("--backbone", help="timm's name of a vision tower whose files do not say it")
     add("--scales", type=int, nargs="+", help="visual tokens per image, finest first (default: as SOURCE says, or all)")
     add("--size", type=int, help="pixels of an image's side, for a ConvNeXt whose files do not say it")
     add("--chat_template", choices=get_args(Template), help="default: vicuna_v1 on a Llama, the tokenizer's own else")
@@ -123,31 +136,65 @@ def gather(options: argparse.Namespace) -> Found:
         FileNotFoundError: A source is not at hand or has no weights.
         ValueError: A source is damaged or not of the expected layout, or the vision tower is nowhere.
     """
+    if options.revision and (Path(options.source).expanduser().exists() or split(options.source)[1]):
+        raise ValueError(f"import: --revision has no effect on {options.source}, expected owner/name")
     path = find(options.source, "import", options.revision)
     if own := "what `export` wrote" if is_export(path) else "a run" if (path / "checkpoints").is_dir() else None:
         raise ValueError(f"import: {path} is {own}: load, ask, serve and model.init_from take it as it is")
-    source = open_source(path, "import", options.base)
+    source = _open(path, "import", options.base)
     if options.layout not in ("auto", source.layout):
         raise ValueError(f"import: {source.where} is {source.layout}, expected {options.layout}")
-    if what := ALONE.get(source.layout):
+    if what := ALONE.get(source.layout or ""):
         raise ValueError(f"import: {source.where} has {what}")
     sources: dict[PartName, Source] = {part: source for part in PARTS if of_part(source, part)}
     config = read_json(where := folder_of_files(source) / "config.json")
     check_config(config, where)
     if "llm" not in sources and options.base:
-        sources["llm"] = open_source(find(options.base, "import: --base"), "import: --base")
+        if "projector" not in sources:
+            raise ValueError(f"import: {source.where} has no projector, so --base does not complete the model")
+        sources["llm"] = _open(find(options.base, "import: --base"), "import: --base")
     if "llm" in sources and "encoder" not in sources:
         tower = options.encoder or config.get("mm_vision_tower")
         if not tower:
             raise ValueError(f"import: {source.where} has no vision tower: --encoder names one")
-        sources["encoder"] = open_source(find(str(tower), "import: --encoder"), "import: --encoder")
-    return Found(sources, config, where)
+        sources["encoder"] = _open(find(str(tower), "import: --encoder"), "import: --encoder")
+    found = Found(sources, config, where)
+    refuse_unused(options, source, found)
+    return found
 
 
 ALONE = {
     "own": "weights of this package, which model.init_from takes as they are",
     "llm": "neither vision tower nor projector; model.llm.name_or_path takes an LLM",
 }
+
+
+def _open(path: Path, option: str, base: str | None = None) -> Source:
+    """Open a source. Raises ValueError if no layout explains its weights."""
+    source = open_source(path, option, base)
+    if source.layout is None:
+        raise ValueError(unknown(path, option, sorted(source.tensors)))
+    return source
+
+
+def refuse_unused(options: argparse.Namespace, source: Source, found: Found) -> None:
+    """Check that every given option changes something.
+
+    Raises:
+        ValueError: One does not.
+    """
+    sources, whole = found.sources, set(found.sources) == set(PARTS)
+    parts = " and ".join(sources)
+    has = {part: f"SOURCE has its own {part}" for part in PARTS if sources.get(part) is source}
+    unused = {
+        "base": has.get("llm") if not source.base else None,
+        "encoder": has.get("encoder") or (None if whole else f"only the {parts} is imported"),
+        "backbone": None if "encoder" in sources else "there is no vision tower",
+    }
+    unused |= dict.fromkeys(("scales", "size", "chat_template"), None if whole else f"only the {parts} is imported")
+    for name, reason in unused.items():
+        if reason and getattr(options, name) is not None:
+            raise ValueError(f"import: --{name} has no effect: {reason}")
 
 
 def of_part(source: Source, part: PartName) -> Readers:
@@ -222,13 +269,15 @@ def write_parts(found: Found, options: argparse.Namespace, folder: Path) -> None
         if part == "encoder":
             whole = encoder_config(source, -1, options.backbone)
             matches[part] = match(part, source, build(whole))
-            _write_yaml({"model": {"encoder": encoder_config(source, -2, options.backbone)}}, folder)
+            _write_yaml({"model": {"encoder": encoder_config(source, None, options.backbone)}}, folder)
         else:
             first = of_part(source, part).get("layers.0.weight", lambda: torch.zeros(1, 1))()
             with torch.device("meta"):
                 matches[part] = match(part, source, MatryoshkaProjector(first.shape[1], first.shape[0], [1]))
         beside += source.unused
     report(matches, beside)
+    if "encoder" in found.sources:
+        print_whole(pixels(found.sources["encoder"], options.backbone))
     for part, each in matches.items():
         state = {f"{part}.{name}": tensor.contiguous() for name, tensor in each.state.items()}
         save_file(state, folder / f"{part}.safetensors", {"format": "pt"})
@@ -255,13 +304,15 @@ def write_run(found: Found, options: argparse.Namespace, out: Path, folder: Path
         config = model_config(found, options)
         config["llm"]["tokenizer"] = str(folder / "tokenizer")
         save_tokenizer(found, options, config["llm"]["name_or_path"], folder / "tokenizer")
+        image = ImageOptions(image_mode(found.config, found.where), _size(found, options, config))
         lit = instantiate_module(LitMatryoshka, deepcopy(config))  # which puts objects into it
         with torch.device("meta"):
             vlm = lit._build(on_meta=True)
     matches = {part: match(part, found.sources[part], getattr(vlm, part)) for part in PARTS}
     report(matches, [name for source in {id(s): s for s in found.sources.values()}.values() for name in source.unused])
+    print_whole(pixels(found.sources["encoder"], options.backbone))
+    config["llm"]["dtype"] = widest(matches["llm"].state)
     config["llm"]["tokenizer"] = str(out.resolve() / "tokenizer")
-    image = ImageOptions(size=_size(found, options, config))
     checkpoint = {
         "state_dict": {f"vlm.{part}.{name}": t for part in PARTS for name, t in matches[part].state.items()},
         "hyper_parameters": {**config, "_instantiator": "lightning.pytorch.cli.instantiate_module"},
@@ -309,18 +360,31 @@ def model_config(found: Found, options: argparse.Namespace) -> dict[str, Any]:
     tensors = of_part(source, "llm")
     if (layers := overrides.get("num_hidden_layers", 0)) > len(tensors):
         raise ValueError(f"import: {found.where}: {layers} layers, but only {len(tensors)} weights of the LLM")
-    dtype = str(next(iter(tensors.values()))().dtype).removeprefix("torch.")
     llm = {"name_or_path": name, "config_overrides": overrides, "chat_template": "own"}
-    llm["dtype"] = dtype if dtype in get_args(DType) else "float32"
-    config = {"encoder": encoder, "llm": llm, "parts": {part: {} for part in PARTS}, "max_new_tokens": ANSWER}
+    file = found.where.with_name("generation_config.json")
+    longest = read_json(file).get("max_new_tokens", ANSWER)
+    if not isinstance(longest, int) or longest < 1:
+        raise ValueError(f"import: {file}: max_new_tokens is {longest!r:.80}, expected 1 or more")
+    config = {"encoder": encoder, "llm": llm, "parts": {part: {} for part in PARTS}, "max_new_tokens": longest}
     return config | {"scales": _scales(found, options, config)}
+
+
+def widest(state: dict[str, Tensor]) -> DType:
+    """The type that holds all weights of the LLM exactly; float32 if this package's LLMs have no such type."""
+    name = str(reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))).removeprefix("torch.")
+    return cast(DType, name) if name in get_args(DType) else "float32"
 
 
 def _size(found: Found, options: argparse.Namespace, config: dict[str, Any]) -> int:
     own = config["encoder"]["init_args"]["overrides"]
-    size = options.size or image_size(found.sources["encoder"], found.config, own)
+    side = image_size(found.sources["encoder"], found.config, own)
+    encoder = build(config["encoder"])
+    only = encoder.smallest[0] if encoder.smallest != (encoder.stride, encoder.stride) else None
+    size = options.size or only or side
     if not size:
         raise ValueError(f"import: {found.where} does not say how large images are: --size gives pixels of a side")
+    if only and size != only:
+        raise ValueError(f"import: --size is {size}, but the vision tower takes only images of {only} pixels a side")
     return size
 
 
@@ -343,8 +407,13 @@ def save_tokenizer(found: Found, options: argparse.Namespace, name: str, folder:
     source = found.sources["llm"]
     places = [found.where.parent, folder_of_files(source), source.base]
     place = next((each for each in places if each and any(each.glob("tokenizer*"))), found.where.parent)
-    template: Template = options.chat_template or ("vicuna_v1" if name == "LlamaConfig" else "own")
-    load_tokenizer(LLM(str(place), chat_template=template)).save_pretrained(folder)
+    file = place / "chat_template.jinja"
+    own = file.read_text(encoding="utf-8") if file.is_file() else ""
+    is_exported = for_texts(own) != own  # `export` made it of the model's template
+    default: Template = "vicuna_v1" if name == "LlamaConfig" and not is_exported else "own"
+    tokenizer = load_tokenizer(LLM(str(place), chat_template=options.chat_template or default))
+    tokenizer.chat_template = for_texts(str(tokenizer.chat_template))
+    tokenizer.save_pretrained(folder)
 
 
 def _write_yaml(config: dict[str, Any], folder: Path) -> None:

@@ -7,7 +7,7 @@ Names that no layout explains stay as they are, so that whoever copies the weigh
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,11 @@ ANCHORS: dict[str, Tower] = {
 }
 """A weight that every tower of a kind has, and no other."""
 PROJECTOR = re.compile(r"(?:^|\.)(mm_projector\.|multi_modal_projector\.linear_)(\d+)\.(weight|bias)$")
+EMBEDDINGS = re.compile(
+    r"(?:^|\.)(embed_tokens|wte|word_embeddings?|embed_in|tok_embeddings|tokens_embed|embeddings?|embed|emb)"
+    r"(\.base_layer)?\.weight$"
+)
+"""The table of token embeddings, which every LLM has."""
 BESIDE = re.compile(
     r"(text_model|text_projection|visual_projection|logit_scale|logit_bias|classifier|visual\.(proj|head|attn_pool)"
     r"|transformer|token_embedding|positional_embedding|ln_final|text)(\.|$)"
@@ -97,14 +102,14 @@ class Source:
 
     Args:
         where: Their file or folder.
-        layout: What they were found to be.
+        layout: What they were found to be; None: no layout explains their names.
         tensors: The weights.
         unused: Their names of what the model has no use for.
         base: The folder of the model that adapters were trained on.
     """
 
     where: Path
-    layout: Layout
+    layout: Layout | None
     tensors: Readers
     unused: list[str]
     base: Path | None = None
@@ -124,7 +129,7 @@ def open_source(path: Path, option: str, base: str | None = None) -> Source:
             is not merged here.
     """
     adapter = read_adapter(path) if path.is_dir() else None
-    below = find(base or base_of(path), option) if adapter else None
+    below = _base(path, option, base) if adapter else None
     raw = _raw(below or path)
     if not raw:
         raise FileNotFoundError(unknown(below or path, option))
@@ -134,11 +139,28 @@ def open_source(path: Path, option: str, base: str | None = None) -> Source:
     return Source(path, layout, tensors, unused, below)
 
 
-def unknown(path: Path, option: str) -> str:
-    """What a path holds instead of weights, and the layouts."""
-    found = sorted(file.name for file in path.iterdir())[:8] if path.is_dir() else [path.name]
+def _base(folder: Path, option: str, base: str | None) -> Path:
+    """The folder of the model that adapters were trained on.
+
+    Raises:
+        FileNotFoundError: It is not at hand.
+    """
+    if base:
+        return find(base, f"{option}: --base")
+    try:
+        return find(base_of(folder), option)
+    except FileNotFoundError as error:
+        file = folder / "adapter_config.json"
+        raise FileNotFoundError(f"{file}: base_model_name_or_path: {error}; `import --base` names another") from None
+
+
+def unknown(path: Path, option: str, names: Sequence[str] = ()) -> str:
+    """What a path holds instead of weights, or the first names of weights that no layout explains; and the layouts."""
+    files = sorted(file.name for file in path.iterdir())[:8] if path.is_dir() else [path.name]
+    first = ", ".join(f"{name:.80}" for name in names[:3])
+    found = f"weights of no known layout ({first})" if names else f"no weights found in {files or 'nothing'}"
     known = "\n  ".join(LAYOUTS.values())
-    return f"{option}: {path}: no weights found in {found or 'nothing'}; expected a file or folder of\n  {known}"
+    return f"{option}: {path}: {found}; expected a file or folder of\n  {known}"
 
 
 def _raw(path: Path) -> Readers:
@@ -153,8 +175,8 @@ def _raw(path: Path) -> Readers:
     return tower | own
 
 
-def translate(raw: Readers, where: Path) -> tuple[Layout, Readers, list[str]]:
-    """Their names -> the layout, the tensors by our names, and the names of what is not used.
+def translate(raw: Readers, where: Path) -> tuple[Layout | None, Readers, list[str]]:
+    """Their names -> the layout (None: not recognized), the tensors by our names, and the names of what is not used.
 
     Raises:
         ValueError: There are two towers.
@@ -165,7 +187,8 @@ def translate(raw: Readers, where: Path) -> tuple[Layout, Readers, list[str]]:
         raise ValueError(f"{where} has two vision towers: {' and '.join(f'{prefix}…' for prefix in found)}")
     is_llava = any(PROJECTOR.search(name) for name in raw)
     if not found and not is_llava:
-        return "own" if any(name.startswith(("trunk.", "layers.", "llm.")) for name in raw) else "llm", raw, []
+        is_own = any(name.startswith(("trunk.", "layers.", "llm.")) for name in raw)
+        return "own" if is_own else "llm" if any(map(EMBEDDINGS.search, raw)) else None, raw, []
     [(prefix, kind)] = found.items() or [("\0", None)]
     tower = {name.removeprefix(prefix): read for name, read in raw.items() if name.startswith(prefix)}
     tensors = {f"encoder.trunk.{name}": read for name, read in _trunk(kind, tower).items()} if kind else {}

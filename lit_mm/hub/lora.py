@@ -14,8 +14,13 @@ from lit_mm.hub.reading import Readers, read_file, read_json
 
 ADAPTED = ("base_layer.weight", "lora_A.default.weight", "lora_B.default.weight")
 """peft's names for the weight of an adapted layer and the two matrices of its adapter."""
-OTHERS = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication", "megatron_config")
-"""Fields of an adapter_config.json that make adapters something else than `base + scaling * B A`."""
+OTHERS = (
+    *("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication", "megatron_config"),
+    *("lora_bias", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
+)
+"""Fields of an adapter_config.json that make adapters something other than `base + scaling * B A`."""
+INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
+"""Values of init_lora_weights that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change it."""
 
 
 @dataclass
@@ -42,6 +47,7 @@ def read_adapter(folder: Path) -> Adapter | None:
     if not config:
         return None
     kind, others = config.get("peft_type"), [name for name in OTHERS if config.get(name)]
+    others += [] if config.get("init_lora_weights") in INITIAL else ["init_lora_weights"]
     if kind != "LORA" or others or config.get("bias", "none") != "none":
         said = ", ".join(f"{name} {config.get(name)!r:.40}" for name in ("peft_type", "bias", *others))
         raise ValueError(f"{file}: {said}; expected plain LoRA (peft_type LORA, bias none)")
@@ -91,11 +97,15 @@ def merged(tensors: Readers, scaling: float) -> Readers:
     """Weights with their adapters merged: `base + scaling * B A`, computed in float32 when a weight is read.
 
     Raises:
-        ValueError: An adapter lacks one of its matrices or the weight that it adapts.
+        ValueError: An adapter lacks one of its matrices or the weight that it adapts; or, when a weight is read, its
+            matrices do not fit the weight.
     """
 
     def adapted(layer: str) -> Tensor:
         base, down, up = (tensors[f"{layer}.{end}"]() for end in ADAPTED)
+        if down.ndim != 2 or up.ndim != 2 or base.shape != (len(up), down.shape[1]) or up.shape[1] != len(down):
+            shapes = f"B {list(up.shape)} and A {list(down.shape)}, its weight is {list(base.shape)}"
+            raise ValueError(f"the adapter of {layer} is {shapes}: was it trained on another base?")
         return (base.float() + scaling * (up.float() @ down.float())).to(base.dtype)
 
     layers = [name.removesuffix(f".{ADAPTED[1]}") for name in tensors if name.endswith(ADAPTED[1])]

@@ -87,7 +87,8 @@ class Llava:
 
     def config(self, **fields: Any) -> dict[str, Any]:
         """As their config.json."""
-        told = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
+        layer = -1 if isinstance(self.tower, ConvNextModel) else -2
+        told = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": layer, "mm_vision_select_feature": "patch"}
         told |= {"mm_use_im_start_end": False, "image_aspect_ratio": "pad", "model_type": "llava_llama"}
         return {**self.llm.config.to_dict(), **told, "architectures": ["LlavaLlamaForCausalLM"], **fields}
 

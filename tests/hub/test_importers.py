@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,10 @@ from transformers import (
 )
 
 from lit_mm import load
+from lit_mm.hub.describe import encoder_config, image_size
 from lit_mm.hub.importers import build, main
+from lit_mm.hub.layouts import open_source
+from lit_mm.hub.lora import merged
 from lit_mm.inference.answering import Model
 from lit_mm.model.encoder import Encoder
 from lit_mm.model.projector import MatryoshkaProjector
@@ -95,7 +99,8 @@ def test_llava_takes_its_tower_from_the_folder_that_is_named(tmp_path):
 def test_convllava_in_both_layouts(tmp_path, inside):
     theirs = llava(convnext_tower())
     state = theirs.state("model.vision_tower.vision_tower." if inside else None)
-    config = theirs.config(mm_vision_resolution=128, mm_vision_tower="ConvLLaVA/ConvLLaVA-ConvNeXt-768")
+    resolution = 128 if inside else 320  # above 256 it replaces the processor's crop
+    config = theirs.config(mm_vision_resolution=resolution, mm_vision_tower="ConvLLaVA/ConvLLaVA-ConvNeXt-768")
     folder = write_folder(tmp_path / "convllava", state, config)
     if not inside:
         own = theirs.tower.state_dict()
@@ -104,11 +109,12 @@ def test_convllava_in_both_layouts(tmp_path, inside):
             {k: v for k, v in own.items() if not k.startswith("layernorm")}, folder / "vision_tower/pytorch_model.bin"
         )
         theirs.tower.config.save_pretrained(folder / "vision_tower")
-        processor = {"crop_size": {"height": 128, "width": 128}, "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}
+        processor = {"crop_size": {"height": 192, "width": 192}, "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}
         (folder / "vision_tower/preprocessor_config.json").write_text(json.dumps(processor))
     model = imported(folder)
     assert_same(model, theirs, 128)
-    assert model.media.image.size == 128 and [str(scale) for scale in model.scales] == ["4"]
+    assert model.media.image.size == resolution
+    assert [str(scale) for scale in model.scales] == ["4" if inside else "25"]
     assert model.vlm.encoder.mean[0] == pytest.approx(0.48145466 if inside else 0.1)
 
 
@@ -335,3 +341,197 @@ def test_what_needs_no_import_is_told(out, tmp_path):
         )
     with pytest.raises(ValueError, match="is a run: load"):
         main([str(out), str(tmp_path / "o")])
+
+
+MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+IMAGES = {"image_mean": MEAN, "image_std": STD}
+STATED = {
+    "open_clip_config.json": {"preprocess_cfg": {"mean": MEAN, "std": STD}},
+    "processor_config.json": {"image_processor": IMAGES},  # transformers 5
+    "preprocessor_config.json": IMAGES,
+}
+
+
+@pytest.mark.parametrize("file", STATED)
+def test_pixels_are_normalized_as_the_files_say(tmp_path, capsys, file):
+    clip_tower().save_pretrained(tmp_path / "clip")
+    main([str(tmp_path / "clip"), str(tmp_path / "guessed")])
+    assert "from OpenAI's CLIP, as no file says them" in capsys.readouterr().out
+    (tmp_path / "clip" / file).write_text(json.dumps(STATED[file]))
+    main([str(tmp_path / "clip"), str(tmp_path / "out")])
+    encoder = encoder_of(tmp_path / "out")
+    assert [list(encoder.mean), list(encoder.std)] == [MEAN, STD]
+    assert f"mean {MEAN}, std {STD}, from {tmp_path / 'clip' / file}" in capsys.readouterr().out
+    named = encoder_config(open_source(tmp_path / "clip", "test"), backbone="vit_base_patch16_clip_224")
+    assert named["init_args"]["overrides"] == {"pretrained_cfg_overlay": {"mean": MEAN, "std": STD}}
+
+
+def test_sizes_up_to_256_are_the_processors(tmp_path):
+    """transformers 5's file of it; ConvLLaVA's code replaces the crop only above 256."""
+    convnext_tower().save_pretrained(tmp_path / "five")
+    said = {"image_processor": {"crop_size": {"height": 192, "width": 192}}}
+    (tmp_path / "five/processor_config.json").write_text(json.dumps(said))
+    source = open_source(tmp_path / "five", "test")
+    assert [image_size(source, {"mm_vision_resolution": each}, {}) for each in (256, 320)] == [192, 320]
+
+
+@pytest.mark.parametrize("mode", ["pad", "squash"])
+def test_our_own_llava_comes_back_in_every_file(tmp_path, mode):
+    theirs = llava(clip_tower(heads=1))
+    config = theirs.config(mm_vision_tower=OPENAI)
+    source = write_folder(tmp_path / "llava", theirs.state("model.vision_tower.vision_tower."), config)
+    main([str(source), str(tmp_path / "in"), "--chat_template", "bare"])
+    lit_mm("export", str(tmp_path / "in"), str(tmp_path / "first"), "--as", "llava")
+    file = tmp_path / "first/processor_config.json"
+    assert '"do_pad": true' in file.read_text()
+    if mode == "squash":
+        file.write_text(file.read_text().replace('"do_pad": true', '"do_pad": false'))
+    main([str(tmp_path / "first"), str(tmp_path / "back")])
+    assert load(tmp_path / "back", "cpu").media.image.mode == mode
+    lit_mm("export", str(tmp_path / "back"), str(tmp_path / "again"), "--as", "llava")
+    names = sorted(each.name for each in (tmp_path / "first").iterdir())
+    assert names == sorted(each.name for each in (tmp_path / "again").iterdir())
+    for name in set(names) - {"README.md"}:  # which names the run
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "first" / name).read_bytes(), name
+
+
+SMALL = {"depths": [1, 1, 2, 1], "dims": [8, 16, 24, 32]}
+
+
+@torch.no_grad()
+def test_a_convnexts_epsilon_is_that_of_its_name_or_arguments(tmp_path):
+    for name, told in (("convnext_xxlarge", {}), ("convnext_atto", {"norm_eps": 0.1})):
+        model = scrambled(timm.create_model(name, **SMALL, **told))
+        save_for_hf(model, tmp_path / name, model_args={**SMALL, **told}, safe_serialization=True)
+        main([str(tmp_path / name), str(tmp_path / f"out {name}")])
+        encoder = encoder_of(tmp_path / f"out {name}")
+        vlm = MatryoshkaVLM(encoder, torch.nn.Identity(), torch.nn.Identity())
+        start_from(vlm, InitFrom(encoder=str(tmp_path / name)))
+        assert encoder.trunk.stages[0].blocks[0].norm.eps == told.get("norm_eps", 1e-5)
+        assert difference(encoder(pixels(64)), model.stages(model.stem(pixels(64)))) < 1e-5
+
+
+def test_open_clips_names_of_timms_models_are_used(tmp_path):
+    model = timm.create_model("convnext_xxlarge", **SMALL)
+    state = {f"visual.trunk.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save(state, tmp_path / "open_clip_pytorch_model.bin")
+    vision = {"timm_model_name": "convnext_xxlarge", "timm_pool": "", "image_size": 256}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"vision_cfg": vision}}))
+    main([str(tmp_path), str(tmp_path / "out")])
+    assert encoder_of(tmp_path / "out").trunk.stages[0].blocks[0].norm.eps == 1e-5
+
+
+@pytest.mark.parametrize("field", ["norm_kwargs", "act_kwargs"])
+def test_open_clips_fields_that_are_not_read_are_refused(tmp_path, field):
+    state = {f"visual.{name}": tensor for name, tensor in scrambled(OpenClipViT()).state_dict().items()}
+    torch.save(state, tmp_path / "open_clip_pytorch_model.bin")
+    vision = {"width": 64, "head_width": 16, field: {"eps": 1e-3}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"vision_cfg": vision}}))
+    with pytest.raises(ValueError, match=f"its files say .*{field}"):
+        main([str(tmp_path), str(tmp_path / "out")])
+
+
+def test_settings_that_the_authors_code_obeys_are_refused(tmp_path):
+    theirs, tower = llava(convnext_tower()), "model.vision_tower.vision_tower."
+    for fields, said in (
+        ({"mm_vision_select_layer": -2}, r"block -2 of a ConvNeXt.*expected the last"),
+        ({"image_aspect_ratio": "anyres"}, r"config\.json: image_aspect_ratio is 'anyres', expected 'pad'"),
+    ):
+        config = theirs.config(mm_vision_resolution=128, mm_vision_tower="ConvLLaVA/ConvLLaVA-ConvNeXt-768", **fields)
+        source = write_folder(tmp_path / "llava", theirs.state(tower), config)
+        with pytest.raises(ValueError, match=said):
+            main([str(source), str(tmp_path / "out")])
+
+
+def lora_folder(folder: Path, base: Path, **fields) -> Path:
+    """Adapters on a LLaVA, with other fields in their config."""
+    peft = adapted(llava(clip_tower()).llm, 6, ["q_proj"])
+    peft.peft_config["default"].base_model_name_or_path = str(base)
+    peft.save_pretrained(folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    return folder
+
+
+def test_adapters_without_a_config_have_that_of_their_base(tmp_path):
+    theirs = llava(clip_tower(heads=1))
+    config = theirs.config(mm_vision_tower=OPENAI, mm_vision_select_layer=-1)
+    base = write_folder(tmp_path / "base", theirs.state("model.vision_tower.vision_tower."), config)
+    assert imported(lora_folder(tmp_path / "lora", base)).vlm.encoder.layer == 2
+
+
+def test_adapters_without_their_base(tmp_path):
+    folder = lora_folder(tmp_path / "lora", tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"lora/adapter_config\.json: .*nowhere.*`import --base`"):
+        main([str(folder), str(tmp_path / "out")])
+    with pytest.raises(FileNotFoundError, match=r"import: --base: .*elsewhere"):
+        main([str(folder), str(tmp_path / "out"), "--base", str(tmp_path / "elsewhere")])
+
+
+@pytest.mark.parametrize("value", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+def test_adapters_that_changed_their_base_are_refused(tmp_path, value):
+    folder = lora_folder(tmp_path / "lora", tmp_path / "base", init_lora_weights=value)
+    with pytest.raises(ValueError, match=f"init_lora_weights '{value}'"):
+        main([str(folder), str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("base", [(6, 5), (1, 4), (6, 1)])
+def test_adapters_of_another_base_are_refused(base):
+    """Two of these shapes would broadcast."""
+    shapes = {"a.base_layer.weight": base, "a.lora_A.default.weight": (2, 4), "a.lora_B.default.weight": (6, 2)}
+    read = merged({name: partial(torch.zeros, *shape) for name, shape in shapes.items()}, 1.0)["a.weight"]
+    with pytest.raises(ValueError, match=r"the adapter of a is B \[6, 2\] and A \[2, 4\], .*another base"):
+        read()
+
+
+def test_an_llms_type_holds_all_its_weights(tmp_path):
+    theirs = llava(clip_tower(heads=1))
+    norm = theirs.llm.model.norm.weight.detach().clone()
+    theirs.llm.bfloat16().model.norm.weight = torch.nn.Parameter(norm)
+    state = theirs.state("model.vision_tower.vision_tower.")
+    model = imported(write_folder(tmp_path / "llava", state, theirs.config(mm_vision_tower=OPENAI)))
+    told = yaml.safe_load((tmp_path / "out/config.yaml").read_text())["model"]["llm"]["dtype"]
+    assert told == "float32" and torch.equal(model.vlm.llm.model.norm.weight, norm)
+
+
+def test_options_without_effect_are_refused(tmp_path):
+    theirs = llava(clip_tower(heads=1))
+    state = theirs.state("model.vision_tower.vision_tower.")
+    write_folder(tmp_path / "whole", state, theirs.config(mm_vision_tower=OPENAI))
+    theirs.tower.save_pretrained(tmp_path / "tower")
+    (tmp_path / "alone").mkdir()
+    own = {name: tensor for name, tensor in state.items() if "mm_projector" in name}
+    torch.save(own, tmp_path / "alone/mm_projector.bin")
+    for source, options in {
+        "whole": [("--base", "x"), ("--encoder", "x"), ("--revision", "main")],
+        "tower": [("--scales", "4"), ("--size", "32"), ("--chat_template", "bare"), ("--encoder", "x")],
+        "alone": [("--backbone", "x"), ("--scales", "4"), ("--encoder", "x")],
+    }.items():
+        for option, value in options:
+            with pytest.raises(ValueError, match=f"import: {option} has no effect"):
+                main([str(tmp_path / source), str(tmp_path / "out"), option, value])
+    with pytest.raises(ValueError, match="--size is 64, but the vision tower takes only images of 32 pixels"):
+        main([str(tmp_path / "whole"), str(tmp_path / "out"), "--size", "64"])
+    with pytest.raises(ValueError, match="--revision has no effect on owner/name@main"):
+        main(["owner/name@main", str(tmp_path / "out"), "--revision", "other"])
+
+
+def test_weights_that_no_layout_explains_are_named(tmp_path):
+    torch.save({"some.weight": torch.zeros(2), "other.bias": torch.zeros(2)}, tmp_path / "a.bin")
+    with pytest.raises(ValueError, match=r"no known layout \(other\.bias, some\.weight\); expected a file"):
+        main([str(tmp_path / "a.bin"), str(tmp_path / "out")])
+
+
+def test_a_tower_and_an_llm_are_no_model(tmp_path):
+    theirs = llava(clip_tower())
+    theirs.tower.save_pretrained(tmp_path / "tower")
+    write_folder(tmp_path / "llm", dict(theirs.llm.state_dict()), theirs.llm.config.to_dict())
+    with pytest.raises(ValueError, match="tower has no projector, so --base"):
+        main([str(tmp_path / "tower"), str(tmp_path / "out"), "--base", str(tmp_path / "llm")])
+
+
+@pytest.mark.parametrize("layout", ["llm", "own"])
+def test_layouts_that_are_never_imported_cannot_be_asked_for(tmp_path, capsys, layout):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), str(tmp_path / "out"), "--as", layout])
+    assert f"invalid choice: '{layout}'" in capsys.readouterr().err
