@@ -7,15 +7,16 @@ from pathlib import Path
 
 from peft import LoraConfig
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from lit_mm.hub.loading import checkpoint_of, contents_of
 from lit_mm.inference.answering import Model
-from lit_mm.training.checkpoints import Readers, open_weights
+from lit_mm.training.checkpoints import Readers, Weights, expected_names, is_redundant, open_weights
 
 
 @dataclass
-class Adapter:
-    """Adapters of an LLM.
+class RunAdapter:
+    """The adapters of a run's LLM.
 
     Args:
         rank: Of the matrices.
@@ -28,7 +29,7 @@ class Adapter:
     tensors: Readers
 
 
-def take_adapter(model: Model, path: str) -> Adapter:
+def take_adapter(model: Model, path: str) -> RunAdapter:
     """Take the adapters out of a model that `load` has merged them into.
 
     Args:
@@ -36,7 +37,7 @@ def take_adapter(model: Model, path: str) -> Adapter:
         path: What was loaded.
 
     Raises:
-        ValueError: It is no run with adapters.
+        ValueError: It is no run with adapters, or its weights are not those of the LLM.
     """
     checkpoint = checkpoint_of(path)
     trained = contents_of(checkpoint).get("trained", {})
@@ -45,13 +46,26 @@ def take_adapter(model: Model, path: str) -> Adapter:
     weights = open_weights(str(checkpoint), merge=False).of("llm").tensors
     adapters = {name: read for name, read in weights.items() if ".lora_" in name}
     base = {name.replace(".base_layer.", "."): read for name, read in weights.items() if name not in adapters}
-    model.vlm.llm.load_state_dict(
-        {name: read() for name, read in base.items()}, strict=False
-    )  # tied heads are not there
-    return Adapter(trained["lora rank"], trained["lora alpha"], adapters)
+    _load(model.vlm.llm, Weights(checkpoint, base))
+    return RunAdapter(trained["lora rank"], trained["lora alpha"], adapters)
 
 
-def write_adapter(adapter: Adapter, base: str, folder: Path) -> None:
+def _load(llm: PreTrainedModel, weights: Weights) -> None:
+    """Load the weights of an LLM.
+
+    Raises:
+        ValueError: One is missing that is not a tied head, or one is not of this LLM.
+    """
+    expected = expected_names(llm)
+    found = llm.load_state_dict({name: read() for name, read in weights.tensors.items()}, strict=False)
+    tied = set(llm.state_dict()) - set(expected)
+    unexpected = [name for name in found.unexpected_keys if not is_redundant("llm", name, expected, weights)]
+    if wrong := sorted({*found.missing_keys, *unexpected} - tied):
+        said = f"{len(wrong)} missing or unexpected weights: {', '.join(wrong[:5])}"
+        raise ValueError(f"export: --lora adapter: {weights.where} does not fit the LLM: {said}")
+
+
+def write_adapter(adapter: RunAdapter, base: str, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors.
 
     Args:

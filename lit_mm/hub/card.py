@@ -52,7 +52,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained("{name}"{trust})
 processor = AutoProcessor.from_pretrained("{name}"{trust})
-content = [{{"type": "image", "url": "photo.jpg"}}, {{"type": "text", "text": "What is it?"}}]
+content = [{{"type": "image", "image": "photo.jpg"}}, {{"type": "text", "text": "What is it?"}}]
 inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}],
     add_generation_prompt=True,
@@ -64,7 +64,7 @@ answer = model.generate(**inputs{chosen})[:, inputs["input_ids"].shape[1] :]
 print(processor.decode(answer[0], skip_special_tokens=True))
 ```
 
-{"" if llava else _code(scales)}{VIDEO if model.media.video else ""}{"".join(_measured(origin))}"""
+{"" if llava else _code(scales)}{_types(model)}{VIDEO if model.media.video else ""}{"".join(_measured(origin))}"""
 
 
 VIDEO = "The classes of transformers take images; `lit_mm.load` takes videos, too.\n"
@@ -76,6 +76,18 @@ def _code(scales: list[int]) -> str:
     return (
         "It needs torch, timm and transformers; its code is in `configuration_lit_mm.py`, `modeling_lit_mm.py`,\n"
         f"`processing_lit_mm.py` and what they import.{default}\n"
+    )
+
+
+def _types(model: Model) -> str:
+    """In which type transformers opens encoder and LLM, if they have two."""
+    parts = (next(part.parameters()).dtype for part in (model.vlm.encoder, model.vlm.llm))
+    encoder, llm = (str(dtype).removeprefix("torch.") for dtype in parts)
+    if encoder == llm:
+        return ""
+    return (
+        f"The encoder's weights are {encoder}, those of the LLM {llm}. transformers opens both in a type that rounds\n"
+        "neither; a smaller one, such as `dtype=torch.bfloat16`, takes less memory.\n"
     )
 
 

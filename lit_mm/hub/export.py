@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -31,7 +32,7 @@ from transformers import AddedToken, GenerationConfig, PretrainedConfig, PreTrai
 import lit_mm
 from lit_mm.data.records import RecordError
 from lit_mm.evaluation.calibration import CHOOSER
-from lit_mm.hub.adapter import Adapter, take_adapter, write_adapter
+from lit_mm.hub.adapter import RunAdapter, take_adapter, write_adapter
 from lit_mm.hub.card import CARD, Origin, card_of
 from lit_mm.hub.huggingface.configuration_lit_mm import LitMMConfig, LitMMVisionConfig
 from lit_mm.hub.huggingface.processing_lit_mm import LitMMImageProcessor, LitMMProcessor
@@ -155,7 +156,7 @@ def export(
     model: Model,
     folder: Path,
     origin: Origin = Origin(),  # noqa: B008 (read only)
-    adapter: Adapter | None = None,
+    adapter: RunAdapter | None = None,
 ) -> None:
     """Write a model as a folder that transformers opens with `trust_remote_code=True`, and `lit_mm.load` without. It
     appears once it is complete.
@@ -177,7 +178,7 @@ def export(
     config = config_of(model, processor.image_token_id, origin.step)
     with new_folder(folder) as made:
         config.save_pretrained(made)
-        save_torch_state_dict(state_of(model.vlm), made, max_shard_size=SHARD)
+        save_torch_state_dict(exported_state(model.vlm), made, max_shard_size=SHARD)
         generation_of(model).save_pretrained(made)
         processor.save_pretrained(made)
         _copy_modules(made)
@@ -314,7 +315,7 @@ def config_of(model: Model, image_token_id: int, step: int | None = None) -> Lit
         lm_head_bias=vlm.llm.get_output_embeddings().bias is not None,
         logit_factor=logit_factor(vlm.llm.config),
         tie_word_embeddings=is_tied(vlm.llm),
-        dtype=vlm.llm.dtype,
+        dtype=widest(vlm),
         architectures=["LitMMForConditionalGeneration"],
         lit_mm=ours,
     )
@@ -342,6 +343,11 @@ def llm_names(llm: PreTrainedModel) -> dict[str, str]:
     return names
 
 
+def widest(vlm: MatryoshkaVLM) -> torch.dtype:
+    """The type in which no weight is rounded: transformers opens all of a model in one type."""
+    return reduce(torch.promote_types, (parameter.dtype for parameter in vlm.parameters()))
+
+
 def is_tied(llm: PreTrainedModel) -> bool:
     """Whether the LLM's output head is its table of embeddings."""
     return cast(Any, llm.get_output_embeddings()).weight is cast(Any, llm.get_input_embeddings()).weight
@@ -361,7 +367,7 @@ def check_head(llm: PreTrainedModel) -> None:
         raise ValueError(f"export: the logits of {type(llm).__name__} are not those of a linear output head")
 
 
-def state_of(vlm: MatryoshkaVLM) -> dict[str, Tensor]:
+def exported_state(vlm: MatryoshkaVLM) -> dict[str, Tensor]:
     """The model's weights by the names of `LitMMForConditionalGeneration`."""
     parts: dict[str, Any] = {
         "model.vision_tower": vlm.encoder,

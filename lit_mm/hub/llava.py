@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
+    GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaImageProcessor,
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from lit_mm.hub.card import Origin
-from lit_mm.hub.export import describe, generation_of, is_tied, new_folder, text_config, tokenizer_of
+from lit_mm.hub.export import describe, generation_of, is_tied, new_folder, text_config, tokenizer_of, widest
 from lit_mm.inference.answering import Model
 from lit_mm.model.encoder import TimmEncoder
 from lit_mm.model.loss import logit_factor
@@ -50,14 +51,16 @@ def export_llava(model: Model, folder: Path, origin: Origin) -> None:
     merge_adapters(model.vlm.llm)
     if reasons := list(obstacles(model)):
         raise ValueError(f"export: --as llava: {'; '.join(reasons)}: leave --as llava out")
-    processor = processor_of(model)
-    config = config_of(model, processor.image_token_id)
+    processor = llava_processor(model)
+    config = llava_config(model, processor.image_token_id)
     with torch.device("meta"):
         made = LlavaForConditionalGeneration(config)
-    made.load_state_dict(state_of(model, config), assign=True)
-    made.generation_config = generation_of(model)
+    made.load_state_dict(llava_state(model, config), assign=True)
+    made.generation_config = llava_generation(model, config)
     with new_folder(folder) as path:
         made.save_pretrained(path)
+        made.config.dtype = widest(model.vlm)  # save_pretrained wrote the type of the first weight
+        made.config.save_pretrained(path)
         processor.save_pretrained(path)
         describe(path, model, origin, llava=True)
 
@@ -95,7 +98,7 @@ def _is_clip(trunk: Any) -> bool:
     return own and attention and tokens and isinstance(block.mlp.act, nn.GELU | QuickGELU)
 
 
-def processor_of(model: Model) -> LlavaProcessor:
+def llava_processor(model: Model) -> LlavaProcessor:
     """The tokenizer and LLaVA's own image processor, with the model's way of resizing."""
     encoder, image = model.vlm.encoder, model.media.image
     side = image.target(1, 1)[0]
@@ -118,7 +121,7 @@ def processor_of(model: Model) -> LlavaProcessor:
     )
 
 
-def config_of(model: Model, image_token_id: int) -> LlavaConfig:
+def llava_config(model: Model, image_token_id: int) -> LlavaConfig:
     """The configuration; the vocabulary has a row for `<image>`."""
     vlm: Any = model.vlm
     trunk, text = vlm.encoder.trunk, text_config(vlm.llm)
@@ -142,12 +145,20 @@ def config_of(model: Model, image_token_id: int) -> LlavaConfig:
         vision_feature_layer=-1,  # later blocks are gone
         vision_feature_select_strategy="default",
         tie_word_embeddings=is_tied(vlm.llm),
-        dtype=vlm.llm.dtype,
+        dtype=widest(model.vlm),
     )
 
 
-def state_of(model: Model, config: LlavaConfig) -> dict[str, Tensor]:
-    """The model's weights by LLaVA's names, all in the LLM's type."""
+def llava_generation(model: Model, config: LlavaConfig) -> GenerationConfig:
+    """How the model answers by default. `<image>` and the rows added up to it, whose logits are 0, are never chosen."""
+    generation, text = generation_of(model), cast(Any, config.text_config)
+    added = range(cast(Any, model.vlm.llm.get_input_embeddings()).num_embeddings, text.vocab_size)
+    generation.suppress_tokens = sorted({*(generation.suppress_tokens or []), config.image_token_index, *added})
+    return generation
+
+
+def llava_state(model: Model, config: LlavaConfig) -> dict[str, Tensor]:
+    """The model's weights by LLaVA's names, each in its own type."""
     vlm: Any = model.vlm
     vision, text = (cast(Any, own) for own in (config.vision_config, config.text_config))
     with torch.device("meta"):
@@ -155,7 +166,8 @@ def state_of(model: Model, config: LlavaConfig) -> dict[str, Tensor]:
     [inside] = {name.partition("embeddings.class_embedding")[0] for name in names if "class_embedding" in name}
     state = {inside + name: tensor for name, tensor in tower_of(vlm.encoder.trunk)}
     state |= {
-        f"{inside}post_layernorm.{name}": torch.full((vision.hidden_size,), value) for name, value in POST.items()
+        f"{inside}post_layernorm.{name}": vlm.encoder.trunk.cls_token.new_full((vision.hidden_size,), value)
+        for name, value in POST.items()
     }
     for place, layer in (("linear_1", 0), ("linear_2", 2)):
         own = vlm.projector.layers[layer].state_dict()
@@ -168,7 +180,7 @@ def state_of(model: Model, config: LlavaConfig) -> dict[str, Tensor]:
     state[f"model.language_model.{place}"] = nn.functional.pad(table, (0, 0, 0, rows))
     head = vlm.llm.get_output_embeddings().weight
     state["lm_head.weight"] = nn.functional.pad(head, (0, 0, 0, rows))
-    return {name: tensor.to(vlm.llm.dtype).contiguous() for name, tensor in state.items()}
+    return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
 POST = {"weight": 1.0, "bias": 0.0}

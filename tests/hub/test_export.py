@@ -6,14 +6,17 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration
 
 from lit_mm.data.images import ImageOptions
 from lit_mm.hub.card import Origin
-from lit_mm.hub.export import export
+from lit_mm.hub.export import export, processor_of
 from lit_mm.hub.export import main as export_main
+from lit_mm.hub.huggingface.modeling_lit_mm import LitMMForConditionalGeneration
 from lit_mm.hub.importers import main as import_main
 from lit_mm.hub.llava import export_llava
 from lit_mm.hub.loading import load, run_of
@@ -51,7 +54,7 @@ for kind in ("cohere", "gemma", "granite", "starcoder2"):
 for kind, sizes in OTHERS.items():
     llm = LLM(kind, sizes, TOKENIZER, "bare")
     CASES[kind] = lambda path, llm=llm: model_of("five stages", llm, SQUARE, (4, 1))
-CLIP = {  # one scale, the whole grid
+LLAVA = {  # one scale, the whole grid
     "padded": lambda path: model_of("ViT", vicuna(path / "vicuna", True), ImageOptions("pad", 32), (16,)),
     "tied, squashed": lambda path: model_of(
         "CLIP with GELU", tiny_llm("Qwen2Config", tie_word_embeddings=True), ImageOptions("squash", 32), (16,)
@@ -107,7 +110,7 @@ def exported(tmp_path_factory):
     top = tmp_path_factory.mktemp("exported")
     made = {}
     for number, (case, build) in enumerate(
-        [*CASES.items(), *((f"LLaVA, {case}", build) for case, build in CLIP.items())]
+        [*CASES.items(), *((f"LLaVA, {case}", build) for case, build in LLAVA.items())]
     ):
         root = top / str(number)
         root.mkdir()
@@ -169,7 +172,7 @@ def test_pixels_are_the_same(exported, case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CLIP)
+@pytest.mark.parametrize("case", LLAVA)
 def test_llava_computes_the_same_without_remote_code(exported, case):
     model, root = exported[f"LLaVA, {case}"]
     told, found = json.loads((root / "answered.json").read_text()), load_file(root / "answered.safetensors")
@@ -224,6 +227,69 @@ def test_llava_is_refused_with_the_reason(tmp_path, build, said):
     assert not (tmp_path / "model").exists()
 
 
+def test_llava_never_answers_with_the_image_token(tmp_path):
+    """Its row of the head is 0, and all logits of this LLM are below that."""
+    model = model_of("ViT", tiny_llm(), ImageOptions("pad", 32), (16,))
+    with torch.no_grad():
+        for name, weight in model.vlm.llm.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.zero_()  # the layers add nothing to the embeddings
+            elif name in ("model.embed_tokens.weight", "lm_head.weight"):
+                weight.copy_(weight.abs() * (-1 if name == "lm_head.weight" else 1))
+    prompt = torch.arange(10, 19)[None]
+    logits = model.vlm.llm(prompt).logits[0, -1]
+    export_llava(model, tmp_path / "model", Origin())
+    theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
+    assert logits.max() < 0 and theirs(prompt).logits[0, -1, image_id(tmp_path)] == 0
+    assert theirs.generate(prompt, max_new_tokens=1)[0, -1] == logits.argmax()
+    model.vlm.llm.resize_token_embeddings(image_id(tmp_path) + 1)  # as an imported LLaVA has them
+    export_llava(model, tmp_path / "again", Origin())
+    told = json.loads((tmp_path / "again/generation_config.json").read_text())
+    assert told["suppress_tokens"] == [image_id(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("exporter", "opener", "name"),
+    [
+        (export, LitMMForConditionalGeneration, "patch_embed.proj.weight"),
+        (export_llava, LlavaForConditionalGeneration, "patch_embedding.weight"),
+    ],
+)
+def test_transformers_rounds_no_weight_of_a_model_with_two_types(tmp_path, exporter, opener, name):
+    model = model_of("ViT", tiny_llm(dtype="bfloat16"), ImageOptions("pad", 32), (16,))
+    exporter(model, tmp_path / "model", Origin())
+    opened = opener.from_pretrained(tmp_path / "model").state_dict()
+    [patches] = [tensor for own, tensor in opened.items() if own.endswith(name)]
+    torch.testing.assert_close(patches, model.vlm.encoder.trunk.patch_embed.proj.weight.detach(), rtol=0, atol=0)
+    head = model.vlm.llm.get_output_embeddings().weight.detach()
+    torch.testing.assert_close(opened["lm_head.weight"][: len(head)], head.float(), rtol=0, atol=0)
+    card = (tmp_path / "model/README.md").read_text()
+    assert "The encoder's weights are float32, those of the LLM bfloat16." in card
+
+
+def test_lit_mm_opens_each_part_in_its_own_type(tmp_path):
+    export(model_of("five stages", tiny_llm(dtype="bfloat16"), SQUARE), tmp_path / "model")
+    vlm = load(tmp_path / "model", "cpu").vlm
+    types = [next(part.parameters()).dtype for part in (vlm.encoder, vlm.projector, vlm.llm)]
+    assert types == [torch.float32, torch.float32, torch.bfloat16]
+
+
+def test_arrays_are_images_only_in_uint8():
+    """Others would become black: 0.5 as uint8 is 0."""
+    processor = processor_of(model_of("five stages", tiny_llm(), SQUARE)).image_processor
+    array = np.array(noise(64, 64))
+    expected = processor.preprocess(noise(64, 64))["pixel_values"]
+    for given in (array, torch.from_numpy(array)):
+        torch.testing.assert_close(processor.preprocess(given)["pixel_values"], expected, rtol=0, atol=0)
+    for wrong, found in (
+        (array / 255, "float64"),
+        (torch.from_numpy(array) / 255, "float32"),
+        (array.astype("int64"), "int64"),
+    ):
+        with pytest.raises(ValueError, match=f"an image is an array of {found}: expected uint8"):
+            processor.preprocess(wrong)
+
+
 def image_id(root) -> int:
     config = json.loads((root / "model/config.json").read_text())
     return config.get("image_token_id", config.get("image_token_index"))
@@ -256,7 +322,7 @@ def test_a_router_goes_with_its_model(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CLIP)
+@pytest.mark.parametrize("case", LLAVA)
 def test_llava_is_imported_and_exported_again_bit_for_bit(exported, case, tmp_path):
     _, root = exported[f"LLaVA, {case}"]
     import_main([str(root / "model"), str(tmp_path / "imported")])

@@ -17,11 +17,13 @@ from transformers import AutoModelForImageTextToText
 
 import lit_mm.hub.export
 from lit_mm import load
+from lit_mm.hub.adapter import take_adapter
 from lit_mm.hub.export import main
 from lit_mm.hub.importers import main as import_main
 from lit_mm.hub.loading import name_of
 from lit_mm.model.hub import reachable
 from tests.helpers.command_line import lit_mm as command
+from tests.helpers.environment import ROOT
 from tests.helpers.exporting import keep_code_in
 from tests.helpers.media import noise
 from tests.helpers.network import dead_hub  # noqa: F401 (a fixture)
@@ -105,6 +107,8 @@ def test_the_card_has_what_was_measured_and_no_path(run, exported):
     told = json.loads((run / "accuracy_tokens.json").read_text())
     for row in told["scales"]:
         assert f"| {row['scale']} | {row['accuracy']:.1%} |" in card
+    for text in (card, (ROOT / "docs/export.md").read_text()):  # show messages in the same form
+        assert '{"type": "image", "image": "photo.jpg"}' in text
     assert "## test: " in card and "## val: " in card and told["run"]["device"] in card
     for file in exported.iterdir():
         if file.suffix != ".safetensors":
@@ -187,6 +191,17 @@ def test_adapters_are_merged_or_written_beside_the_model(adapted, tmp_path, monk
     assert not torch.allclose(plain, expected, atol=1e-2)
     opened = load(tmp_path / "apart", "cpu").vlm.llm(ids).logits
     torch.testing.assert_close(opened, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_do_not_fit_beside_adapters_are_named(adapted, tmp_path):
+    model, file = load(adapted, "cpu"), tmp_path / "version_1/checkpoints/last.ckpt"
+    file.parent.mkdir(parents=True)
+    saved = torch.load(adapted / "checkpoints/last.ckpt", weights_only=True)
+    saved["state_dict"]["vlm.llm.model.other.weight"] = saved["state_dict"].pop("vlm.llm.model.norm.weight")
+    torch.save(saved, file)
+    said = r"last\.ckpt does not fit the LLM: 2 missing or unexpected weights: model\.norm\.weight, model\.other"
+    with pytest.raises(ValueError, match=said):
+        take_adapter(model, str(file))
 
 
 def test_a_run_without_adapters_has_none_to_write(run, tmp_path):

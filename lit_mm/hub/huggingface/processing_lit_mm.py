@@ -80,7 +80,8 @@ class LitMMImageProcessor(BaseImageProcessor):
             kwargs: Not used.
 
         Raises:
-            ValueError: The model has no such scale, or an image has too many pixels or values of unknown range.
+            ValueError: The model has no such scale, or an image has too many pixels or values of unknown range (such as
+                an array of another type than uint8).
         """
         tokens = self.tokens(num_visual_tokens)
         pixels = [self._pixels(image) for image in cast(Any, make_flat_list_of_images(images))]
@@ -92,8 +93,7 @@ class LitMMImageProcessor(BaseImageProcessor):
 
     def _pixels(self, image: Any) -> Tensor:
         """Normalized pixels [3, H, W] of an image."""
-        image = image if isinstance(image, Image.Image) else to_pil_image(image, do_rescale=False)
-        upright, options = upright_rgb(image), ImageOptions(**self.image_options)
+        upright, options = upright_rgb(_opened(image)), ImageOptions(**self.image_options)
         shape, pads = (upright.height, upright.width), options.mode == "pad"
         target = options.target(*shape)
         if max(prod(filled(*shape, target) if pads else shape), prod(target)) > options.max_pixels:
@@ -104,6 +104,19 @@ class LitMMImageProcessor(BaseImageProcessor):
         pixels = to_pixels(upright, target, (red, green, blue) if pads else None)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.image_mean, self.image_std))
         return (pixels.float() / 255 - mean) / std
+
+
+def _opened(image: Any) -> Image.Image:
+    """A PIL image, or a uint8 array or tensor as one.
+
+    Raises:
+        ValueError: It is an array of another type, which does not say whether white is 1 or 255.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    if (found := str(image.dtype).removeprefix("torch.")) != "uint8":
+        raise ValueError(f"an image is an array of {found}: expected uint8, in which white is 255")
+    return to_pil_image(image, do_rescale=False)
 
 
 class LitMMProcessor(ProcessorMixin):
