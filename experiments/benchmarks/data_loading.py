@@ -74,10 +74,10 @@ def main() -> None:
 
 
 def impossible(result: dict[str, Any]) -> list[str]:
-    """The loader faster by a fifth than decoding alone, in one process; shares that are none."""
+    """The loader faster by a fifth than decoding alone in every repetition, in one process; shares that are none."""
     found = []
-    if not result["workers"] and result["loader_ratio"] > 1.2:
-        found.append(f"the loader takes {1 / result['loader_ratio']:.2f} of what its own decoding takes alone")
+    if not result["workers"] and result["loader_ratio_least"] > 1.2:
+        found.append(f"the loader takes {1 / result['loader_ratio_least']:.2f} of what its own decoding takes alone")
     shares = [name for name in ("padding", "padding_length_grouped") if not 0 <= result[name] < 1]
     return found + [f"{name}: expected a share, found {result[name]:.3f}" for name in shares]
 
@@ -123,8 +123,8 @@ def render_videos(folder: Path, count: int = 3) -> Path:
     return folder / "videos"
 
 
-def alternating(ways: dict[str, Callable[[], int]], repetitions: int) -> dict[str, float]:
-    """Median items per second of each way, which returns how many it has done."""
+def alternating(ways: dict[str, Callable[[], int]], repetitions: int) -> dict[str, list[float]]:
+    """Items per second of each way in each repetition; a way returns how many it has done."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for repetition in range(repetitions + 1):
         for name, way in ways.items():
@@ -132,6 +132,11 @@ def alternating(ways: dict[str, Callable[[], int]], repetitions: int) -> dict[st
             done = way()
             if repetition:  # the first round fills caches
                 rates[name].append(done / (time.perf_counter() - start))
+    return rates
+
+
+def medians(rates: dict[str, list[float]]) -> dict[str, float]:
+    """Of each way."""
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
@@ -188,7 +193,7 @@ def measure_images(folder: Path, scratch: Path, arguments: argparse.Namespace) -
     settings = {"image_root": str(folder), "image": options, "batch_size": 8, "num_workers": arguments.workers}
     data = ImageDataModule(inputs_of(), train=train, cache=str(scratch / "cache"), **settings)
     data.setup("fit")
-    rates = alternating(
+    found = alternating(
         {
             "loader": lambda: through(data),
             "own": lambda: bare(partial(own_way, options), files, arguments.workers),
@@ -196,11 +201,13 @@ def measure_images(folder: Path, scratch: Path, arguments: argparse.Namespace) -
         },
         arguments.repetitions,
     )
+    rates = medians(found)
     return {
         "images_per_s": rates["loader"],
         "images_per_s_bare": rates["own"],
         "images_per_s_pillow": rates["pillow"],
         "loader_ratio": rates["loader"] / rates["own"],
+        "loader_ratio_least": min(found["loader"]) / max(found["own"]),
         "loader_ratio_pillow": rates["loader"] / rates["pillow"],
     }
 
@@ -256,13 +263,14 @@ def measure_videos(folder: Path, scratch: Path, arguments: argparse.Namespace) -
     settings = {"image_root": str(folder), "image": size, "video": options, "batch_size": 1}
     data = VideoDataModule(inputs_of(), train=train, cache=str(scratch / "cache"), max_length=10**6, **settings)
     data.setup("fit")
-    rates = alternating(
+    found = alternating(
         {
             "loader": lambda: sum(len(batch.images.order) for batch in data.train_dataloader()),
             "bare": lambda: sum(resized(way(), size) for way in best.values()),
         },
         arguments.repetitions,
     )
+    rates = medians(found)
     return {
         "frames_per_s": rates["loader"],
         "frames_per_s_bare": rates["bare"],
