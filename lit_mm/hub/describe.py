@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lit_mm.hub.layouts import Source
 from lit_mm.hub.reading import Readers, read_json
+from lit_mm.model.encoder import check_described
 
 EXPECTED: dict[str, tuple[Any, ...]] = {
     "mm_projector_type": ("mlp2x_gelu",),
@@ -44,7 +45,7 @@ NOT_OVERRIDES = {
 }
 OF_CLASSIFIERS = ("num_classes", "global_pool", "in_chans")
 """timm's keywords that an encoder has no use for, or sets itself."""
-CLIP, CLIP_DEFAULTS = "clip_vision_model", {"hidden_act": "quick_gelu", "num_attention_heads": 12}
+CLIP_DEFAULTS = {"hidden_act": "quick_gelu", "num_attention_heads": 12}
 """transformers' CLIPVisionConfig, whose defaults published files leave out."""
 SIZES = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"}
 SIZES |= {"pad_token_id"}  # otherwise null becomes that of the tokenizer
@@ -93,6 +94,8 @@ def encoder_config(source: Source, layer: int | None = None, backbone: str | Non
     name = backbone or said.get("architecture")
     args = {} if backbone else said.get("model_args") or {}
     given = {key: value for key, value in args.items() if key not in OF_CLASSIFIERS}
+    if name:
+        check_described(name, given)
     if found := normalization(source, said, name)[0]:
         given["pretrained_cfg_overlay"] = found
     if "stem.0.weight" in trunk:
@@ -118,7 +121,8 @@ def vision_config(folder: Path) -> dict[str, Any]:
         is_openais = re.search(r"(^|/)clip-vit-(base|large)-patch\d+(-336)?/?$", str(tower))
         return {"head_width": 64, "hidden_act": "quick_gelu"} if is_openais else {}
     vision = config.get("vision_config") or config
-    return {**(CLIP_DEFAULTS if "vision_config" in config or vision.get("model_type") == CLIP else {}), **vision}
+    is_clip = "vision_config" in config or vision.get("model_type") == "clip_vision_model"
+    return {**(CLIP_DEFAULTS if is_clip else {}), **vision}
 
 
 def image_processors(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -172,10 +172,10 @@ def export(
         ValueError: transformers' classes could not compute what this model computes; the message says why.
     """
     merge_adapters(model.vlm.llm)
-    processor = processor_of(model)
+    processor = auto_processor(model)
     for each in cast(tuple[Any, ...], (processor, processor.image_processor)):
         each.auto_map = {name: AUTO[name] for name in ("AutoImageProcessor", "AutoProcessor")}
-    config = config_of(model, processor.image_token_id, origin.step)
+    config = auto_config(model, processor.image_token_id, origin.step)
     with new_folder(folder) as made:
         config.save_pretrained(made)
         save_torch_state_dict(exported_state(model.vlm), made, max_shard_size=SHARD)
@@ -211,7 +211,7 @@ def new_folder(folder: Path, verb: str = "export") -> Iterator[Path]:
         made.rename(folder)
 
 
-def processor_of(model: Model) -> LitMMProcessor:
+def auto_processor(model: Model) -> LitMMProcessor:
     """The tokenizer and image processor of a model's folder. A warning says if prompts get other ids than here.
 
     Raises:
@@ -270,7 +270,7 @@ def different_prompt(processor: LitMMProcessor, model: Model) -> str | None:
     return None
 
 
-def config_of(model: Model, image_token_id: int, step: int | None = None) -> LitMMConfig:
+def auto_config(model: Model, image_token_id: int, step: int | None = None) -> LitMMConfig:
     """The configuration of a model's folder.
 
     Raises:

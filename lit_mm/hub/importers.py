@@ -300,7 +300,7 @@ def write_run(found: Found, options: argparse.Namespace, out: Path, folder: Path
         out: The folder's later name.
         folder: Where to write now.
     """
-    with sense(found.where):
+    with blame(found.where):
         config = model_config(found, options)
         config["llm"]["tokenizer"] = str(folder / "tokenizer")
         save_tokenizer(found, options, config["llm"]["name_or_path"], folder / "tokenizer")
@@ -330,7 +330,7 @@ def write_run(found: Found, options: argparse.Namespace, out: Path, folder: Path
 
 
 @contextmanager
-def sense(where: Path) -> Iterator[None]:
+def blame(where: Path) -> Iterator[None]:
     """Errors of classes that were given what a file says are the file's.
 
     Raises:
@@ -338,12 +338,12 @@ def sense(where: Path) -> Iterator[None]:
     """
     try:
         yield
-    except NONSENSE as error:
+    except MALFORMED as error:
         said = " ".join(str(error).split())
         raise ValueError(f"import: {where} describes no model: {type(error).__name__}: {said:.200}") from error
 
 
-NONSENSE = (AttributeError, IndexError, KeyError, RuntimeError, StrictDataclassError, TypeError, ZeroDivisionError)
+MALFORMED = (AttributeError, IndexError, KeyError, RuntimeError, StrictDataclassError, TypeError, ZeroDivisionError)
 
 
 def model_config(found: Found, options: argparse.Namespace) -> dict[str, Any]:

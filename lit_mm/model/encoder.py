@@ -158,18 +158,25 @@ def create_trunk(backbone: str, pretrained: bool, keywords: dict[str, Any]) -> A
     """A timm model without its classifier; on the meta device no weights are downloaded.
 
     Raises:
-        ValueError: timm does not know the backbone or a keyword, or one of them would read other files. Both may be
-            from a file of others.
+        ValueError: timm does not know the backbone or a keyword.
     """
-    if not re.fullmatch(r"[\w.-]+", str(backbone)):  # `hf-hub:owner/name`, `local-dir:folder`
-        raise ValueError(f"encoder.backbone {backbone}: expected a name of timm's own models")
-    if elsewhere := [key for key in keywords if READS.match(key) and key != "pretrained_cfg_overlay"]:
-        raise ValueError(f"encoder.overrides: {elsewhere[0]} names files; expected sizes and the like")
     weights = pretrained and torch.get_default_device().type != "meta"
     try:
         return timm.create_model(backbone, pretrained=weights, num_classes=0, **keywords)
     except (RuntimeError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"encoder.backbone {backbone} with {keywords}: {error}") from error
+
+
+def check_described(backbone: str, overrides: dict[str, Any]) -> None:
+    """Check an encoder that a file of others describes.
+
+    Raises:
+        ValueError: timm would read further files.
+    """
+    if not re.fullmatch(r"[\w.-]+", str(backbone)):  # `hf-hub:owner/name`, `local-dir:folder`
+        raise ValueError(f"encoder.backbone {backbone}: expected a name of timm's own models")
+    if elsewhere := [key for key in overrides if READS.match(key) and key != "pretrained_cfg_overlay"]:
+        raise ValueError(f"encoder.overrides: {elsewhere[0]} names files; expected sizes and the like")
 
 
 def append_stage(trunk: ConvNeXt, stage: ExtraStage) -> None:

@@ -14,7 +14,7 @@ from transformers import LlavaForConditionalGeneration
 
 from lit_mm.data.images import ImageOptions
 from lit_mm.hub.card import Origin
-from lit_mm.hub.export import export, processor_of
+from lit_mm.hub.export import auto_processor, export
 from lit_mm.hub.export import main as export_main
 from lit_mm.hub.huggingface.modeling_lit_mm import LitMMForConditionalGeneration
 from lit_mm.hub.importers import main as import_main
@@ -276,7 +276,7 @@ def test_lit_mm_opens_each_part_in_its_own_type(tmp_path):
 
 def test_arrays_are_images_only_in_uint8():
     """Others would become black: 0.5 as uint8 is 0."""
-    processor = processor_of(model_of("five stages", tiny_llm(), SQUARE)).image_processor
+    processor = auto_processor(model_of("five stages", tiny_llm(), SQUARE)).image_processor
     array = np.array(noise(64, 64))
     expected = processor.preprocess(noise(64, 64))["pixel_values"]
     for given in (array, torch.from_numpy(array)):

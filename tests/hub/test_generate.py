@@ -5,7 +5,7 @@ import torch
 from transformers import GenerationConfig
 
 from lit_mm.data.images import ImageOptions
-from lit_mm.hub.export import export, processor_of
+from lit_mm.hub.export import auto_processor, export
 from lit_mm.hub.huggingface.modeling_lit_mm import LitMMForConditionalGeneration
 from lit_mm.hub.huggingface.processing_lit_mm import LitMMProcessor
 from tests.helpers.exporting import model_of
@@ -27,7 +27,7 @@ def model(ours, tmp_path_factory) -> LitMMForConditionalGeneration:
 
 @pytest.fixture(scope="module")
 def processor(ours) -> LitMMProcessor:
-    return processor_of(ours)
+    return auto_processor(ours)
 
 
 def asked(processor, *counts, **options):
@@ -115,7 +115,7 @@ def test_the_loss_is_that_of_the_answer(ours, model, processor):
 
 
 def test_an_image_that_is_too_large_once_padded_is_refused(ours):
-    processor = processor_of(ours)
+    processor = auto_processor(ours)
     processor.image_processor.image_options["max_pixels"] = 5000
     with pytest.raises(ValueError, match="an image of 4×200 pixels: the limit is 5000 once resized"):
         processor(text="<image>", images=[noise(200, 4)])

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 from transformers.utils.generic import can_return_tuple
 
 from lit_mm.hub.huggingface.configuration_lit_mm import LitMMConfig, LitMMVisionConfig
-from lit_mm.model.encoder import ConvNeXtEncoder, Encoder, ExtraStage, TimmEncoder
+from lit_mm.model.encoder import ConvNeXtEncoder, Encoder, ExtraStage, TimmEncoder, check_described
 from lit_mm.model.projector import MatryoshkaProjector
 
 
@@ -32,6 +32,7 @@ def build_encoder(config: LitMMVisionConfig) -> Encoder:
     arguments = dict(config.arguments or {})
     if arguments.pop("pretrained", False):
         raise ValueError("vision_config.arguments: pretrained would read weights from elsewhere, expected none")
+    check_described(arguments.get("backbone", ""), arguments.get("overrides") or {})
     if config.encoder == "TimmEncoder":
         return TimmEncoder(**arguments)
     if config.encoder != "ConvNeXtEncoder":
