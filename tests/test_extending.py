@@ -1,4 +1,4 @@
-"""The extensions of the README and of docs/extending.md, as they stand there, in one run; a model built by hand."""
+"""The extensions of docs/extending.md, as they stand there, in one run; a model built by hand."""
 
 import importlib
 import json
@@ -16,8 +16,8 @@ from tests.helpers.media import draw
 
 
 def blocks() -> dict[str, str]:
-    """Python files of both, by module."""
-    text = "".join((ROOT / file).read_text() for file in ("README.md", "docs/extending.md"))
+    """Its Python files, by module."""
+    text = (ROOT / "docs/extending.md").read_text()
     return dict(re.findall(r"```python\n# (my_\w+)\.py\n(.*?)```", text, re.DOTALL))
 
 
@@ -35,7 +35,7 @@ def test_the_benchmark_in_the_guide_is_the_one_that_is_tested():
 
 def test_a_model_built_by_hand_answers(tmp_path, monkeypatch, capsys):
     """All names of the block are public, and the answer is the model's own."""
-    found = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    found = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.DOTALL)
     [code] = [block for block in found if "MatryoshkaVLM" in block]
     draw(tmp_path / "photo.jpg", (300, 200), "red")
     monkeypatch.chdir(ROOT)
