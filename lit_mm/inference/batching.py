@@ -100,14 +100,11 @@ class Batcher:
         self.thread.join(10)  # longer only if an LLM's own `generate` runs, which cannot be interrupted
 
     def submit(self, job: Job) -> None:
-        """Have a job answered.
-
-        Raises:
-            ClosedError: The batcher is closed.
-        """
+        """Have a job answered; a closed batcher tells it a `ClosedError`."""
         with self.changed:
             if self.closed:
-                raise ClosedError
+                job.tell(ClosedError())
+                return
             self.waiting.append(job)
             self.changed.notify()
 

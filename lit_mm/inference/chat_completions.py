@@ -33,7 +33,8 @@ IGNORED |= {"prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"
 """Fields that do not change the answer."""
 NEUTRAL: dict[str, Sequence[Any]] = {"n": [1], "frequency_penalty": [0], "presence_penalty": [0], "top_logprobs": [0]}
 NEUTRAL |= {"response_format": [{"type": "text"}], "modalities": [["text"]], "tool_choice": ["none", "auto"]}
-"""Values of fields that are not supported with which they say nothing."""
+"""Fields that are not supported, and the values that they may have because these are what happens without them."""
+MOST_STOPS = 16
 
 
 class RefusedError(ValueError):
@@ -59,7 +60,7 @@ class RefusedError(ValueError):
 
 
 class Strict(BaseModel):
-    """An object whose unknown fields are refused unless they say nothing."""
+    """An object. A field that it does not have is refused, unless it is empty or one of IGNORED or NEUTRAL."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -123,7 +124,30 @@ class VideoPart(Strict):
 
 
 def _in_parts(content: Any) -> Any:
+    if not isinstance(content, str | list):
+        raise _other("a text or a list of parts", content)
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _scale(name: Any) -> Any:
+    if isinstance(name, bool) or not isinstance(name, int | str | None):
+        raise _other("a number of tokens, a scale such as '8x16', 'all' or 'auto'", name)
+    return name
+
+
+def _stops(stop: Any) -> list[str]:
+    stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    if not isinstance(stops, list) or not all(isinstance(each, str) and each for each in stops):
+        raise _other("a text that is not empty, or a list of those", stop)
+    if len(stops) > MOST_STOPS:
+        raise _other(f"at most {MOST_STOPS} texts", len(stops))
+    return stops
+
+
+def _other(expected: str, found: Any) -> PydanticCustomError:
+    return PydanticCustomError(
+        "other", "expected {expected}, found {found}", {"expected": expected, "found": short(found)}
+    )
 
 
 class Message(Strict):
@@ -145,7 +169,7 @@ class ProcessorOptions(Strict):
     """vLLM's place for how images are shown: the scale, such as 36 or 8x16, all for one answer at each scale, or auto
     for the one that the model's chooser chooses."""
 
-    num_visual_tokens: StrictInt | StrictStr | None = None
+    num_visual_tokens: Annotated[int | str | None, BeforeValidator(_scale)] = None
 
 
 class ChatRequest(Strict):
@@ -159,7 +183,7 @@ class ChatRequest(Strict):
     max_completion_tokens: StrictInt | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    stop: StrictStr | Annotated[list[StrictStr], Field(max_length=16)] | None = None
+    stop: Annotated[list[str], BeforeValidator(_stops)] = []
     seed: StrictInt | None = None
     logprobs: bool | None = False
     mm_processor_kwargs: ProcessorOptions | None = None
@@ -168,17 +192,14 @@ class ChatRequest(Strict):
         """Settings of decoding.
 
         Raises:
-            RefusedError: Two lengths, an empty stop string, or options of a stream without a stream.
+            RefusedError: Two lengths, or options of a stream without a stream.
         """
         if self.stream_options and not self.stream:
             raise RefusedError("stream_options: expected stream to be true", "stream_options")
         lengths = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(lengths) > 1:
             raise RefusedError("expected one of max_tokens and max_completion_tokens, found both", "max_tokens")
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if "" in stops:
-            raise RefusedError("stop: expected some text, found ''", "stop")
-        found = {"temperature": self.temperature, "top_p": self.top_p, "stop_strings": stops}
+        found = {"temperature": self.temperature, "top_p": self.top_p, "stop_strings": self.stop}
         found["max_new_tokens"] = next(iter(lengths), None)
         return {name: value for name, value in found.items() if value not in (None, [])}
 

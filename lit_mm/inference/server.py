@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import anyio
@@ -30,7 +31,7 @@ from starlette.exceptions import HTTPException
 
 from lit_mm.inference.answering import Answer, Ask, Model, Prompt
 from lit_mm.inference.batching import Batcher, ClosedError, Job, NotFiniteError, Piece
-from lit_mm.inference.chat_completions import ChatRequest, RefusedError, Reply, Strict, Text, ask_of
+from lit_mm.inference.chat_completions import ChatRequest, RefusedError, Reply, Strict, Text, ask_of, short
 from lit_mm.inference.decoding import settings
 from lit_mm.inference.gate import HUNG_UP, SPARE, Gate, Limits, Told, error_reply, unless_hung_up
 from lit_mm.inference.preview import preview
@@ -336,13 +337,12 @@ def _first(error: RequestValidationError) -> RefusedError:
         return RefusedError(f"the body is not JSON: {context['error']} at character {steps[0]}")
     if not steps and "name" not in context:
         return RefusedError("expected a JSON object as the body, with Content-Type: application/json")
-    if steps[:1] == ["stop"]:
-        steps = steps[:1]  # pydantic adds which kind of stop it tried
-    elif "content" in steps:  # messages, number, content, number, type: the type is pydantic's
+    if "content" in steps:  # messages, number, content, number, type: the type is pydantic's
         del steps[4:5]
     steps += [context["name"]] if "name" in context else []  # of Strict
     param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
-    return RefusedError(f"{param}: {found['msg']}", param)
+    told = f", found {short(found['input'])}" if found["msg"].startswith("Input should be") else ""
+    return RefusedError(f"{param}: {found['msg']}{told}", param)
 
 
 class Uvicorn(uvicorn.Server):
@@ -367,6 +367,12 @@ class Uvicorn(uvicorn.Server):
         for host, port, *_ in (each.getsockname() for each in sockets or []):
             address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             log.info("%s at scales %s: http://%s", self.server.name, scales, address)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to end; a second Ctrl-C cuts off the requests in progress, which uvicorn would log as errors."""
+        if self.should_exit and sig == signal.SIGINT:
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, and end those in progress."""

@@ -281,10 +281,23 @@ BAD = {
     "processor": (asked("x", mm_processor_kwargs={"size": 3}), 400, "mm_processor_kwargs.size: 3 is not supported"),
     "temperature": (asked("x", temperature=float("nan")), 400, "temperature: .*finite"),
     "two lengths": (asked("x", max_tokens=1, max_completion_tokens=2), 400, "expected one of max_tokens"),
-    "stop": (asked("x", stop=""), 400, "stop: expected some text"),
-    "stop's type": (asked("x", stop=[1]), 400, "stop: Input should be a valid string"),
+    "stop": (asked("x", stop=""), 400, "stop: expected a text that is not empty, or a list of those, found ''"),
+    "stop's type": (asked("x", stop=["a", 1]), 400, r"stop: expected a text .* found \['a', 1\]"),
+    "stops": (asked("x", stop=["a"] * 17), 400, "stop: expected at most 16 texts, found 17"),
     "stream": (asked("x", stream_options={"include_usage": True}), 400, "expected stream to be true"),
     "scale": (asked("x", **tokens(7)), 400, "num_visual_tokens 7: expected all or one of the model's scales 16, 4, 1"),
+    "scale's type": (
+        asked("x", **tokens(True)),
+        400,
+        r"^mm_processor_kwargs\.num_visual_tokens: expected a number of tokens, .*, found True",
+    ),
+    "no content": (
+        {"messages": [{"role": "user", "content": None}]},
+        400,
+        r"^messages\[0\]\.content: expected a text or a list of parts, found None",
+    ),
+    "text's type": (asked({"type": "text", "text": 3}), 400, r"^messages\[0\]\.content\[0\]\.text: .*, found 3"),
+    "length": (asked("x", max_tokens=0), 400, "^max_tokens: .* greater than or equal to 1, found 0"),
     "two scales": (asked(image_part(PIXEL, detail="low"), "x", **tokens(16)), 400, "expected one scale for all images"),
     "detail": (asked(image_part(PIXEL, detail="big"), "x"), 400, r"content\[0\]\.image_url\.detail: .*'low' or 'high'"),
     "base64": (asked(image_part("data:image/png;base64,x!"), "x"), 400, r"image_url\.url: the base64 is broken"),
@@ -486,7 +499,7 @@ def test_a_batch_that_fails_is_answered_one_by_one(model, pictures, monkeypatch)
     assert [own[0][0].text for own in (told[0], told[2])] == texts
 
 
-def test_what_a_closed_batcher_was_asked_is_told_once(model):
+def test_a_closed_batcher_tells_every_job_once(model):
     from lit_mm.inference.batching import Batcher, ClosedError, Job
 
     told, batcher = [], Batcher(model, 8)
@@ -496,8 +509,8 @@ def test_what_a_closed_batcher_was_asked_is_told_once(model):
     batcher.close()
     batcher.close()
     assert [type(event) for event in told] == [ClosedError] * 2
-    with pytest.raises(ClosedError):
-        batcher.submit(waiting)
+    batcher.submit(waiting)
+    assert [type(event) for event in told] == [ClosedError] * 3
 
 
 def test_the_readmes_example(server, model, folder, pictures, capsys):
@@ -537,6 +550,21 @@ def test_ctrl_c_ends_what_takes_longer_than_the_grace_time(impatient):
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(30) == 0
         assert b" 503 " in late.recv(100)
+
+
+def test_a_second_ctrl_c_ends_at_once(folder, tmp_path):
+    """While a stream is read and another request waits; the grace time would leave them a minute."""
+    with Serving(folder / "runs", tmp_path / "log.txt", "--grace", "60") as server:
+        late = [begun(server, asked("hello", max_tokens=LONG, stream=True))]
+        late.append(server.begin(asked("hello", max_tokens=LONG)))
+        until(lambda: server.metric("lit_mm_waiting_requests"), 20)
+        server.process.send_signal(signal.SIGINT)
+        server.logged("ending, requests in progress have 60 s")
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(30) == 0
+        for connection in late:
+            connection.close()
+    assert server.log.read_text().endswith(" ended\n") and "Traceback" not in server.log.read_text()
 
 
 def test_what_is_missing_is_named_before_anything_is_loaded(monkeypatch, tmp_path, capsys):
