@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import pydoc
 import re
 import shutil
 import sys
@@ -54,6 +55,14 @@ DATA_MODULES = (
 warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # frozen parts, on purpose
 
 
+UNKNOWN_OPTION = re.compile(
+    r"Type .* expects a function or a callable class: (Option '\w+' is not accepted)\. "
+    r"Got value: Namespace\(class_path='([\w.]+)'.*",
+    re.DOTALL,
+)
+"""jsonargparse's error for a class that gets an unknown argument, which does not say what the class takes."""
+
+
 class Parser(LightningArgumentParser):
     """LightningCLI's parser, with errors that name the file, the key, and the closest valid key."""
 
@@ -62,14 +71,29 @@ class Parser(LightningArgumentParser):
         if self.exit_on_error:  # otherwise the parser only tries whether a type fits
             key = re.search(r"(?:does not accept option|Option|Unrecognized arguments?:?) '?(?:--)?([\w.]+)'?", message)
             known = getattr(getattr(ex, "subcommand_parser", None) or self, "_actions", [])
-            message = tidy(message) + (nearest(key[1], {action.dest for action in known}) if key else "")
+            taken = arguments_of(unknown[2]) if (unknown := UNKNOWN_OPTION.search(message)) else []
+            message = UNKNOWN_OPTION.sub(lambda found: f"{found[1]} by {found[2]}", tidy(message))
+            message += f", which takes {', '.join(taken)}" if taken else ""
+            message += nearest(key[1], {action.dest for action in known}, taken) if key else ""
         super().error(message, ex)
 
 
-def nearest(key: str, known: set[str]) -> str:
-    """The config files that contain an unknown key, and the valid key that was probably meant."""
+def arguments_of(path: str) -> list[str]:
+    """The names of a class's arguments; empty if there is no such class."""
+    kind = pydoc.locate(path)
+    return [*inspect.signature(kind).parameters] if callable(kind) else []
+
+
+def nearest(key: str, known: set[str], taken: Sequence[str]) -> str:
+    """The config files that contain an unknown key, and the valid key that was probably meant.
+
+    Args:
+        key: The unknown key.
+        known: The valid keys.
+        taken: The arguments of the class that was given the key; empty: one of the data modules.
+    """
     last = key.rpartition(".")[2]
-    fields = {name for kind in DATA_MODULES for name in inspect.signature(kind).parameters}
+    fields = {*taken} or {name for kind in DATA_MODULES for name in inspect.signature(kind).parameters}
     files = [file for file in config_files(sys.argv) if f"{last}:" in Path(file).read_text(encoding="utf-8")]
     close = difflib.get_close_matches(key, known | fields, 1, 0.75) or difflib.get_close_matches(last, fields, 1, 0.6)
     where = f"\n  it is in {', '.join(files)}" if files else ""

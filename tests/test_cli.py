@@ -131,6 +131,12 @@ def test_printed_config_round_trips_and_overlays_win(run, experiment, tmp_path):
         (["--data.batch_size", "many"], "Expected a <class 'int'>\n  Given value: many"),
         (["--data.num_workers", "-1"], "data.num_workers: expected 0 or more, found -1"),
         (["--data.batchsize", "4"], "did you mean batch_size?"),
+        (
+            ["--model.scheduler.warmup_steps", "10"],
+            "Option 'warmup_steps' is not accepted by lit_mm.WarmupCosine, which takes optimizer, steps, warmup, floor"
+            "\n  did you mean warmup?",
+        ),
+        (["--model.encoder.depth", "9"], "by lit_mm.ConvNeXtEncoder, which takes backbone, extra_stages, pretrained"),
         (["--model.llm.tokenizer", "tests"], "llm: tests"),
         (["--model.llm.tokenizer", "./tests"], "expected a folder with a tokenizer, found ["),
         (["--model.parts.llm.lora", "{r: 0}"], "parts.llm.lora.r: expected a positive number, found 0"),
