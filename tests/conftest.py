@@ -6,6 +6,7 @@ import pytest
 
 from lit_mm.data.tokenizer import load_tokenizer
 from tests.helpers.browser import page  # noqa: F401
+from tests.helpers.clock import hands  # noqa: F401
 from tests.helpers.models import tiny_llm
 from tests.helpers.records import write_instruction_set
 

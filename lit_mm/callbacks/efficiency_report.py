@@ -17,7 +17,15 @@ from lit_mm.costs.devices import arithmetic_of, device_name, versions
 from lit_mm.costs.timing import WARM_UP, AnswerTimer, router_times
 from lit_mm.costs.units import in_bytes, in_flops
 from lit_mm.evaluation.benchmarks import Benchmark
-from lit_mm.evaluation.efficiency import UNTRAINED, Asked, accuracy_per_tflop, scale_costs, summary, untrained
+from lit_mm.evaluation.efficiency import (
+    ONE_POINT,
+    UNTRAINED,
+    Asked,
+    accuracy_per_tflop,
+    scale_costs,
+    summary,
+    untrained,
+)
 from lit_mm.evaluation.metrics import METRICS, majority_share
 from lit_mm.evaluation.oracle_report import results_of
 from lit_mm.evaluation.pictures import draw_times, spread
@@ -313,7 +321,9 @@ def in_short(result: Result) -> list[str]:
 
 
 def _need(result: Result, name: str, own: dict[str, Any]) -> str:
-    """`row needs 16 tokens (99.1 %; 0.2 % with 1 token)`."""
+    """`row needs 16 tokens (99.1 %; 0.2 % with 1 token)`, or `no scale answers row (at most 0.4 %)`."""
+    if (best := max(own["accuracy"])) <= ONE_POINT:
+        return f"no scale answers {name} (at most {100 * best:.1f} %)"
     needed, fewest, accuracy = enough(result, own), result["scales"][-1], own["accuracy"][-1]
     less = f"; {100 * accuracy:.1f} % with {_tokens(fewest)}" if needed["scale"] != fewest["scale"] else ""
     return f"{name} needs {_tokens(needed)} ({100 * needed['accuracy']:.1f} %{less})"

@@ -19,6 +19,7 @@ from lit_mm.model.scales import nested_shapes
 from lit_mm.profile.experiment import Experiment, pooled_again, read_model
 from lit_mm.profile.memory_plan import plan_of
 from lit_mm.profile.report import without_common_start
+from tests.helpers.clock import forward_by
 from tests.helpers.environment import ROOT
 from tests.helpers.models import tiny_vlm
 
@@ -274,17 +275,16 @@ def test_measured_on_this_machine(run, tmp_path):
     assert Image.open(picture).size[1] > 1000
 
 
-def test_times_hold_what_they_are_called(monkeypatch):
-    """A part that waits shows where it takes part, and nowhere else."""
+def test_times_hold_what_they_are_called(monkeypatch, hands):
+    """By the clock, the encoder takes 200 ms and the LLM 100 a call."""
     monkeypatch.chdir(ROOT)
     model = Experiment("slow", read_model([QUICKSTART], []), [], "float32").build("cpu")
     timer = AnswerTimer(model, 8, new_tokens=3, repetitions=3)
-    timer.vlm.encoder.trunk.stem.register_forward_pre_hook(lambda *_: time.sleep(0.2))
-    timer.vlm.llm.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+    timer.vlm.encoder.trunk.stem.register_forward_pre_hook(forward_by(hands, 0.2))
+    timer.vlm.llm.register_forward_pre_hook(forward_by(hands, 0.1))
     pixels = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     seen = {name: times["median"] for name, times in timer(pixels, 16).items() if name.endswith("_ms")}
-    assert 200 < seen["encode_ms"] < 300 < seen["first_token_ms"]
-    assert 100 < seen["further_token_ms"] < 200
+    assert seen == pytest.approx({"encode_ms": 200, "first_token_ms": 300, "further_token_ms": 100})
     with pytest.raises(ValueError, match="expected 17 visual tokens, 1 images have 16 cells"):
         timer(pixels, 17)
     times = [float(n) for n in (5, 1, 9, 3)]
