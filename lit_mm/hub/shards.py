@@ -9,13 +9,14 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import reprlib
 import struct
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -49,6 +50,11 @@ class Record:
 
 
 class _Unpickler(pickle._Unpickler):  # the one in C allocates whatever memo index a file names
+    dispatch: ClassVar[Any] = {
+        code: run for code, run in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
+    """Without the instruction that allocates as many bytes as the file claims; torch writes none."""
+
     def find_class(self, module: str, name: str) -> Any:
         if f"{module}.{name}" in RECORDS:
             return Record
@@ -90,7 +96,9 @@ def read_shards(folder: Path) -> Readers:
         told = _Unpickler(io.BytesIO(file.read_bytes())).load().fields
         stored = {(key.fields["fqn"], key.fields.get("offset")): own for key, own in told["storage_data"].items()}
         _check_files(folder, [own.fields for own in stored.values()])
-        tensors = {str(name): own.fields for name, own in told["state_dict_metadata"].items() if own.fields}
+        tensors = {name: own.fields for name, own in told["state_dict_metadata"].items() if own.fields}
+        if others := [type(name).__name__ for name in tensors if not isinstance(name, str)]:
+            raise ValueError(f"a name in it is of type {others[0]}, expected text")
         return {name: _reader(folder, name, own, stored) for name, own in tensors.items()}
     except (*DAMAGED, pickle.UnpicklingError, struct.error, ArithmeticError) as error:
         said = (str(error) if isinstance(error, ValueError | pickle.UnpicklingError) else "") or repr(error)
@@ -105,8 +113,8 @@ def _check_files(folder: Path, stored: Iterable[dict[str, Any]]) -> None:
         _check_whole((start, length))
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"it names {name!r:.200}, expected a file of this folder")
-        if own.get("transform_descriptors"):
-            raise ValueError(f"{name} is transformed ({own['transform_descriptors']!r:.80}), expected plain tensors")
+        if transforms := own.get("transform_descriptors"):
+            raise ValueError(f"{name}: expected plain tensors, found transforms {reprlib.repr(transforms)}")
         used[name] += length
         if (last := max(start + length, used[name])) > (size := (folder / name).stat().st_size):
             raise ValueError(f"it claims {last} bytes of {name}, which has {size}")
@@ -114,7 +122,7 @@ def _check_files(folder: Path, stored: Iterable[dict[str, Any]]) -> None:
 
 def _check_whole(numbers: tuple[int, ...]) -> None:
     if not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError(f"it has {numbers!r:.80}, expected whole numbers from 0")
+        raise ValueError(f"expected whole numbers from 0, found {reprlib.repr(numbers)}")  # short, however deep
 
 
 def _reader(folder: Path, name: str, told: dict[str, Any], stored: dict[Any, Record]) -> partial[Tensor]:

@@ -400,6 +400,30 @@ def test_metadata_of_shards_that_makes_no_sense(shards):
             open_weights(str(folder))
 
 
+def test_metadata_of_shards_that_would_fill_the_memory(shards):
+    folder, told, write = shards
+    deep = [1]
+    for _ in range(24):  # 2**24 numbers once written out
+        deep = [deep, deep]
+    of(told, "state_dict.vlm.a")[1].offset = deep
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    write(told)
+    with pytest.raises(ValueError, match="expected whole numbers"):
+        open_weights(str(folder))
+    (folder / ".metadata").write_bytes(b"\x80\x05\x96" + struct.pack("<Q", 2**30) + b".")  # a bytearray of 1 GiB
+    with pytest.raises(ValueError, match=r"\.metadata is not that of a sharded checkpoint"):
+        open_weights(str(folder))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+
+
+def test_names_in_the_metadata_of_shards_that_are_no_texts(shards):
+    folder, told, write = shards
+    told.state_dict_metadata = {3: of(told, "state_dict.vlm.a")[0]}
+    write(told)
+    with pytest.raises(ValueError, match="a name in it is of type int, expected text"):
+        open_weights(str(folder))
+
+
 def test_chunks_are_checked_like_other_archives(tmp_path, shards):
     folder, told, write = shards
     for own in (Harm(tmp_path / "harm"), "x", torch.ones(2, 4), torch.ones(4, 2).half()):
