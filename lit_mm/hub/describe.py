@@ -129,7 +129,7 @@ def image_processors(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The files that say how images are prepared, and what they say; the tower's own come first."""
     for file in map(folder.joinpath, PROCESSORS):
         said = read_json(file)
-        yield file, said.get("image_processor", said)
+        yield file, said.get("image_processor") or said
 
 
 def normalization(source: Source, said: dict[str, Any], name: str | None) -> tuple[dict[str, list[float]], str]:

@@ -41,6 +41,7 @@ from lit_mm.hub.template import for_parts
 from lit_mm.inference.answering import Model
 from lit_mm.inference.decoding import end_ids, settings
 from lit_mm.model.batch import IMAGE
+from lit_mm.model.encoder import check_described
 from lit_mm.model.hub import reachable
 from lit_mm.model.loss import logit_factor
 from lit_mm.model.projector import MatryoshkaProjector
@@ -274,7 +275,8 @@ def auto_config(model: Model, image_token_id: int, step: int | None = None) -> L
     """The configuration of a model's folder.
 
     Raises:
-        ValueError: Encoder or projector are not of this package, or the LLM computes its logits in a way of its own.
+        ValueError: Encoder or projector are not of this package, the backbone is not one of timm's own, or the LLM
+            computes its logits in a way of its own.
     """
     vlm, media = model.vlm, model.media
     kind = type(vlm.encoder).__name__
@@ -298,6 +300,7 @@ def auto_config(model: Model, image_token_id: int, step: int | None = None) -> L
         "version": lit_mm.__version__,
     }
     encoder, text = vlm.encoder, text_config(vlm.llm)
+    check_described(encoder.arguments["backbone"], encoder.arguments["overrides"])  # as whoever opens the folder does
     vision = LitMMVisionConfig(
         encoder=kind,
         arguments=encoder.arguments,

@@ -362,7 +362,8 @@ def model_config(found: Found, options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"import: {found.where}: {layers} layers, but only {len(tensors)} weights of the LLM")
     llm = {"name_or_path": name, "config_overrides": overrides, "chat_template": "own"}
     file = found.where.with_name("generation_config.json")
-    longest = read_json(file).get("max_new_tokens", ANSWER)
+    told = read_json(file).get("max_new_tokens")
+    longest = ANSWER if told is None else told
     if not isinstance(longest, int) or longest < 1:
         raise ValueError(f"import: {file}: max_new_tokens is {longest!r:.80}, expected 1 or more")
     config = {"encoder": encoder, "llm": llm, "parts": {part: {} for part in PARTS}, "max_new_tokens": longest}

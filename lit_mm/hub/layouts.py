@@ -32,6 +32,8 @@ LAYOUTS: dict[Layout, str] = {
     "llm": "a causal LM of transformers, perhaps with peft's adapters",
     "own": "a run, a checkpoint or an export of this package",
 }
+OWN = ("encoder.trunk.", "projector.layers.", "llm.", "trunk.", "layers.")
+"""What names of this package's weights begin with, of a whole model or one part."""
 Tower = Literal["convnext", "clip", "open_clip", "timm"]
 
 ANCHORS: dict[str, Tower] = {
@@ -187,7 +189,7 @@ def translate(raw: Readers, where: Path) -> tuple[Layout | None, Readers, list[s
         raise ValueError(f"{where} has two vision towers: {' and '.join(f'{prefix}…' for prefix in found)}")
     is_llava = any(PROJECTOR.search(name) for name in raw)
     if not found and not is_llava:
-        is_own = any(name.startswith(("trunk.", "layers.", "llm.")) for name in raw)
+        is_own = any(name.startswith(OWN) for name in raw)
         return "own" if is_own else "llm" if any(map(EMBEDDINGS.search, raw)) else None, raw, []
     [(prefix, kind)] = found.items() or [("\0", None)]
     tower = {name.removeprefix(prefix): read for name, read in raw.items() if name.startswith(prefix)}

@@ -339,6 +339,21 @@ def test_a_head_of_another_kind_is_refused(tmp_path):
         export(model, tmp_path / "model")
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"backbone": "hf-hub:owner/name"}, "encoder.backbone hf-hub:owner/name: expected a name of timm's own"),
+        ({"overrides": {"checkpoint_path": "a.pth"}}, "encoder.overrides: checkpoint_path names files"),
+    ],
+)
+def test_what_no_folder_may_say_of_its_encoder_is_not_exported(tmp_path, changed, said):
+    model = model_of("five stages", tiny_llm(), SQUARE)
+    model.vlm.encoder.arguments |= changed
+    with pytest.raises(ValueError, match=said):
+        export(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_an_encoder_of_your_own_is_refused(tmp_path):
     class Mine(TimmEncoder):
         pass

@@ -341,6 +341,19 @@ def test_what_needs_no_import_is_told(out, tmp_path):
         )
     with pytest.raises(ValueError, match="is a run: load"):
         main([str(out), str(tmp_path / "o")])
+    clip_tower().save_pretrained(tmp_path / "clip")
+    main([str(tmp_path / "clip"), str(tmp_path / "part")])
+    with pytest.raises(ValueError, match=r"weights of this package, which model\.init_from takes"):
+        main([str(tmp_path / "part"), str(tmp_path / "o")])
+
+
+def test_fields_that_are_null_say_nothing(tmp_path):
+    theirs = llava(clip_tower(heads=1))
+    state = theirs.state("model.vision_tower.vision_tower.")
+    source = write_folder(tmp_path / "llava", state, theirs.config(mm_vision_tower=OPENAI))
+    (source / "generation_config.json").write_text('{"max_new_tokens": null}')
+    (source / "processor_config.json").write_text('{"image_processor": null}')
+    assert imported(source).max_new_tokens == 128
 
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
