@@ -70,7 +70,9 @@ def test_the_pictures_show_what_the_docs_say(monkeypatch):
     front.main()
     (figure, file), (demo, demo_file) = made
     heights = [sum(bar.get_height() for bar in axes.patches) for axes in figure.axes[7:]]
-    table = [line.split("|") for line in (ROOT / "docs/costs.md").read_text().splitlines() if line.startswith("| 1536²")]
+    table = [
+        line.split("|") for line in (ROOT / "docs/costs.md").read_text().splitlines() if line.startswith("| 1536²")
+    ]
     assert [f"{heights[0]:.2f} T", f"{heights[-1]:.2f} T"] == [line[5].strip() for line in table]
     for drawn, kept in ((figure, file), (demo, demo_file)):
         assert Image.open(kept).size == tuple(round(110 * side) for side in drawn.get_size_inches())

@@ -15,6 +15,8 @@ HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """What the client raises for a broken connection, too; it is of httpx or httpx2, whichever huggingface_hub uses."""
 SECONDS = 5.0
 """How long the hub may take to answer before it counts as out of reach."""
+BUSY = 429
+"""The status of a hub that gets too many requests, on which the cache serves as it does if the hub fails."""
 TWICE = ["pytorch_model*.bin"]
 """What a repository has beside the same weights as safetensors."""
 KNOWN = {"model.safetensors": TWICE, "model.safetensors.index.json": TWICE}
@@ -74,7 +76,11 @@ def _online(name: str, revision: str | None, patterns: list[str]) -> Path:
         twice = _twice(name, revision)
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=twice))
     except HTTP_ERROR as error:
-        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+        if (
+            isinstance(error, HfHubHTTPError)
+            and error.response.status_code < 500
+            and error.response.status_code != BUSY
+        ):
             raise
         with suppress(LocalEntryNotFoundError):
             return _cached(name, revision, patterns)

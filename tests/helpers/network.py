@@ -32,16 +32,16 @@ class Hub(BaseHTTPRequestHandler):
 
     files: ClassVar[dict[str, dict[str, bytes]]] = {}
     asked: ClassVar[list[str]] = []
-    broken: ClassVar[bool] = False
-    """Whether connections end without an answer."""
+    broken: ClassVar[bool | int] = False
+    """Whether connections end without an answer; a number: the status of every answer."""
 
     def do_HEAD(self):
         self.do_GET()
 
     def do_GET(self):
         self.asked.append(self.path)
-        if self.broken:
-            return
+        if self.broken is not False:
+            return self.send_error(self.broken) if self.broken is not True else None
         parts = self.path.split("?")[0].strip("/").split("/")
         if parts[:2] == ["api", "models"] and parts[2:4] == ["owner", "name"]:
             commit = COMMITS.get(parts[5] if len(parts) > 5 else "main", parts[-1])

@@ -90,11 +90,12 @@ def test_a_repository_that_the_hub_does_not_have(own_hub):  # noqa: F811
         folder_of("owner/other", ["*"], "x")
 
 
-def test_a_connection_that_breaks_leaves_what_the_cache_has(own_hub, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("broken", [True, 429, 503])
+def test_a_hub_that_fails_leaves_what_the_cache_has(own_hub, monkeypatch, broken):  # noqa: F811
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the client's own tries
     own_hub.files = {COMMITS["main"]: {"model.safetensors": b"a"}, COMMITS["v1"]: {"model.safetensors": b"b"}}
     folder = folder_of("owner/name", ["*.safetensors"], "x")
-    own_hub.broken = True
+    own_hub.broken = broken
     assert folder_of("owner/name", ["*.safetensors"], "x") == folder
     with pytest.raises(FileNotFoundError, match=r"x: owner/name: .+\n.*hf download owner/name --revision v1"):
         folder_of("owner/name@v1", ["*.safetensors"], "x")
