@@ -40,8 +40,11 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.asked.append(self.path)
-        if self.broken is not False:
-            return self.send_error(self.broken) if self.broken is not True else None
+        if self.broken is True:
+            return
+        if self.broken:
+            self.send_error(self.broken)
+            return
         parts = self.path.split("?")[0].strip("/").split("/")
         if parts[:2] == ["api", "models"] and parts[2:4] == ["owner", "name"]:
             commit = COMMITS.get(parts[5] if len(parts) > 5 else "main", parts[-1])
