@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lit_mm.data.boards import write_boards
+from lit_mm.data.boards import BOARDS
 from lit_mm.data.easy_vqa import package_data, read_questions
 from lit_mm.evaluation import results
 from lit_mm.evaluation.results import Judged, scores_of, write_questions
@@ -135,7 +135,7 @@ def test_the_recorded_files_are_of_one_run():
 def test_a_questions_image_is_the_one_that_was_asked(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     image_of = import_module("pictures").image_of
-    write_boards(tmp_path, train=0, val=0, test=2)
+    BOARDS.write(tmp_path, train=0, val=0, test=2)
     for record in json.loads((tmp_path / "test.json").read_text()):
         assert image_of(f"{record['id']}#1").tobytes() == Image.open(tmp_path / record["image"]).tobytes()
     last = max(read_questions("test"))

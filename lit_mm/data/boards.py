@@ -21,8 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lit_mm.data.dataset import Subset
 from lit_mm.data.easy_vqa import EasyVQADataModule, package_data
 from lit_mm.data.inputs import ModelInputs
-from lit_mm.data.sources.base import new_file
-from lit_mm.data.writing import conversation, write_records
+from lit_mm.data.writing import DrawnSet, Pairs
 
 ROWS, CELL = 4, 16
 INKS = {
@@ -54,7 +53,7 @@ class Board:
     shifts: tuple[tuple[int, int], ...]
     cells: tuple[tuple[int, int], ...]
 
-    def questions(self) -> dict[str, list[tuple[str, str]]]:
+    def questions(self) -> dict[str, Pairs]:
         """The type of the questions -> pairs of question and answer."""
         return {
             "row": [(f"what is in row {number}?", row) for number, row in enumerate(self.rows, 1)],
@@ -141,59 +140,7 @@ class DemoDataModule(EasyVQADataModule):
     def prepare_data(self) -> None:
         """Write the records, and the boards that do not exist yet."""
         super().prepare_data()
-        write_boards(self.boards, **self.counts)
-
-
-def write_boards(root: Path, train: int, val: int, test: int, seed: int = 0) -> None:
-    """Write captions.json (of the training boards), train.json, val.json and test.json in LLaVA's format, and their
-    images.
-
-    A board depends only on the seed, its split and its number. Existing images are not written again.
-
-    Args:
-        root: Folder of the records; images go to boards_SEED in it.
-        train: Number of training boards.
-        val: Number of boards for validation.
-        test: Number of boards for the final test.
-        seed: Seed of all random choices.
-    """
-    (root / f"boards_{seed}").mkdir(parents=True, exist_ok=True)
-    for split, count in {"train": train, "val": val, "test": test}.items():
-        for number in range(count):
-            file = root / image_name(split, number, seed)
-            if not file.is_file():
-                with new_file(file) as opened:
-                    render(make_board(split, number, seed)).save(opened, "png")
-    write_records(root / "captions.json", [caption("train", number, seed) for number in range(train)])
-    write_records(root / "train.json", [talk("train", number, seed) for number in range(train)])
-    for split, count in {"val": val, "test": test}.items():
-        write_records(root / f"{split}.json", [item for n in range(count) for item in questions(split, n, seed)])
-
-
-def caption(split: str, number: int, seed: int = 0) -> dict[str, Any]:
-    """A LLaVA record that describes a board."""
-    return _record(split, number, seed, [make_board(split, number, seed).caption()], "caption")
-
-
-def talk(split: str, number: int, seed: int = 0) -> dict[str, Any]:
-    """A LLaVA record with all questions about a board in random order."""
-    pairs = [pair for own in make_board(split, number, seed).questions().values() for pair in own]
-    return _record(split, number, seed, random.Random(f"{seed} {split} {number} order").sample(pairs, len(pairs)))
-
-
-def questions(split: str, number: int, seed: int = 0) -> list[dict[str, Any]]:
-    """A LLaVA record for each type of questions about a board."""
-    by_type = make_board(split, number, seed).questions()
-    return [_record(split, number, seed, pairs, kind) | {"type": kind} for kind, pairs in by_type.items()]
-
-
-def _record(split: str, number: int, seed: int, pairs: list[tuple[str, str]], kind: str = "talk") -> dict[str, Any]:
-    return conversation(f"board_{split}_{number}_{kind}", "image", image_name(split, number, seed), pairs)
-
-
-def image_name(split: str, number: int, seed: int) -> str:
-    """The image's path below the root."""
-    return f"boards_{seed}/{split}_{number}.png"
+        BOARDS.write(self.boards, **self.counts)
 
 
 def make_board(split: str, number: int, seed: int = 0) -> Board:
@@ -215,3 +162,7 @@ def render(board: Board) -> Image.Image:
         center = column * CELL + CELL // 2 + across, row * CELL + CELL // 2 + down
         drawing.text(center, digit, INKS[board.ink], font, anchor="mm")
     return image
+
+
+BOARDS = DrawnSet("board", make_board, render, lambda rng, pairs: rng.sample(pairs, len(pairs)))
+"""Boards as records; `BOARDS.write` writes them."""

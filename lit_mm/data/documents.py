@@ -15,70 +15,17 @@ import random
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lit_mm.data.sources.base import new_file
-from lit_mm.data.writing import conversation, write_records
+from lit_mm.data.writing import DrawnSet, Pairs
 
 SIDE, MARGIN = 256, 14
 FONTS = {"page": "DejaVuSerif", "receipt": "DejaVuSansMono", "form": "DejaVuSans"}
-NAMES = [
-    "Abbot",
-    "Baker",
-    "Carter",
-    "Dunn",
-    "Ellis",
-    "Frost",
-    "Grant",
-    "Hale",
-    "Ingram",
-    "Jarvis",
-    "Keller",
-    "Lowe",
-    "Moss",
-    "North",
-    "Owens",
-    "Porter",
-]
+NAMES = "Abbot Baker Carter Dunn Ellis Frost Grant Hale Ingram Jarvis Keller Lowe Moss North Owens Porter"
 MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
-QUALITIES = [
-    "black",
-    "blue",
-    "clean",
-    "cold",
-    "dry",
-    "fresh",
-    "gray",
-    "green",
-    "large",
-    "new",
-    "old",
-    "plain",
-    "red",
-    "small",
-    "soft",
-    "white",
-]
-THINGS = [
-    "apples",
-    "bread",
-    "brush",
-    "cable",
-    "cloth",
-    "coffee",
-    "glue",
-    "honey",
-    "lamp",
-    "milk",
-    "paint",
-    "paper",
-    "rope",
-    "salt",
-    "soap",
-    "tea",
-]
+QUALITIES = "black blue clean cold dry fresh gray green large new old plain red small soft white"
+THINGS = "apples bread brush cable cloth coffee glue honey lamp milk paint paper rope salt soap tea"
 
 
 @dataclass(frozen=True)
@@ -103,7 +50,7 @@ class Document:
     size: int
     asked: tuple[int, ...]
 
-    def questions(self) -> dict[str, list[tuple[str, str]]]:
+    def questions(self) -> dict[str, Pairs]:
         """The type of the questions -> pairs of question and answer."""
         found = {"company": [("who wrote this?", self.company)], "date": [("what is the date?", self.date)]}
         if self.prices:
@@ -141,10 +88,10 @@ def make_document(split: str, number: int, seed: int = 0) -> Document:
     """The document with this number."""
     rng = random.Random(f"{seed} {split} {number} document")
     kind, count = rng.choice([*FONTS]), rng.randint(4, 8)
-    lines = tuple(f"{rng.choice(QUALITIES)} {rng.choice(THINGS)}" for _ in range(count))
+    lines = tuple(f"{rng.choice(QUALITIES.split())} {rng.choice(THINGS.split())}" for _ in range(count))
     prices = () if kind == "page" else tuple(rng.randint(50, 1999) for _ in lines)
     date = f"{rng.randint(1, 28)} {rng.choice(MONTHS)} {rng.randint(2000, 2025)}"
-    company, asked = " & ".join(rng.sample(NAMES, 2)), tuple(rng.sample(range(count), 2))
+    company, asked = " & ".join(rng.sample(NAMES.split(), 2)), tuple(rng.sample(range(count), 2))
     return Document(kind, company, date, lines, prices, rng.randint(9, 11), asked)
 
 
@@ -165,48 +112,10 @@ def render(document: Document) -> Image.Image:
     return image
 
 
-def write_documents(root: Path, train: int, val: int, test: int, seed: int = 0) -> None:
-    """Write captions.json (of the training documents), train.json, val.json and test.json in LLaVA's format, and their
-    images.
-
-    A document depends only on the seed, its split and its number. Existing images are not written again.
-
-    Args:
-        root: Folder of the records; images go to documents_SEED in it.
-        train: Number of training documents.
-        val: Number of documents for validation.
-        test: Number of documents for the final test.
-        seed: Seed of all random choices.
-    """
-    counts = {"train": train, "val": val, "test": test}
-    made = {split: [make_document(split, number, seed) for number in range(count)] for split, count in counts.items()}
-    for split, documents in made.items():
-        for number, document in enumerate(documents):
-            file = root / _image(split, number, seed)
-            if not file.is_file():
-                with new_file(file) as opened:
-                    render(document).save(opened, "png")
-
-    write_records(root / "captions.json", [caption("train", number, seed) for number in range(train)])
-    talks = [[pair for own in document.questions().values() for pair in own] for document in made["train"]]
-    for number, pairs in enumerate(talks):
-        random.Random(f"{seed} train {number} order").shuffle(pairs)
-    write_records(root / "train.json", [_record("train", n, seed, pairs, "talk") for n, pairs in enumerate(talks)])
-    for split in ("val", "test"):
-        asked = [(n, *own) for n, document in enumerate(made[split]) for own in document.questions().items()]
-        items = [_record(split, n, seed, pairs, kind) | {"type": kind} for n, kind, pairs in asked]
-        write_records(root / f"{split}.json", items)
+def _shuffled(rng: random.Random, pairs: Pairs) -> Pairs:
+    rng.shuffle(pairs)
+    return pairs
 
 
-def caption(split: str, number: int, seed: int = 0) -> dict[str, Any]:
-    """A LLaVA record with a document's whole text."""
-    return _record(split, number, seed, [make_document(split, number, seed).caption()], "caption")
-
-
-def _record(split: str, number: int, seed: int, pairs: list[tuple[str, str]], kind: str) -> dict[str, Any]:
-    return conversation(f"document_{split}_{number}_{kind}", "image", _image(split, number, seed), pairs)
-
-
-def _image(split: str, number: int, seed: int) -> str:
-    """The image's path below the root."""
-    return f"documents_{seed}/{split}_{number}.png"
+DOCUMENTS = DrawnSet("document", make_document, render, _shuffled)
+"""Documents as records; `DOCUMENTS.write` writes them."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from lit_mm.data import boards, documents
+from lit_mm.data.boards import BOARDS
 from lit_mm.data.datamodules import ImageDataModule
+from lit_mm.data.documents import DOCUMENTS
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.inputs import ModelInputs
 from lit_mm.data.writing import write_records
 
-WRITERS = {"boards": boards.write_boards, "documents": documents.write_documents}
-CAPTIONS = {"boards": boards.caption, "documents": documents.caption}
+SETS = {"boards": BOARDS, "documents": DOCUMENTS}
 SIDES = {"boards": 64, "documents": 256}
 
 
@@ -73,7 +73,7 @@ class RenderedDataModule(ImageDataModule):
 
     def prepare_data(self) -> None:
         """Write the records, and the images that do not exist yet."""
-        WRITERS[self.content](self.root, **self.counts)
+        SETS[self.content].write(self.root, **self.counts)
         for split in ("val", "test"):
-            items = [CAPTIONS[self.content](split, number) for number in range(self.counts[split])]
+            items = [SETS[self.content].caption(split, number) for number in range(self.counts[split])]
             write_records(self.root / f"{split}_captions.json", items)

@@ -1,14 +1,21 @@
-"""Writes records in LLaVA's format, for the demo sets."""
+"""Writes records in LLaVA's format, and images that are drawn, for the demo sets."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from lit_mm.data.records import MARKERS, Kind
 from lit_mm.data.sources.base import new_file
+
+Pairs = list[tuple[str, str]]
+"""Questions with their answers."""
 
 
 def conversation(name: str, kind: Kind, path: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -24,3 +31,65 @@ def write_records(file: Path, items: Sequence[dict[str, Any]]) -> None:
     if not file.is_file() or file.read_text() != text:
         with new_file(file) as opened:
             opened.write(text.encode())
+
+
+@dataclass(frozen=True)
+class DrawnSet:
+    """Drawn images with captions and questions. An image depends only on the seed, its split and its number.
+
+    Args:
+        name: What one image is called: `board` gives images boards_SEED/train_0.png and ids board_train_0_talk.
+        make: Split, number, seed -> what the image shows, with `caption()` and, by type, `questions()`.
+        render: That -> the image.
+        shuffled: Puts the questions of a conversation in random order.
+    """
+
+    name: str
+    make: Callable[[str, int, int], Any]
+    render: Callable[[Any], Image.Image]
+    shuffled: Callable[[random.Random, Pairs], Pairs]
+
+    def write(self, root: Path, train: int, val: int, test: int, seed: int = 0) -> None:
+        """Write captions.json (of the training images), train.json, val.json and test.json in LLaVA's format, and the
+        images that do not exist yet.
+
+        Args:
+            root: Folder of the records and of the images' folder.
+            train: Number of training images.
+            val: Number of images for validation.
+            test: Number of images for the final test.
+            seed: Seed of all random choices.
+        """
+        for split, count in {"train": train, "val": val, "test": test}.items():
+            for number in range(count):
+                file = root / self._path(split, number, seed)
+                if not file.is_file():
+                    with new_file(file) as opened:
+                        self.render(self.make(split, number, seed)).save(opened, "png")
+        write_records(root / "captions.json", [self.caption("train", number, seed) for number in range(train)])
+        write_records(root / "train.json", [self.talk("train", number, seed) for number in range(train)])
+        for split, count in {"val": val, "test": test}.items():
+            asked = [record for number in range(count) for record in self.questions(split, number, seed)]
+            write_records(root / f"{split}.json", asked)
+
+    def caption(self, split: str, number: int, seed: int = 0) -> dict[str, Any]:
+        """A record that asks for everything that an image shows."""
+        return self._record(split, number, seed, [self.make(split, number, seed).caption()], "caption")
+
+    def talk(self, split: str, number: int, seed: int = 0) -> dict[str, Any]:
+        """A record with all questions about an image in random order."""
+        pairs = [pair for own in self.make(split, number, seed).questions().values() for pair in own]
+        pairs = self.shuffled(random.Random(f"{seed} {split} {number} order"), pairs)
+        return self._record(split, number, seed, pairs, "talk")
+
+    def questions(self, split: str, number: int, seed: int = 0) -> list[dict[str, Any]]:
+        """A record for each type of questions about an image."""
+        by_type = self.make(split, number, seed).questions()
+        return [self._record(split, number, seed, own, kind) | {"type": kind} for kind, own in by_type.items()]
+
+    def _record(self, split: str, number: int, seed: int, pairs: Pairs, kind: str) -> dict[str, Any]:
+        return conversation(f"{self.name}_{split}_{number}_{kind}", "image", self._path(split, number, seed), pairs)
+
+    def _path(self, split: str, number: int, seed: int) -> str:
+        """The image's path below the root."""
+        return f"{self.name}s_{seed}/{split}_{number}.png"

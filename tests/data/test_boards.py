@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from lit_mm.data.boards import INKS, DemoDataModule, make_board, write_boards
+from lit_mm.data.boards import BOARDS, INKS, DemoDataModule, make_board
 from lit_mm.data.records import parse
 from tests.helpers.environment import installed
+from tests.helpers.records import exchanges, items
 
 SPLITS = {"train": 40, "val": 5, "test": 5}
 
@@ -20,17 +21,8 @@ SPLITS = {"train": 40, "val": 5, "test": 5}
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("boards")
-    write_boards(root, **SPLITS, seed=3)
+    BOARDS.write(root, **SPLITS, seed=3)
     return root
-
-
-def items(root, name):
-    return json.loads((root / f"{name}.json").read_text())
-
-
-def exchanges(item):
-    texts = [turn["value"].removeprefix("<image>\n") for turn in item["conversations"]]
-    return list(zip(texts[::2], texts[1::2], strict=True))
 
 
 def glyph(digit, across=0, down=0):
@@ -106,7 +98,7 @@ def test_records_are_llava_json_with_types(root):
 
 
 def test_boards_depend_on_seed_split_and_number_alone(root, tmp_path):
-    write_boards(tmp_path, train=5, val=0, test=1, seed=3)
+    BOARDS.write(tmp_path, train=5, val=0, test=1, seed=3)
     assert items(tmp_path, "train") == items(root, "train")[:5]
     assert items(tmp_path, "test") == items(root, "test")[:3]
     written = sorted(tmp_path.glob("boards_3/*"))
@@ -118,7 +110,7 @@ def test_boards_depend_on_seed_split_and_number_alone(root, tmp_path):
 
 def test_what_is_there_is_not_written_again(root):
     before = {file: file.stat().st_mtime_ns for file in root.rglob("*")}
-    write_boards(root, **SPLITS, seed=3)
+    BOARDS.write(root, **SPLITS, seed=3)
     assert {file: file.stat().st_mtime_ns for file in root.rglob("*")} == before
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from lit_mm.data.documents import FONTS, SIDE, font_of, make_document, render, write_documents
+from lit_mm.data.documents import DOCUMENTS, FONTS, SIDE, font_of, make_document, render
 from lit_mm.data.records import parse
 from lit_mm.data.rendered import RenderedDataModule
+from tests.helpers.records import exchanges, items
 
 SPLITS = {"train": 30, "val": 4, "test": 8}
 
@@ -19,17 +20,8 @@ SPLITS = {"train": 30, "val": 4, "test": 8}
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("documents")
-    write_documents(root, **SPLITS, seed=3)
+    DOCUMENTS.write(root, **SPLITS, seed=3)
     return root
-
-
-def items(root, name):
-    return json.loads((root / f"{name}.json").read_text())
-
-
-def exchanges(item):
-    texts = [turn["value"].removeprefix("<image>\n") for turn in item["conversations"]]
-    return list(zip(texts[::2], texts[1::2], strict=True))
 
 
 def bands(pixels):
@@ -110,7 +102,7 @@ def test_records_say_what_the_documents_show(root):
 
 
 def test_documents_depend_on_seed_split_and_number_alone(root, tmp_path):
-    write_documents(tmp_path, **dict.fromkeys(SPLITS, 2), seed=3)
+    DOCUMENTS.write(tmp_path, **dict.fromkeys(SPLITS, 2), seed=3)
     for split in SPLITS:
         name = f"documents_3/{split}_1.png"
         assert (tmp_path / name).read_bytes() == (root / name).read_bytes()

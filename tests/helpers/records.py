@@ -37,3 +37,14 @@ def kept_of(bad, items, check) -> list:
         except RecordError as error:
             bad.add(error)
     return kept
+
+
+def items(root, name):
+    """The records of a written set."""
+    return json.loads((root / f"{name}.json").read_text())
+
+
+def exchanges(item):
+    """Questions and answers of a LLaVA record."""
+    texts = [turn["value"].removeprefix("<image>\n") for turn in item["conversations"]]
+    return list(zip(texts[::2], texts[1::2], strict=True))
