@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import traceback
@@ -29,7 +30,16 @@ lit_mm trains and studies large multimodal models with elastic visual tokens.
 """
 INTERRUPTED = 130
 """The exit status of shells for Ctrl-C."""
-VERBS = ("fit", "validate", "test", "predict", "ask", "serve", "calibrate", "export", "import", "profile")
+COMMANDS = {
+    "ask": "lit_mm.inference.ask",
+    "serve": "lit_mm.inference.serve",
+    "calibrate": "lit_mm.inference.calibrate",
+    "export": "lit_mm.hub.export",
+    "import": "lit_mm.hub.importers",
+    "profile": "lit_mm.profile.command",
+}
+"""The module of each command that LightningCLI does not run."""
+VERBS = ("fit", "validate", "test", "predict", *COMMANDS)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,30 +61,8 @@ def run(arguments: list[str]) -> None:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     try:
-        if arguments[0] == "profile":  # reads configs by itself
-            from lit_mm.profile.command import main as profile
-
-            profile(arguments[1:])
-        elif arguments[0] == "ask":  # a trained model needs no config
-            from lit_mm.inference.ask import main as ask
-
-            ask(arguments[1:])
-        elif arguments[0] == "serve":
-            from lit_mm.inference.serve import main as serve
-
-            serve(arguments[1:])
-        elif arguments[0] == "calibrate":
-            from lit_mm.inference.calibrate import main as calibrate
-
-            calibrate(arguments[1:])
-        elif arguments[0] == "export":
-            from lit_mm.hub.export import main as export
-
-            export(arguments[1:])
-        elif arguments[0] == "import":
-            from lit_mm.hub.importers import main as import_weights
-
-            import_weights(arguments[1:])
+        if arguments[0] in COMMANDS:  # these read their arguments themselves
+            importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
         else:
             from lit_mm.cli import LitMMCLI
 

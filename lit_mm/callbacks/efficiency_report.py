@@ -19,7 +19,6 @@ from lit_mm.costs.units import in_bytes, in_flops
 from lit_mm.evaluation.benchmarks import Benchmark
 from lit_mm.evaluation.efficiency import (
     ONE_POINT,
-    UNTRAINED,
     Asked,
     accuracy_per_tflop,
     scale_costs,
@@ -28,7 +27,7 @@ from lit_mm.evaluation.efficiency import (
 )
 from lit_mm.evaluation.metrics import METRICS, majority_share
 from lit_mm.evaluation.oracle_report import results_of
-from lit_mm.evaluation.pictures import draw_times, spread
+from lit_mm.evaluation.pictures import draw_times, draw_untrained, markdown_table, spread, table_of
 from lit_mm.evaluation.results import Judged, by_type, headline_of, intervals, scores_of
 from lit_mm.inference.generation import Generated
 from lit_mm.model.batch import Batch, Question
@@ -42,11 +41,12 @@ Result = dict[str, Any]
 """The figures, as `TokenEfficiency` writes them to JSON."""
 
 MOST_NEW_TOKENS = 8
+ALL_SETS = "All test sets: accuracy %"
 GRAY = "#999999"
 LINES = ["#1f5fa8", "#c8641e", "#3a8f4d", "#8a4fa3", "#a33f4f"]
 """Line colors, one per time scale."""
 TYPES = ["#c8641e", "#3a8f4d", "#8a4fa3", "#a33f4f", "#7a6a1f", "#2b8a9b"]
-"""Line colors of question types; a result with more types is told without them here, as tables show them."""
+"""Line colors of question types. The picture and the lines below the table leave types out if there are more."""
 
 
 class Evaluation:
@@ -246,11 +246,8 @@ def draw_accuracy(axes: Axes, result: Result) -> None:
         axes.plot(*zip(*line, strict=True), "o-", color=color, linewidth=2, markersize=7, label=label, zorder=3)
         for point in line:
             axes.annotate(f"{point[1]:.1f}", point, (0, -16), textcoords="offset points", ha="center", color=color)
-    if hollow := [(row["visual_tokens"], 100 * row["accuracy"]) for row in result["scales"] if untrained(row)]:
-        places, heights = zip(*hollow, strict=True)
-        axes.plot(
-            places, heights, "o", color=LINES[0], markerfacecolor="white", markersize=7, label=UNTRAINED, zorder=3
-        )
+    rows = [row for row in result["scales"] if untrained(row)]
+    draw_untrained(axes, [(row["visual_tokens"], 100 * row["accuracy"]) for row in rows], LINES[0])
     bars = [(row["visual_tokens"], *row["interval"]) for row in result["scales"] if "interval" in row]
     x, low, high = ([bar[place] for bar in bars] for place in range(3))
     axes.vlines(x, [100 * end for end in low], [100 * end for end in high], color=GRAY, zorder=2)
@@ -335,12 +332,7 @@ def _tokens(row: dict[str, Any]) -> str:
 
 def table(result: Result) -> Table:
     """The figures as a table for the terminal."""
-    names, *lines = _cells(result)
-    rows = Table(title=_title(result), title_justify="left", caption=_caption(result), caption_justify="left")
-    for name in names:
-        rows.add_column(name, justify="right")
-    for line in lines:
-        rows.add_row(*line)
+    rows = table_of(_title(result), _cells(result), _caption(result), left=0)
     rows.add_row("majority answer", f"{100 * result['majority_answer']:.2f}", style="dim")
     return rows
 
@@ -349,19 +341,17 @@ def markdown(result: Result) -> str:
     """The same table for TensorBoard."""
     cells = _cells(result)
     cells.append(["majority answer", f"{100 * result['majority_answer']:.2f}", *[""] * (len(cells[0]) - 2)])
-    return f"**{_title(result)}**\n\n{in_markdown(cells)}\n\n{_caption(result)}"
-
-
-def in_markdown(cells: list[list[str]]) -> str:
-    """A header and rows as a markdown table."""
-    names, *lines = cells
-    rule = [":--", *["--:"] * (len(names) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (names, rule, *lines))
+    return markdown_table(_title(result), cells, _caption(result))
 
 
 def sets_table(results: Sequence[Result]) -> Table:
     """A row for each scale and a column for each test set: accuracies, then mean visual tokens and FLOPs."""
-    return _as_table(sets_cells(results), "All test sets: accuracy %")
+    return table_of(ALL_SETS, sets_cells(results), left=0)
+
+
+def sets_markdown(results: Sequence[Result]) -> str:
+    """The same table for TensorBoard."""
+    return markdown_table(ALL_SETS, sets_cells(results))
 
 
 def sets_cells(results: Sequence[Result]) -> list[list[str]]:
@@ -393,16 +383,6 @@ def _headline(row: dict[str, Any]) -> str:
         return ""
     (low, high), value = told["interval"], told["value"]
     return _percent(value, (low, high)) if told["name"].endswith("%") else f"{value:.1f} ± {(high - low) / 2:.1f}"
-
-
-def _as_table(cells: list[list[str]], title: str) -> Table:
-    names, *lines = cells
-    rows = Table(title=title, title_justify="left")
-    for name in names:
-        rows.add_column(name, justify="right")
-    for line in lines:
-        rows.add_row(*line)
-    return rows
 
 
 def _percent(share: float, interval: Sequence[float]) -> str:

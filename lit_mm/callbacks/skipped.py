@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from rich.table import Table
 
 from lit_mm.callbacks.meter import objects_of_ranks
-from lit_mm.evaluation.pictures import print_whole
+from lit_mm.evaluation.pictures import print_whole, table_of
 
 
 class SkippedRecords(Callback):
@@ -35,10 +35,8 @@ class SkippedRecords(Callback):
 
 def table(epoch: int, before: Counter[str], loading: Counter[str], seen: int) -> Table:
     """The counts for the terminal."""
-    rows = Table(title=f"Records left out, to the end of epoch {epoch} ({seen:,} loaded)", title_justify="left")
-    rows.add_column("reason")
-    rows.add_column("before training", justify="right")
-    rows.add_column("while loading", justify="right")
+    title = f"Records left out, to the end of epoch {epoch} ({seen:,} loaded)"
+    rows = table_of(title, [["reason", "before training", "while loading"]])
     for reason in sorted({*before, *loading}):
         rows.add_row(reason, f"{before[reason]:,}", f"{loading[reason]:,}")
     rows.add_row("all", f"{before.total():,}", f"{loading.total():,}", style="bold")

@@ -26,11 +26,10 @@ from lit_mm.callbacks.efficiency_report import (
     Evaluation,
     Result,
     draw,
-    in_markdown,
     in_short,
     markdown,
     set_name,
-    sets_cells,
+    sets_markdown,
     sets_table,
     table,
 )
@@ -313,9 +312,7 @@ class TokenEfficiency(Callback):
         """Print and log the table of several test sets."""
         print_whole(sets_table(results))
         for writer in writers(trainer):
-            writer.add_text(
-                "test/all", in_markdown(sets_cells(results)), trainer.fit_loop.epoch_loop._batches_that_stepped
-            )
+            writer.add_text("test/all", sets_markdown(results), trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def chosen(file: Path, questions: list[Judged], result: Result) -> Result | None:

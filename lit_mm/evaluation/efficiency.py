@@ -13,8 +13,6 @@ from lit_mm.model.batch import Counts, Prompts
 from lit_mm.model.scales import Scale, VideoScale
 
 ONE_POINT = 0.01
-UNTRAINED = "not trained at this scale"
-"""The legend of pictures."""
 
 
 class Asked:

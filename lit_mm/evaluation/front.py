@@ -15,6 +15,7 @@ from rich.table import Table
 from lit_mm.evaluation.answer_costs import UNITS, Cost
 from lit_mm.evaluation.calibration import Floats, Rows, Rule, follow, outcome
 from lit_mm.evaluation.oracle import Curve, envelope, fixed_mixture, oracle, shuffled
+from lit_mm.evaluation.pictures import markdown_table, table_of
 from lit_mm.evaluation.results import CELLS, DRAWS
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class _Draws:
 
 
 def _at(mixture: Curve, cost: float) -> float:
-    """At the lowest cost where rounding falls below it."""
+    """The mixture's accuracy at a cost, which rounding may have put just below the lowest one."""
     return float(mixture.at(max(float(cost), mixture.tokens[0])))
 
 
@@ -184,13 +185,8 @@ def _told(result: Result) -> tuple[str, str]:
 
 def table(result: Result) -> Table:
     """The figures for the terminal."""
-    title, caption = _told(result)
-    (names, *lines), found = (
-        cells(result),
-        Table(title=title, title_justify="left", caption=caption, caption_justify="left"),
-    )
-    for place, name in enumerate(names):
-        found.add_column(name, justify="right" if place else "left")
+    (title, caption), (names, *lines) = _told(result), cells(result)
+    found = table_of(title, [names], caption)
     for line in lines:
         found.add_row(*line, style="bold" if line[0] == "auto" else None)
     return found
@@ -199,10 +195,7 @@ def table(result: Result) -> Table:
 def markdown(result: Result) -> str:
     """The same table for TensorBoard."""
     title, caption = _told(result)
-    names, *lines = cells(result)
-    rule = [":--", *["--:"] * (len(names) - 1)]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in (names, rule, *lines))
-    return f"**{title}**\n\n{body}\n\n{caption}"
+    return markdown_table(title, cells(result), caption)
 
 
 def draw(result: Result) -> Figure:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from rich.markup import escape
 from rich.table import Table
 
-from lit_mm.evaluation.efficiency import UNTRAINED, untrained
+from lit_mm.evaluation.efficiency import untrained
 from lit_mm.evaluation.oracle import Curve, checked, envelope, fixed_mixture, oracle, shuffled
+from lit_mm.evaluation.pictures import draw_untrained, markdown_table, table_of
 from lit_mm.evaluation.results import types_of
 
 if TYPE_CHECKING:
@@ -59,23 +59,19 @@ def results_of(
     found = oracle(scores, tokens, threshold)
     if not (means := tokens.mean(0)).all():
         raise ValueError("tokens: expected visual tokens at every scale, found none: no question shows an image")
-    known = [True] * len(scales) if trained is None else trained
-    columns = zip(scales, known, means, scores.mean(0), found.histogram, best.at(means), strict=True)
+    columns: dict[str, Sequence[Any]] = {
+        "scale": scales,
+        "trained": [True] * len(scales) if trained is None else trained,
+        "mean_tokens": means.tolist(),
+        "accuracy": scores.mean(0).tolist(),
+        "needed_by": found.histogram.tolist(),
+        "envelope": best.at(means).tolist(),
+    }
     dealt = shuffled(found.needed, scores, tokens)
     return {
         "questions": len(scores),
         "threshold": threshold,
-        "scales": [
-            {
-                "scale": name,
-                "trained": k,
-                "mean_tokens": float(t),
-                "accuracy": float(a),
-                "needed_by": int(n),
-                "envelope": float(e),
-            }
-            for name, k, t, a, n, e in columns
-        ],
+        "scales": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
         "oracle": {"accuracy": found.accuracy, "right": float(found.right.mean()), "mean_tokens": found.mean_tokens},
         "shuffled": {"accuracy": dealt[0], "mean_tokens": dealt[1]},
         "fixed_at_oracle_tokens": float(mixture.at(found.mean_tokens)),
@@ -117,28 +113,12 @@ def _by_type(scores: np.ndarray, tokens: np.ndarray, types: Sequence[str], thres
 
 def tables(result: Result) -> list[Table]:
     """The figures as tables for the terminal: by scale, by question type, agreement between scales."""
-    return [_table(*part) for part in _parts(result)]
+    return [table_of(*part) for part in _parts(result)]
 
 
 def markdown(result: Result) -> str:
     """The same tables for TensorBoard."""
-    return "\n\n".join(_markdown(*part) for part in _parts(result))
-
-
-def _table(title: str, cells: list[list[str]], caption: str) -> Table:
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    for place, name in enumerate(cells[0]):
-        table.add_column(escape(name), justify="right" if place else "left")
-    for line in cells[1:]:
-        table.add_row(*map(escape, line))
-    return table
-
-
-def _markdown(title: str, cells: list[list[str]], caption: str) -> str:
-    rule = [":--", *["--:"] * (len(cells[0]) - 1)]
-    plain = [[cell.replace("|", "\\|") for cell in line] for line in cells]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in (plain[0], rule, *plain[1:]))
-    return f"**{title}**\n\n{body}\n\n{caption}".rstrip()
+    return "\n\n".join(markdown_table(*part) for part in _parts(result))
 
 
 def _parts(result: Result) -> list[tuple[str, list[list[str]], str]]:
@@ -217,10 +197,8 @@ def draw_envelope(axes: Axes, result: Result) -> None:
         curve = Curve(*(np.array(result[name][key]) for key in ("tokens", "accuracy")))
         axes.plot(budgets, 100 * curve.at(budgets), style, color=color, linewidth=2, label=label, zorder=2)
     axes.plot(*zip(*fixed, strict=True), "o", color=BLUE, markersize=7, label="fixed scale", zorder=4)
-    hollow = [point for point, row in zip(fixed, result["scales"], strict=True) if untrained(row)]
-    if hollow:
-        places, heights = zip(*hollow, strict=True)
-        axes.plot(places, heights, "o", color=BLUE, markerfacecolor="white", markersize=7, label=UNTRAINED, zorder=4)
+    points = zip(fixed, result["scales"], strict=True)
+    draw_untrained(axes, [point for point, row in points if untrained(row)], BLUE)
     for point in fixed:
         _note(axes, f"{point[1]:.1f}", point, (12, -15), BLUE)
     best, dealt = ((result[name]["mean_tokens"], 100 * result[name]["accuracy"]) for name in ("oracle", "shuffled"))

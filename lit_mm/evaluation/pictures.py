@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -16,6 +17,24 @@ if TYPE_CHECKING:
 
 ENCODER, WHOLE_PROMPT = "#1f5fa8", "#3f8f83"
 """Colors of the encoder and of the LLM on the whole prompt."""
+
+
+def table_of(title: str, cells: Sequence[Sequence[str]], caption: str = "", left: int = 1) -> Table:
+    """A table for the terminal: a header and rows, to which more can be added; `left` columns are left-justified."""
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for number, name in enumerate(cells[0]):
+        table.add_column(escape(name), justify="left" if number < left else "right")
+    for line in cells[1:]:
+        table.add_row(*map(escape, line))
+    return table
+
+
+def markdown_table(title: str, cells: Sequence[Sequence[str]], caption: str = "") -> str:
+    """The same as text for TensorBoard."""
+    rule = [":--", *["--:"] * (len(cells[0]) - 1)]
+    plain = [[cell.replace("|", "\\|") for cell in line] for line in cells]
+    body = "\n".join(f"| {' | '.join(line)} |" for line in (plain[0], rule, *plain[1:]))
+    return f"**{title}**\n\n{body}\n\n{caption}".rstrip()
 
 
 def print_whole(*things: Any) -> None:
@@ -61,6 +80,13 @@ def _widths(column: Column) -> tuple[int, int]:
 def spread(times: dict[str, float] | None) -> str:
     """`5.26 (0.14)`: median and interquartile range."""
     return f"{times['median']:.4g} ({times['q3'] - times['q1']:.2g})" if times else ""
+
+
+def draw_untrained(axes: Axes, points: Sequence[tuple[float, float]], color: str) -> None:
+    """Make the markers at these points hollow: of scales that the model was not trained at."""
+    if points:
+        hollow: dict[str, Any] = {"color": color, "markerfacecolor": "white", "markersize": 7, "zorder": 4}
+        axes.plot(*zip(*points, strict=True), "o", label="not trained at this scale", **hollow)
 
 
 def draw_times(axes: Axes, measured: Sequence[dict[str, Any]], labels: tuple[str | None, str | None]) -> None:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_mm.costs.flops import copied
 from lit_mm.data.collate import Sample, Visual, collate
+from lit_mm.evaluation.pictures import table_of
 from lit_mm.model.attention import NAME, Attention, BranchLayout, Layout
 from lit_mm.model.batch import IGNORE_INDEX, IMAGE, Batch
 from lit_mm.model.llm import packing_of
@@ -103,10 +104,7 @@ def memory_table(
     """The plans in GiB, one row per experiment."""
     among = f"each of {gpus} GPUs ({strategy})" if gpus > 1 else "one GPU"
     title = f"Training: GiB on {among}, {samples} samples each, {precision}; CUDA itself takes about 1 more"
-    table = Table(title=title, title_justify="left")
-    table.add_column("experiment")
-    for kind in (*KINDS, "peak", "reached in"):
-        table.add_column(kind, justify="right")
+    table = table_of(title, [["experiment", *KINDS, "peak", "reached in"]])
     for name, found in plans:
         sizes = [f"{getattr(found, kind) / 2**30:,.2f}" for kind in KINDS]
         table.add_row(escape(name), *sizes, f"{found.total / 2**30:,.2f}", found.moment)

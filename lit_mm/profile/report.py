@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lit_mm.costs.units import in_bytes, in_flops, unit_of
-from lit_mm.evaluation.pictures import ENCODER, draw_times, spread
+from lit_mm.evaluation.pictures import ENCODER, draw_times, spread, table_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,7 @@ def tables(experiments: Sequence[Figures]) -> list[Table]:
 def models_table(experiments: Sequence[Figures]) -> Table:
     """Parameters by part, and bytes of the weights."""
     names = ["experiment", "encoder", "LLM", "encoder M", "projector M", "LLM M", "weights", "dtype"]
-    rows = _table("Models (parameters in millions)", names, left=3)
+    rows = table_of("Models (parameters in millions)", [names], left=3)
     for own in experiments:
         millions = [f"{own['parameters'][part] / 1e6:,.2f}" for part in ("encoder", "projector", "llm")]
         rows.add_row(_name(own), own["encoder"], own["llm"], *millions, in_bytes(own["weight_bytes"]), own["dtype"])
@@ -49,7 +49,7 @@ def answers_table(experiments: Sequence[Figures]) -> Table:
     first = experiments[0]
     asked = f"a prompt of {first['prompt_tokens']} tokens and an answer of {first['new_tokens']}"
     names = ["experiment", "image", "tokens", "encoder", "projector", "LLM prefill", "decode/token"]
-    rows = _table(f"FLOPs of {asked}", [*names, "answer", "visual share", "KV cache"], left=2)
+    rows = table_of(f"FLOPs of {asked}", [[*names, "answer", "visual share", "KV cache"]], left=2)
     for own, at in _sizes(experiments):
         for row in at["scales"]:
             share = f"{100 * row['visual_share']:.1f} %"
@@ -63,7 +63,7 @@ def answers_table(experiments: Sequence[Figures]) -> Table:
 def training_table(experiments: Sequence[Figures]) -> Table:
     """One sample's training FLOPs at all scales in a packed sequence, compared with the finest scale alone."""
     names = ["experiment", "image", "tokens", "encoder", "projector", "LLM", "head", "total", "recompute", "÷ finest"]
-    rows = _table("Training on one such sample: FLOPs of all scales in a packed sequence", names, left=2)
+    rows = table_of("Training on one such sample: FLOPs of all scales in a packed sequence", [names], left=2)
     for own, at in _sizes(experiments):
         cost = at["training"]
         parts = [in_flops(cost[f"{part}_flops"]) for part in ("encoder", "projector", "llm", "head", "total")]
@@ -77,7 +77,7 @@ def timings_table(experiments: Sequence[Figures]) -> Table:
     """Measured times in milliseconds."""
     device = experiments[0]["sizes"][0]["scales"][0]["measured"]["device"]
     names = ["experiment", "image", "tokens", "encode ms", "first token ms", "further token ms", "peak memory"]
-    rows = _table(f"Measured on {device}, random weights (median, interquartile range)", names, left=2)
+    rows = table_of(f"Measured on {device}, random weights (median, interquartile range)", [names], left=2)
     for own, at in _sizes(experiments):
         for row in at["scales"]:
             seen = row["measured"]
@@ -200,10 +200,3 @@ def _measured(experiments: Sequence[Figures]) -> bool:
 
 def _sizes(experiments: Sequence[Figures]) -> Iterator[tuple[Figures, Figures]]:
     return ((own, at) for own in experiments for at in own["sizes"])
-
-
-def _table(title: str, names: Sequence[str], left: int) -> Table:
-    rows = Table(title=title, title_justify="left")
-    for number, name in enumerate(names):
-        rows.add_column(name, justify="left" if number < left else "right")
-    return rows

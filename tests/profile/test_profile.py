@@ -209,8 +209,8 @@ def test_a_name_is_no_markup(run):
 
 
 def test_an_encoder_of_ones_own_is_profiled_or_says_why_not(run, tmp_path, monkeypatch):
-    """The README's, which might load weights by itself; what it lacks is named."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """That of docs/extending.md, which might load weights by itself; what it lacks is named."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.DOTALL)
     code = next(block for block in blocks if "class " in block)
     (tmp_path / "own_encoder.py").write_text(
         code.replace("self.pretrained = patch, width, False", "self.pretrained = patch, width, True")
