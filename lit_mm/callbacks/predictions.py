@@ -44,8 +44,8 @@ class AnswerWriter(BasePredictionWriter):
 
     For a benchmark with a server, `submission@16/` has the file that it wants with the answers of that scale, ….
 
-    A prediction that was interrupted is gone on with: the next one with the same questions, checkpoint and settings,
-    on any number of ranks, asks what has no answer yet and appends to the same files.
+    An interrupted prediction is continued by the next one with the same questions, checkpoint and settings, on any
+    number of ranks: it asks what has no answer yet and appends to the same files.
     """
 
     def __init__(self, parquet: bool = False, mean_tokens: float | None = None) -> None:
@@ -101,7 +101,7 @@ class AnswerWriter(BasePredictionWriter):
         """An unfinished prediction to go on with; not where several questions have the same id."""
         found = unfinished(run, told)
         if found and (id := cast(Any, trainer).datamodule.repeated_id("predict")) is not None:
-            rank_zero_warn(f"{found.name} is not gone on with: several questions have the id {id!r}")
+            rank_zero_warn(f"{found.name} is not continued: several questions have the id {id!r}")
             found.close()
             return None
         return found
@@ -201,7 +201,7 @@ class AnswerWriter(BasePredictionWriter):
 
 
 def told_of(trainer: Trainer, lit: LightningModule) -> dict[str, Any]:
-    """What decides the answers; with a checkpoint of None, which may be any weights, they are not gone on with."""
+    """What decides the answers. A checkpoint of None may be any weights: such a prediction is not continued."""
     told: dict[str, Any] = {"checkpoint": None, "limit_predict_batches": str(trainer.limit_predict_batches)}
     if trainer.ckpt_path:
         path = Path(trainer.ckpt_path).resolve()

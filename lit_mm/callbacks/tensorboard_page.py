@@ -29,18 +29,18 @@ def layout(scales: Sequence[Scale], utilization: bool) -> Layout:
     def chart(*names: str) -> list[Any]:
         return ["Multiline", [f"^{re.escape(name)}$" for name in names]]
 
-    def of_levels(name: str) -> list[Any]:
+    def of_scales(name: str) -> list[Any]:
         return chart(*(f"{name}@{scale}" for scale in scales))
 
     return {
         "quality of every scale": {
-            "training loss": of_levels("train/loss"),
-            "validation loss": of_levels("val/loss"),
-            "validation accuracy": of_levels("val/accuracy"),
+            "training loss": of_scales("train/loss"),
+            "validation loss": of_scales("val/loss"),
+            "validation accuracy": of_scales("val/accuracy"),
         },
         "cost of every scale": {
-            "time to the first token (ms)": of_levels("scale/first_token_ms"),
-            "time of a further token (ms)": of_levels("scale/further_token_ms"),
+            "time to the first token (ms)": of_scales("scale/first_token_ms"),
+            "time of a further token (ms)": of_scales("scale/further_token_ms"),
         },
         "speed": {
             "tokens per second": chart(*(f"speed/{kind}_tokens_per_s" for kind in ("visual", "text", "label"))),

@@ -30,8 +30,9 @@ from lit_mm.data.media import MediaFolder
 from lit_mm.data.records import BadRecords
 from lit_mm.data.sampler import BatchPlans, Budget, Choice
 from lit_mm.data.sources import open_source
+from lit_mm.data.sources.base import Source
 from lit_mm.data.video import VideoOptions
-from lit_mm.evaluation.benchmarks import Benchmark, Questions, split_name
+from lit_mm.evaluation.benchmarks import Benchmark, split_name
 
 
 def cache_folder() -> Path:
@@ -115,9 +116,9 @@ class ImageDataModule(LightningDataModule):
             tokens_per_batch: Maximum positions of a training batch's packed sequence, including all scales.
             pixels_per_batch: Maximum pixels of a training batch's images and frames.
             eval_batch_size: Records per batch and device outside training; null: as batch_size, or 16.
-            val_questions: Number of questions that validation asks, for less time; null: all. They are those of
-                records in a random order that the seed fixes, the same in every epoch and on any number of
-                devices; the validation loss is that of these records.
+            val_questions: Number of questions that validation asks, to save time; null: all. They are drawn once
+                with the seed, the same in every epoch and on any number of devices; the validation loss is that of
+                their records.
             max_length: Maximum tokens of a conversation in training and validation, with images at the finest
                 scale. Longer ones are bad records; nothing is truncated. In every file, a record with more
                 positions than the LLM has is bad too, where a question counts with model.max_new_tokens. LLMs
@@ -192,7 +193,7 @@ class ImageDataModule(LightningDataModule):
             self.chosen[name] = self._drawn(name, most, seed, name)
 
     def _drawn(self, name: str, most: int, seed: int, told: str) -> np.ndarray:
-        """Records in a fixed random order until they have so many questions; the last one may ask a part of its own."""
+        """Records in a fixed random order until they have `most` questions; the last one may ask only some."""
         mixture, drawn, left = self.sets[name], list[int](), most
         for record in np.random.default_rng([seed, most]).permutation(len(mixture)).tolist():
             if not left:
@@ -224,19 +225,7 @@ class ImageDataModule(LightningDataModule):
         root = Path(subset.root or own_root).expanduser()
         if not root.is_dir():
             raise FileNotFoundError(f"data.image_root: no folder {root}")
-        try:
-            self.cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"data.cache: expected a writable folder, found {error}") from None
-        source = (
-            benchmark.source(path, self.cache) if benchmark else open_source(subset.path, self.cache, subset.format)
-        )
-        if isinstance(source, Questions) and source.layout.compute == "padded_box" and self.image.mode != "pad":
-            detail = (
-                f"its boxes are in parts of the padded image, found data.image.mode {self.image.mode}, expected pad"
-            )
-            raise ValueError(f"{source.name}: {detail}")
-        inputs = self.inputs
+        source, inputs = self._source(subset, benchmark, path), self.inputs
         if benchmark and benchmark.max_new_tokens:
             inputs = copy(inputs)
             inputs.max_new_tokens = benchmark.max_new_tokens
@@ -250,6 +239,20 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(f"{source.name}: no usable record\n{report or ''}")
         self._warn_of_length(source.name, made)
         return made
+
+    def _source(self, subset: Subset, benchmark: Benchmark | None, path: str) -> Source:
+        """The raw items of a set: of a benchmark with its path, or of files."""
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"data.cache: expected a writable folder, found {error}") from None
+        if benchmark is None:
+            return open_source(subset.path, self.cache, subset.format)
+        source = benchmark.source(path, self.cache)
+        if source.layout.compute == "padded_box" and self.image.mode != "pad":
+            detail = f"expected data.image.mode pad, as its boxes are those of padded images, found {self.image.mode}"
+            raise ValueError(f"{source.name}: {detail}")
+        return source
 
     def _warn_of_length(self, name: str, records: InstructionSet) -> None:
         """Warn of records longer than the LLM was trained on."""
@@ -272,7 +275,7 @@ class ImageDataModule(LightningDataModule):
         Raises:
             ValueError: An epoch has no batch, or epochs differ in length and the trainer would not notice.
         """
-        trainer, plans = cast(Any, self.trainer), self.train_plans(self._epoch())
+        trainer, plans = cast(Any, self.trainer), self.train_plans(self.trainer.current_epoch if self.trainer else 0)
         name = self.train_set(plans.epoch)
         if not len(plans):
             mix = self.sets[name]
@@ -285,9 +288,6 @@ class ImageDataModule(LightningDataModule):
         if trainer and differ and trainer.max_epochs != 1 and trainer.reload_dataloaders_every_n_epochs != 1:
             raise ValueError("epochs differ in length: set trainer.reload_dataloaders_every_n_epochs to 1")
         return self._loader(name, plans, training=True)
-
-    def _epoch(self) -> int:
-        return self.trainer.current_epoch if self.trainer else 0
 
     def order(self) -> dict[str, Any]:
         """Everything that decides which records go into which batch."""

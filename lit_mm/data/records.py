@@ -345,14 +345,20 @@ def checked_text(where: str, field: str, value: Any) -> str:
 
 
 def refuse_markers(where: str, field: str, text: str, reason: str, place: str) -> None:
-    """Whether a text that may not show images or videos has no markers.
+    """Refuse a marker of an image or a video in a text that may not have any.
 
     Raises:
-        RecordError: It has one.
+        RecordError: There is one.
     """
     for kind, marker in MARKERS.items():
         if marker in text:
             raise RecordError(where, f"{kind} {reason}", f"{field}: {marker} {place}")
+
+
+def marked_kinds(text: str) -> list[Kind]:
+    """The kinds of the markers in a text, in order."""
+    kinds = {marker: kind for kind, marker in MARKERS.items()}
+    return [kinds[marker] for marker in re.findall("|".join(kinds), text)]
 
 
 def _columns(where: str, item: dict[str, Any]) -> dict[Kind, list[Media]]:
@@ -410,8 +416,7 @@ def _record(
     system: str | None = None,
 ) -> Record:
     """Give each marker the file that its part carries, or else the next file of the columns."""
-    kinds = {marker: kind for kind, marker in MARKERS.items()}
-    marked = [kinds[marker] for marker in re.findall("|".join(kinds), "\n".join(turns))]
+    marked = marked_kinds("\n".join(turns))
     waiting = Counter(kind for number, kind in enumerate(marked) if number not in carried)
     for kind, column in columns.items():
         if waiting[kind] != len(column):

@@ -54,8 +54,8 @@ def rows_by_cost(questions: Sequence[Judged], scales: Sequence[dict[str, Any]]) 
 
 
 def _routed(costs: np.ndarray, read: np.ndarray, router: float) -> np.ndarray:
-    """[Q, S] of each answer that a router chose: the costs [Q, S] of answering, and, unless this goes on with the
-    coarsest prompt, those [Q] of reading that prompt."""
+    """[Q, S] costs of an answer that a router chose: of answering [Q, S], of the router itself, and of the coarsest
+    prompt [Q], which the router reads; an answer at the coarsest scale has paid for that prompt already."""
     further = np.repeat(read[:, None], costs.shape[1], 1)
     further[:, -1] = 0
     return costs + further + router

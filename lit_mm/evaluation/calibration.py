@@ -1,9 +1,10 @@
 """Thresholds of choosers: from what each scale answered on validation questions, for a target.
 
-A path is some of the scales, the cheapest first. A question goes along it until an answer's statistic reaches the
-threshold of its scale; it pays for every scale that it tried. With the statistic `router` it is answered at once at the
-first scale of the path that the router's score, read at the coarsest scale, is near enough to the best one of; it pays
-for that scale and for reading the scores. Works on plain arrays; knows nothing of models.
+A path is some of the scales, the cheapest first. A question is answered at one scale of it after another until an
+answer's statistic reaches the threshold of its scale; it pays for every scale that it tried. With the statistic
+`router` a question is answered once: at the first scale of the path whose score is within a slack of the best score. It
+pays for that scale, and for the prompt at the coarsest scale, from which the router computes the scores. Works on plain
+arrays; knows nothing of models.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ class Rows:
         scores: [Q, S] in 0..1.
         costs: [Q, S] what each answer costs, without what is paid once.
         once: What every question costs whatever its scale, such as the encoder.
-        statistics: [Q, S] for each statistic; of agreement, numbers that are equal where two answers' texts are; of
-            router the score of every scale, without it if there is no router.
-        routed: [Q, S] what each answer costs if a router chose it, reading its scores included.
+        statistics: [Q, S] for each statistic. agreement: numbers that are equal where the answers' texts are equal;
+            router: each scale's score, only if the model has a router.
+        routed: [Q, S] what each answer costs if a router chose it, the router's own cost included.
     """
 
     scales: list[str]
@@ -67,8 +68,8 @@ class Rule:
     Args:
         statistic: What tells how certain an answer is, or router.
         path: Indices of the scales, in the order in which they are tried.
-        thresholds: For all of them but the last: an answer stands if its statistic is at least this. Of router one:
-            how far a scale's score may be below the best.
+        thresholds: For all of them but the last: an answer is accepted if its statistic is at least this. For router
+            a single one, the slack: how far a scale's score may be below the best.
         accuracy: Mean score.
         cost: Mean cost of all tried scales.
     """
@@ -107,7 +108,7 @@ class Target:
         return accuracy >= finest - float(self.max_loss or 0) - slack
 
     def order(self, accuracy: float, cost: float) -> tuple[float, float]:
-        """The best has the largest."""
+        """What rules are compared by: a better rule has a larger pair."""
         return (-cost, accuracy) if self.mean_cost is None else (accuracy, -cost)
 
 
@@ -182,8 +183,10 @@ def _routed(rows: Rows) -> Iterator[tuple[tuple[int, ...], list[Floats], Floats,
 
 
 def _by_slack(rows: Rows, path: tuple[int, ...], near: Floats, tried: Floats) -> tuple[Floats, Floats]:
-    """Accuracy and mean cost for every slack. A question is answered at a scale from the slack that is enough for it up
-    to the one that is enough for a coarser scale."""
+    """Accuracy and mean cost for every slack that is tried.
+
+    With more slack, a question is answered at a coarser scale. `near` [Q, len(path)] has the slack from which on this
+    scale or a coarser one is taken, so each scale serves a question between two of these values."""
     begins, count = np.searchsorted(tried, near[:, :-1]), len(tried)
     ends = np.concatenate([np.full((len(near), 1), count), begins], 1)
     begins = np.concatenate([begins, np.zeros((len(near), 1), int)], 1)
@@ -195,7 +198,7 @@ def _by_slack(rows: Rows, path: tuple[int, ...], near: Floats, tried: Floats) ->
 
 
 def _below_best(rows: Rows, path: Sequence[int]) -> Floats:
-    """[Q, len(path)] how far each scale's score by the router is below the best of the path; nan where it is none."""
+    """[Q, len(path)] how far each scale's score is below the best of the path; nan where scores are not finite."""
     own = rows.statistics["router"][:, list(path)]
     return own.max(1, keepdims=True) - own
 
@@ -269,12 +272,12 @@ def _best(target: Target, accuracy: Floats, cost: Floats, finest: float) -> tupl
 
 
 def follow(rows: Rows, rule: Rule) -> NDArray[np.int64]:
-    """[Q] the place in the rule's path at which each question's answer stands."""
+    """[Q] the place in the rule's path of each question's accepted answer."""
     if rule.statistic == "router":
-        stands = _below_best(rows, rule.path)[:, :-1] <= np.array(rule.thresholds)
+        accepted = _below_best(rows, rule.path)[:, :-1] <= np.array(rule.thresholds)
     else:
-        stands = certainties(rows, rule.statistic, rule.path) >= np.array(rule.thresholds)
-    return np.concatenate([stands, np.ones((len(stands), 1), bool)], 1).argmax(1)
+        accepted = certainties(rows, rule.statistic, rule.path) >= np.array(rule.thresholds)
+    return np.concatenate([accepted, np.ones((len(accepted), 1), bool)], 1).argmax(1)
 
 
 def outcome(rows: Rows, rule: Rule) -> tuple[Floats, Floats]:

@@ -86,7 +86,7 @@ def _at(values: Floats, chosen: NDArray[np.int64]) -> Floats:
 
 @dataclass(frozen=True)
 class Curve:
-    """The highest accuracy for every mean budget: straight lines between corners, rising and ever flatter.
+    """The highest accuracy for every mean budget: straight lines between corners, increasing and concave.
 
     Args:
         tokens: [n] the corners' mean tokens.
@@ -158,8 +158,8 @@ def fixed_mixture(scores: ArrayLike, tokens: ArrayLike) -> Curve:
 
 
 def shuffled(needed: NDArray[np.int64], scores: ArrayLike, tokens: ArrayLike) -> tuple[float, float]:
-    """Accuracy and mean tokens, on average, if the chosen scales are dealt out to the questions at random: what a
-    chooser gains beyond how often it takes each scale.
+    """Accuracy and mean tokens to expect if the chosen scales are dealt out to the questions at random. A chooser that
+    is better than this does not only use each scale often enough, it uses it for the right questions.
 
     Args:
         needed: [questions] the index of the scale chosen for each question.

@@ -49,7 +49,7 @@ class Judged:
 
 COLUMNS = {"answer": "answers", "score": "scores", "logprob": "logprobs", "visual_tokens": "visual_tokens"}
 COLUMNS |= {"tokens": "tokens", "least_logprob": "least_logprobs", "margin": "margins"}
-"""What a file of questions has for every scale, and the field of `Judged` that it is."""
+"""The columns that a file of questions has for every scale -> the fields of `Judged`."""
 
 
 def scores_of(questions: Sequence[Judged]) -> np.ndarray:
@@ -72,8 +72,8 @@ def intervals(scores: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarr
 
 
 def headline_of(strata: Sequence[np.ndarray], seed: int = 0, draws: int = DRAWS) -> tuple[np.ndarray, np.ndarray]:
-    """A headline figure that is not the mean score, and its 95 % confidence interval: a sum of means, each over things
-    that are drawn on their own, such as the images of each of MME's subtasks.
+    """A headline figure that is not the mean score, and its 95 % confidence interval: a sum of means. The
+    bootstrap draws what each mean is over separately, such as the images of each of MME's subtasks.
 
     Args:
         strata: Of each mean [n, S], as `AnswerMetric.strata` has them.

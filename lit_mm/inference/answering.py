@@ -21,7 +21,17 @@ from lit_mm.data.chat import Conversation
 from lit_mm.data.collate import Sample, Visual, collate
 from lit_mm.data.media import MediaFolder
 from lit_mm.data.pixels import ImageOptions, upright_rgb
-from lit_mm.data.records import MARKERS, Kind, Media, Record, RecordError, checked_text, refuse_markers
+from lit_mm.data.records import (
+    MARKERS,
+    Kind,
+    Media,
+    Record,
+    RecordError,
+    checked_text,
+    image_first,
+    marked_kinds,
+    refuse_markers,
+)
 from lit_mm.data.video import VideoOptions
 from lit_mm.inference.choosers import Chooser
 from lit_mm.inference.decoding import Decoding, settings
@@ -77,7 +87,7 @@ class Prompt:
 
     @property
     def num_answers(self) -> int:
-        """Answers that are made at a time."""
+        """How many answers are made at once: one for each scale, or one that a chooser chooses."""
         return 1 if self.chooser else len(self.scales)
 
 
@@ -240,9 +250,10 @@ class Model:
             tokens: As for `answer`; every question is answered at each scale.
             seed: Of sampling.
             emit: Called after every token with the question's number, the scale, the answer so far, and whether
-                that is all. Returning False drops this answer. While a chooser may still replace an answer, what
-                is told of it is empty.
-            memory: What a conversation keeps, for one question at one scale or with a chooser.
+                that is all. Returning False drops this answer. As long as a chooser may replace an answer by one at
+                another scale, an empty answer is passed.
+            memory: What a conversation keeps between its questions; only for one question, at one scale or with a
+                chooser.
             options: As for `answer`.
 
         Returns:
@@ -294,10 +305,10 @@ class Model:
         return prompt_length(self.vlm, prompt.sample.questions[0], scale)
 
     def check_length(self, prompt: int, answer: int) -> None:
-        """Whether the LLM has positions for so many tokens of a prompt and of its answer.
+        """Check that the LLM has enough positions for so many tokens of a prompt and of its answer.
 
         Raises:
-            ValueError: It has not.
+            ValueError: It has fewer.
         """
         most = getattr(self.vlm.llm.config, "max_position_embeddings", None)
         if most and prompt + answer > most:
@@ -322,7 +333,7 @@ class Model:
         **options: Any,
     ) -> list[dict[str, Answer]]:
         """Answer prompts in one batch, each at its own scales. Those with choosers are answered in rounds, each round
-        in one batch, until every answer stands; the images are encoded once.
+        in one batch, until every chooser accepts its last answer; the images are encoded once.
 
         Args:
             prompts: As `prompt` makes them.
@@ -406,7 +417,8 @@ class Model:
         """A question with its media and with markers where they stand."""
         turns, system = _texts(ask, where)
         media = tuple(_medium(picture, place) for place, picture in enumerate(_listed(ask.images), 1))
-        return Record(where, media, tuple(self._with_markers(turns, media, where)), where, system)
+        record = Record(where, media, tuple(_with_markers(turns, media, where)), where, system)
+        return image_first(record) if self.image_first else record
 
     def _sample(self, record: Record, memory: Memory | None = None) -> Sample:
         visuals = self._visuals(record, memory.visuals if memory else {})
@@ -430,21 +442,6 @@ class Model:
         batch = collate(samples, self.vlm.time_scales)
         device = next(self.vlm.projector.parameters()).device
         return apply_to_collection((batch.images, batch.questions), Tensor, Tensor.to, device)
-
-    def _with_markers(self, turns: list[str], media: Sequence[Media], where: str) -> list[str]:
-        """Turns in which every image and video has its marker; without any they stand in front of the first."""
-        found = [kind for turn in turns for kind in _marked(turn)]
-        if not found and media:
-            first = "".join(f"{MARKERS[medium.kind]}\n" for medium in media) + turns[0].strip()
-            return [first, *turns[1:]]
-        if found != [medium.kind for medium in media]:
-            given = ", ".join(medium.kind for medium in media) or "none"
-            detail = f"the text has markers for {', '.join(found) or 'none'}, given are {given}"
-            raise RecordError(where, "markers and images differ", detail)
-        if self.image_first and found == ["image"]:
-            marker = MARKERS["image"]
-            return [f"{marker}\n{t.replace(marker, '').strip()}".strip() if marker in t else t for t in turns]
-        return turns
 
 
 class Rounds:
@@ -546,7 +543,7 @@ class Rounds:
         return bool(prompt.chooser and prompt.sample.visuals and scale != prompt.scales[-1])
 
     def _next(self, number: int) -> Scale | None:
-        """The scale to try next; None: the last answer stands.
+        """The scale to try next; None: the last answer is taken.
 
         Raises:
             ValueError: The chooser names a scale that was tried.
@@ -592,7 +589,7 @@ class Chat:
         images = _listed(images)
         kinds = [_medium(picture, place).kind for place, picture in enumerate(images, 1)]
         new = [] if self.turns else [_medium(picture, place).kind for place, picture in enumerate(self.images, 1)]
-        if not _marked(question):
+        if not marked_kinds(question):
             question = "".join(f"{MARKERS[kind]}\n" for kind in [*new, *kinds]) + question.strip()
         shown = [*self.images, *images]
         if tokens == "all" or isinstance(tokens, list):
@@ -630,19 +627,22 @@ def _texts(ask: Ask, where: str) -> tuple[list[str], str | None]:
     return [*turns, checked_text(where, "question", ask.question)], system
 
 
+def _with_markers(turns: list[str], media: Sequence[Media], where: str) -> list[str]:
+    """Turns in which every image and video has its marker; without any they stand in front of the first."""
+    found = [kind for turn in turns for kind in marked_kinds(turn)]
+    if not found and media:
+        first = "".join(f"{MARKERS[medium.kind]}\n" for medium in media) + turns[0].strip()
+        return [first, *turns[1:]]
+    if found != [medium.kind for medium in media]:
+        given = ", ".join(medium.kind for medium in media) or "none"
+        detail = f"the text has markers for {', '.join(found) or 'none'}, given are {given}"
+        raise RecordError(where, "markers and images differ", detail)
+    return turns
+
+
 def _answer(made: Generated, scale: Scale, times: Sequence[float]) -> Answer:
     told = made.text, scale, made.visual_tokens, made.ids, made.logprobs, made.margin, made.finish
     return Answer(*told, first_token_seconds=times[0], seconds=times[-1], tried=[scale], router=made.router)
-
-
-def _marked(text: str) -> list[Kind]:
-    """The kinds of the markers in a text, in order."""
-    found = sorted((place, kind) for kind, marker in MARKERS.items() for place in _places(text, marker))
-    return [kind for _, kind in found]
-
-
-def _places(text: str, marker: str) -> list[int]:
-    return [place for place in range(len(text)) if text.startswith(marker, place)]
 
 
 def _medium(picture: Picture, number: int) -> Media:

@@ -90,7 +90,7 @@ def _split(words: Sequence[str]) -> tuple[list[Path | str], Iterator[str] | None
 
 
 def check(model: Model, tokens: str) -> None:
-    """Whether `tokens` names scales, or the model has a chooser for auto; raises ValueError if not."""
+    """Check that `tokens` names scales, or is auto and the model has a chooser; raises ValueError if not."""
     if not model.chooser_of(tokens):
         model.scales_of(tokens)
 

@@ -68,15 +68,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(PROGRAM, USAGE, allow_abbrev=False)
     add = parser.add_argument
     add("run", help="a run's folder, last for the newest in runs, or a checkpoint")
-    add("--mean_tokens", type=float, help="visual tokens of a question on average, of all scales tried")
-    add("--mean_gflops", type=float, help="FLOPs until the first token, on average, in 10^9, of all scales tried")
-    add("--mean_ms", type=float, help="milliseconds of a whole answer on average, of all scales tried")
-    add("--max_loss", type=float, help="accuracy below the finest scale's, as a share (default: 0.01)")
-    add("--cost", choices=get_args(Cost), help="what --max_loss saves (default: tokens)")
+    add("--mean_tokens", type=float, help="limit: visual tokens of a question on average, all tried scales included")
+    add("--mean_gflops", type=float, help="limit: GFLOPs until the first token on average, all tried scales included")
+    add("--mean_ms", type=float, help="limit: milliseconds of an answer on average, all tried scales included")
+    add("--max_loss", type=float, help="how far accuracy may be below the finest scale's (default: 0.01, one point)")
+    add("--cost", choices=get_args(Cost), help="the cost that --max_loss makes as low as possible (default: tokens)")
     add(
         "--statistic",
         choices=STATISTICS,
-        help="what tells the scale: how certain an answer is, or router (default: the best)",
+        help="how the certainty of an answer is measured, or router (default: the best of all)",
     )
     return parser
 
@@ -149,7 +149,7 @@ def table(rows: Rows, cost: Cost, target: Target, statistics: Sequence[Statistic
     wanted = wanted or f"accuracy at most {100 * float(target.max_loss or 0):g} points below the finest scale's"
     title = f"{len(rows.scores):,} questions, target: {wanted}"
     told = "Costs are those of all tried scales. Held out: each half of the questions is judged by the path and the "
-    told += "thresholds that the other half gave. An answer stands if its statistic is at least its threshold."
+    told += "thresholds that the other half gave. An answer is accepted if its statistic is at least its threshold."
     if "router" in statistics:
         told += " The router takes the first scale whose score is near enough to the best, and pays for reading them."
     found = Table(title=title, title_justify="left", caption=told, caption_justify="left")

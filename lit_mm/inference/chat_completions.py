@@ -33,7 +33,7 @@ IGNORED |= {"prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"
 """Fields that do not change the answer."""
 NEUTRAL: dict[str, Sequence[Any]] = {"n": [1], "frequency_penalty": [0], "presence_penalty": [0], "top_logprobs": [0]}
 NEUTRAL |= {"response_format": [{"type": "text"}], "modalities": [["text"]], "tool_choice": ["none", "auto"]}
-"""Fields that are not supported, and the values that they may have because these are what happens without them."""
+"""Unsupported fields, and the values that are accepted because they change nothing."""
 MOST_STOPS = 16
 
 
@@ -60,7 +60,7 @@ class RefusedError(ValueError):
 
 
 class Strict(BaseModel):
-    """An object. A field that it does not have is refused, unless it is empty or one of IGNORED or NEUTRAL."""
+    """A JSON object that refuses fields it does not know, unless they are empty or allowed by IGNORED or NEUTRAL."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -294,8 +294,8 @@ class Reply:
         name: Of the model.
         model: For the text of single tokens.
         prompt: The question.
-        logprobs: Whether each token's log-probability is told.
-        usage: Whether a stream tells the numbers of tokens.
+        logprobs: Whether each token's log-probability is sent.
+        usage: Whether a stream ends with the numbers of tokens.
         stops: Stop strings.
     """
 

@@ -1,7 +1,7 @@
 """Which scale a question is answered at: fixed, by how certain the answers at coarser scales are, or by the model's
 router.
 
-A chooser is asked again and again: it names the scale to try next, until the last answer stands.
+A chooser is asked again after every answer: it names the scale to try next, or accepts the answer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Chooser(ABC):
 
     @abstractmethod
     def next(self, question: Question, answers: Sequence[Answer]) -> Scale | None:
-        """The scale to try next; None: the last answer stands.
+        """The scale to try next; None: the last answer is accepted.
 
         Args:
             question: What is asked.
@@ -42,7 +42,7 @@ class Chooser(ABC):
         """
 
     def goes_on(self, place: int, begun: Generated) -> bool:
-        """Whether an unfinished answer cannot stand whatever follows, so that it need not be finished.
+        """Whether an unfinished answer will not be accepted whatever its further tokens are, so that it can be dropped.
 
         Args:
             place: Number of scales that were tried before.
@@ -73,7 +73,7 @@ class Confidence(Chooser):
 
     Args:
         scales: Its path, usually the coarsest scale first.
-        thresholds: For all scales but the last: an answer stands if its statistic is at least this.
+        thresholds: For all scales but the last: an answer is accepted if its statistic is at least this.
         statistic: What tells how certain an answer is, see `certainty`.
 
     Raises:
@@ -98,7 +98,7 @@ class Confidence(Chooser):
         return self.further(answers) if answers else self.scales[0]
 
     def further(self, answers: Sequence[Answer] | Sequence[Generated]) -> Scale | None:
-        """The scale to try next after at least one answer; None: the last one stands."""
+        """The scale to try next after at least one answer; None: the last one is accepted."""
         place = len(answers)
         if place == len(self.scales) or certainty(self.statistic, answers) >= self.thresholds[place - 1]:
             return None
@@ -115,11 +115,11 @@ class Confidence(Chooser):
 class Router(Chooser):
     """Answers at the coarsest scale that the model's router scores within `slack` of the best one.
 
-    The scores are read where the answer at the model's coarsest scale begins. That answer is gone on with if it is
-    chosen, otherwise it is left after its first token.
+    The scores are computed with the first token of an answer at the model's coarsest scale. If that scale is chosen,
+    the answer goes on, otherwise it is dropped.
 
     Args:
-        scales: Those it chooses from, the model's coarsest first, the finest last. A single one is always chosen.
+        scales: What it chooses from, from the model's coarsest scale to the finest. A single one is always chosen.
         slack: How far below the best score a scale's score may be, in nats; with the loss `sufficient`, a scale is
             taken if it is sufficient with a probability of at least exp(-slack).
 
@@ -185,7 +185,7 @@ def certainty(statistic: Statistic, answers: Sequence[Answer] | Sequence[Generat
 
 
 def tried(chooser: Calibrated, answers: Mapping[Scale, Generated]) -> list[Generated]:
-    """Of one question's answers at all scales, those that the chooser tries, the one that stands last."""
+    """Of one question's answers at all scales, those that the chooser tries; it accepts the last one."""
     found = [answers[chooser.scales[0]]]
     while found[0].visual_tokens and (scale := chooser.further(found)) is not None:
         found.append(answers[scale])

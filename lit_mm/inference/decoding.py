@@ -25,13 +25,13 @@ NO_CHOICE |= {"compile_config", "disable_compile", "continuous_batching_config",
 NO_CHOICE |= {"num_return_sequences", "return_dict_in_generate"}
 OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")
 NO_CHOICE |= {*OUTPUTS}
-"""Settings that name tokens, or how answers are computed rather than which."""
+"""Settings that do not choose among answers: ids of special tokens, and how answers are computed and returned."""
 NEUTRAL: dict[str, Any] = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "num_beams": 1}
 NEUTRAL |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "length_penalty": 1.0}
 NEUTRAL |= {"num_beam_groups": 1, "diversity_penalty": 0.0, "guidance_scale": 1.0, "encoder_repetition_penalty": 1.0}
 NEUTRAL |= {"encoder_no_repeat_ngram_size": 0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "min_length": 0}
 NEUTRAL |= {"penalty_alpha": 0.0}
-"""Values that change nothing, besides None and False."""
+"""Values of settings that change nothing; neither do None and False."""
 
 
 def settings(llm: PreTrainedModel, decoding: Decoding = "greedy", **chosen: Any) -> GenerationConfig:
@@ -71,7 +71,7 @@ def settings(llm: PreTrainedModel, decoding: Decoding = "greedy", **chosen: Any)
 
 
 def check_types(chosen: dict[str, Any]) -> None:
-    """Whether chosen settings are numbers and texts where those are expected.
+    """Check that chosen settings are numbers and texts where those are expected.
 
     Raises:
         ValueError: One is not.
@@ -88,10 +88,10 @@ def check_types(chosen: dict[str, Any]) -> None:
 
 
 def check_settings(config: GenerationConfig) -> None:
-    """Whether every setting is honored.
+    """Check that every setting is honored here and in its range.
 
     Raises:
-        ValueError: One is not, or is out of its range.
+        ValueError: One is not.
     """
     given = {name: value for name, value in config.to_diff_dict().items() if not name.startswith("_")}
     for name, value in given.items():
@@ -149,7 +149,7 @@ def end_ids(llm: PreTrainedModel, further: Sequence[int] = ()) -> list[int]:
 
 
 def described(llm: PreTrainedModel, decoding: Decoding) -> str:
-    """The way answers are generated in words, with what is taken or left of the LLM's generation_config."""
+    """How answers are generated, in words, and which settings of the LLM's generation_config are used or ignored."""
     differs = cast(GenerationConfig, llm.generation_config).to_diff_dict()
     changes = [n for n, value in differs.items() if value is not False and n not in NO_CHOICE and n[0] != "_"]
     own = ", ".join(f"{name} {differs[name]}" for name in changes)

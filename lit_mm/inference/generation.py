@@ -129,16 +129,16 @@ class Past:
     """Keys and values of a prompt and its answer, for the next prompt that begins alike.
 
     Args:
-        codes: [T] what they are of, as `prompts.prompt_codes` makes it.
-        cache: None: there are none.
+        codes: [T] the prompt and the answer, as `prompts.prompt_codes` makes them.
+        cache: Their keys and values; None: there are none yet.
     """
 
     codes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     cache: Cache | None = None
 
     def take(self, codes: Tensor) -> tuple[Cache | None, int]:
-        """Take out the keys and values of what a prompt [T] begins with, at most all before its last position, and
-        their number. Whoever uses them gives them back when they are whole."""
+        """Take out the keys and values of what a prompt [T] has in common with this past, at most all before its last
+        position, and their number. The decoder puts them back, with those of the new tokens, when it is done."""
         cache, self.cache = self.cache, None
         most = min(len(self.codes), len(codes) - 1)
         differ = (self.codes[:most] != codes[:most]).nonzero()
@@ -162,8 +162,10 @@ def generate_each(
     encodings: int = 0,
     past: Past | None = None,
 ) -> list[Generated]:
-    """Answer questions in one batch, each at its own scale; otherwise like `generate`. One question alone can begin
-    with a past, which then goes on with its answer; an LLM that cannot be packed leaves it as it is."""
+    """Answer questions in one batch, each at its own scale; otherwise like `generate`.
+
+    A single question may come with a past: what its prompt has in common with it is not computed again, and afterwards
+    it holds the prompt and the answer. LLMs that cannot be packed do not use it."""
     if not asked and not vlm.sharded:
         return []
     if unknown := [str(own.scale) for own in asked if own.scale not in vlm.all_scales]:
@@ -197,7 +199,7 @@ class Decoder:
         tokenizer: For texts and stop strings.
         emit: See `Emit`.
         start: When the call began, by `time.perf_counter`.
-        past: What an only prompt may begin with.
+        past: Keys and values that may serve for the beginning of a single prompt.
     """
 
     def __init__(
@@ -339,7 +341,7 @@ class Decoder:
         return False
 
     def _told(self, number: int, is_all: bool) -> bool:
-        """Tell everyone who asked this prompt; whether all of them gave up."""
+        """Pass the answer to `emit` for this prompt and all equal ones; whether all of them are dropped."""
         if self.emit is None:
             return False
         asked = [n for n, first in enumerate(self.first) if first == number]

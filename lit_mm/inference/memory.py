@@ -17,7 +17,7 @@ from lit_mm.model.vlm import MatryoshkaVLM
 
 @dataclass
 class Memory:
-    """Of one conversation.
+    """What one conversation keeps.
 
     Args:
         visuals: Its decoded images and videos.

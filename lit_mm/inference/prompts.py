@@ -8,8 +8,8 @@ about one image at scales 4 and 1, with the text `5` before the image:
     5 e 7 8            shared beginning [5 e], branches [7 8] [9]
     5 e 9
 
-One question at many scales shares the text before its image instead. Whichever leaves fewer positions to compute
-is taken.
+One question at many scales shares the text before its image instead. `pack_prompts` groups the prompts in the way that
+leaves the fewest positions to compute.
 """
 
 from __future__ import annotations

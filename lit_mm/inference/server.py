@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 class Metrics:
-    """What /metrics tells."""
+    """The figures of GET /metrics."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -128,10 +128,10 @@ class Server:
         return self.card()
 
     def check_name(self, name: str | None) -> None:
-        """Whether a model is the one that is served.
+        """Check that a request names the model that is served, or none.
 
         Raises:
-            RefusedError: It is another.
+            RefusedError: It names another.
         """
         if name not in (None, self.name):
             raise RefusedError(f"no model {name!r:.80}, there is {self.name!r}", "model", "model_not_found", 404)

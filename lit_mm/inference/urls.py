@@ -76,7 +76,7 @@ class MediaURLs:
         return found
 
     def check(self, url: str) -> None:
-        """Whether a remote URL may be fetched.
+        """Check that a remote URL may be fetched.
 
         Raises:
             ValueError: It may not.

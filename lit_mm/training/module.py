@@ -100,8 +100,8 @@ class LitMatryoshka(LightningModule):
                 training step, weighted so that the expected loss is the mean over all. all: every one, as in M3.
             keep_finest: Whether the finest scale takes part in every step when scales are drawn.
             consistency: Coarser scales also learn to answer as a finer one does; null: they do not.
-            router: Train a small head that predicts at which scale a question should be answered. Everything else
-                stays as it is, so that it goes with init_from. All scales then take part in every step.
+            router: Train a small head that predicts at which scale a question should be answered, and nothing else:
+                set init_from to a trained model. All scales then take part in every step.
             parts: Which parts train, from which stage on, and their learning rates.
             init_from: Weights to start from: an earlier run, or one source per part. This is not a resume;
                 --ckpt_path restores everything and overrides this.
@@ -133,17 +133,22 @@ class LitMatryoshka(LightningModule):
         config = load_config(llm, self.tokenizer)
         self.packing, self.positions = packing_of(config, packing), positions_of(config)
         self.end_id = Conversation(self.tokenizer).end_id
+        self._check_options()
         self.metrics: dict[str, list[AnswerMetric]] = {}
-        if self.consistency and (len(self.all_scales) < 2 or scales_per_step == 1):
-            found = f"scales {', '.join(map(str, self.all_scales))}, scales_per_step {scales_per_step}"
-            raise ValueError(f"model.consistency needs at least two scales in a step, found {found}")
-        if router and (self.packing != "packed" or self.time_scales):
-            found = f"packing {self.packing}, time_scales {self.time_scales}"
-            raise ValueError(f"model.router: expected packing packed and no time scales, found {found}")
-        if llm.quantize and not (parts.llm.frozen or parts.llm.lora or router):
-            raise ValueError(f"llm.quantize {llm.quantize}: these weights cannot train: set parts.llm.frozen or .lora")
         self.place, self._asked, self._trained_at = Place(), list[Scale](), list[Scale]()
         self.recent: list[tuple[list[str], Tensor]] = []
+
+    def _check_options(self) -> None:
+        """Refuse options that do not go together."""
+        if self.consistency and (len(self.all_scales) < 2 or self.scales_per_step == 1):
+            found = f"scales {', '.join(map(str, self.all_scales))}, scales_per_step {self.scales_per_step}"
+            raise ValueError(f"model.consistency needs at least two scales in a step, found {found}")
+        if self.router and (self.packing != "packed" or self.time_scales):
+            found = f"packing {self.packing}, time_scales {self.time_scales}"
+            raise ValueError(f"model.router: expected packing packed and no time scales, found {found}")
+        if self.llm.quantize and not (self.parts.llm.frozen or self.parts.llm.lora or self.router):
+            found = f"llm.quantize {self.llm.quantize}"
+            raise ValueError(f"{found}: these weights cannot train: set parts.llm.frozen or .lora")
 
     @property
     def all_scales(self) -> list[Scale]:
@@ -254,12 +259,12 @@ class LitMatryoshka(LightningModule):
         self.on_test_start()
 
     def on_validation_start(self) -> None:
-        """Say how answers are generated, where no fit has done so."""
+        """Say how answers are generated; a fit has said it at its start."""
         if self.trainer.state.fn == TrainerFn.VALIDATING:
             self.on_test_start()
 
     def on_test_start(self) -> None:
-        """Likewise."""
+        """Say how answers are generated."""
         ends = ", ".join(f"{n} {self.tokenizer.decode([n])!r}" for n in end_ids(self.vlm.llm, [self.end_id]))
         how = described(self.vlm.llm, self.decoding)
         rank_zero_info(f"answers: {how}, at most {self.max_new_tokens} tokens, to one of {ends}")
@@ -417,8 +422,8 @@ class LitMatryoshka(LightningModule):
         return cast(Any, data).order() if hasattr(data, "order") else {}
 
     def _over_ranks(self, batch: Batch) -> tuple[Tensor, int]:
-        """Labels of all ranks (for a router answers), and how often each must run its encoder: as often as the one with
-        most image sizes."""
+        """The number of labels on all ranks (for a router, of answers), and how often every rank must run its encoder:
+        once for each image size of the rank that has the most sizes."""
         count = (num_answers(batch) or 0) if self.router else batch.num_labels
         own = torch.tensor([count, max(1, len(batch.images.groups))], device=self.device)
         if self.trainer.world_size == 1:

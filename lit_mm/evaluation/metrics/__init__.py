@@ -1,7 +1,7 @@
 """How answers are judged, each benchmark by its own rule.
 
-A metric takes the answers and the references of the questions. What stands in the references is said by each metric;
-for most these are the accepted answers.
+A metric takes the answers and the references of the questions. For most metrics the references are the accepted
+answers; each class says what it expects.
 """
 
 from lit_mm.evaluation.metrics.base import AnswerMetric

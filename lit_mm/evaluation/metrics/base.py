@@ -74,8 +74,8 @@ class AnswerMetric(Metric, ABC):
             references: [Q] of the questions.
 
         Returns:
-            For each mean the values [n, S] of what it is over; none where the headline is the mean score, or where
-            questions that count together are not all there.
+            For each mean the values [n, S] that it averages. Empty if the headline is the mean score, or if some of the
+            questions that count together are missing.
         """
         return []
 

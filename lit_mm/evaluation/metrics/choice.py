@@ -22,7 +22,7 @@ MARKED = re.compile(r"(?:^|\n|(?<!\b[A-Z]\s)\b(?:or|and)\b|[).:],)\s*\(?([A-Z])[
 SAID = re.compile(rf"{WORD}\(?([A-Z])\b(?!['’])(?!\)?\s*(?:or\b|and\b|[,/&])\s*\(?[A-Z]\b)")
 """`The answer is B because …`; not `The answer is A or B`."""
 LETTER = re.compile(r"(?<![\w'’])(?!A\s+(?!(?:is|or|and|because)\b)[a-z])([A-Z])(?![\w'’])", re.ASCII)
-"""A word of one letter, but for the article: `A red square` names no option."""
+"""A word of one letter, except the article: `A red square` names no option."""
 
 
 class MultipleChoice(AnswerMetric):

@@ -25,7 +25,7 @@ CONTRACTED = """
 CONTRACTIONS = {
     word[: place.start()] + word[place.end() :]: word for word in CONTRACTED.split() for place in re.finditer("'", word)
 }
-"""Contractions by what they are called with one of their apostrophes missing."""
+"""A contraction with one of its apostrophes missing -> the contraction."""
 
 
 class VQAAccuracy(AnswerMetric):

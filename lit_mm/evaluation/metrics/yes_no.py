@@ -38,7 +38,7 @@ class YesNo(AnswerMetric):
         self.counts[int(is_yes(references[0])), int(says_yes(answer))] += 1
 
     def _figures(self) -> dict[str, float]:
-        """`precision`, `recall`, `f1` and `yes_rate`, 0..1; 0 where nothing is divided by nothing."""
+        """`precision`, `recall`, `f1` and `yes_rate`, 0..1; 0 for 0 / 0."""
         (_, wrong_yes), (wrong_no, right_yes) = self.counts.tolist()
         return {
             "precision": _ratio(right_yes, right_yes + wrong_yes),
