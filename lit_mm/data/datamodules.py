@@ -250,8 +250,8 @@ class ImageDataModule(LightningDataModule):
             return open_source(subset.path, self.cache, subset.format)
         source = benchmark.source(path, self.cache)
         if source.layout.compute == "padded_box" and self.image.mode != "pad":
-            detail = f"expected data.image.mode pad, as its boxes are those of padded images, found {self.image.mode}"
-            raise ValueError(f"{source.name}: {detail}")
+            found = f"found data.image.mode {self.image.mode}, expected pad"
+            raise ValueError(f"{source.name}: its boxes are in parts of the padded image, {found}")
         return source
 
     def _warn_of_length(self, name: str, records: InstructionSet) -> None:
