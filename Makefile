@@ -43,8 +43,9 @@ notebooks: install ## Rerun the notebooks and save their outputs, and redraw the
 docs: install ## Build the documentation's site in build/docs; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build  # --quiet would hide broken links
 
-# two processes with one thread each; a file's tests run in one process, because some share slow fixtures
-TWO := --numprocesses 2 --dist loadfile
+# two processes with one thread each; a file's tests run in one process, because some share slow fixtures; files begin
+# in the order of tests/conftest.py, not those with most tests first
+TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: install ## Run all tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $(TWO)

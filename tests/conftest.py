@@ -11,6 +11,12 @@ from tests.helpers.models import tiny_llm
 from tests.helpers.records import write_instruction_set
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: the last file of a run keeps one of two processes waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Tables of records are not kept in the user's cache folder."""

@@ -14,7 +14,6 @@ from lit_mm.cli import LitMMCLI
 from tests.helpers.command_line import lit_mm
 from tests.helpers.environment import ROOT, TOKENIZER, installed
 from tests.helpers.media import draw
-from tests.helpers.serving import Serving
 
 EXPERIMENTS = sorted({*ROOT.glob("experiments/*.yaml")} - {ROOT / "experiments/base.yaml"})
 
@@ -53,21 +52,43 @@ def readme_commands() -> list[list[str]]:
     return [shlex.split(line, comments=True)[3:] for line in lines if line.startswith("python -m lit_mm")]
 
 
+QUICKSTART = ["fit", "--config", "experiments/quickstart.yaml"]
 SHORTENED = {
-    "fit": ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--trainer.val_check_interval", "2"],
+    "fit": ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2"],
     "test": ["--trainer.limit_test_batches", "1"],
-    "validate": ["--trainer.limit_val_batches", "1"],
 }
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory) -> tuple[list[str], Path, str]:
+    """Fields that make the demo small, and what two steps of the quickstart leave: runs, and what was printed."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    small = {"root": folder / "demo", "val_images": 40, "train_boards": 32, "val_boards": 40, "test_boards": 1}
+    fields = [f"--data.{name}={value}" for name, value in {**small, "val_questions": 60}.items()]
+    fields.append(f"--trainer.default_root_dir={folder / 'runs'}")
+    return fields, folder / "runs", lit_mm(*QUICKSTART, *fields, *SHORTENED["fit"])
 
 
 @pytest.mark.slow
 @installed("easy_vqa")
-def test_the_readmes_commands_run(tmp_path, monkeypatch):
+def test_the_demo_trains_and_is_judged_by_kind_of_question(quickstart):
+    _, runs, printed = quickstart
+    judged = json.loads((runs / "version_0/accuracy_tokens_val.json").read_text())
+    assert {*judged["types"]} == {"easy-VQA", "row", "cell", "color"}
+    assert sum(own["questions"] for own in judged["types"].values()) == judged["questions"] == 60
+    assert "16 tokens: " in printed and "row needs " in printed
+
+
+@pytest.mark.slow
+@installed("easy_vqa")
+def test_the_readmes_commands_run(quickstart, tmp_path, monkeypatch):
+    small, runs, _ = quickstart
     commands = readme_commands()
+    assert QUICKSTART in commands
     assert {command[0] for command in commands if command} >= {"fit", "test"}
     for command in commands:
-        if "my_data.yaml" in " ".join(command):
-            continue  # the reader's own files: test_cli runs the like
+        if command == QUICKSTART or "my_data.yaml" in " ".join(command):
+            continue  # the fixture ran it; the reader's own files: test_cli runs the like
         if "experiments/smollm2.yaml" in command:
             continue  # test_smollm2_trains runs it as it stands
         verb = command[0] if command else ""
@@ -75,17 +96,16 @@ def test_the_readmes_commands_run(tmp_path, monkeypatch):
             continue  # it needs more than a batch of validation: test_calibrate runs it
         if verb == "ask":  # the reader's photo
             draw(tmp_path / "photo.jpg", (64, 64), "red")
-            own = {"last": str(tmp_path), "photo.jpg": str(tmp_path / "photo.jpg")}
+            own = {"last": str(runs), "photo.jpg": str(tmp_path / "photo.jpg")}
             assert "visual tokens" in lit_mm(*(own.get(word, word) for word in command))
             continue
         if verb == "serve":
-            with Serving(tmp_path, tmp_path / "log.txt", *command[3:]) as server:
-                assert server.get("/")[0] == 200
+            assert command == ["serve", "--ckpt_path", "last"]  # test_server runs it
             continue
         if verb not in SHORTENED or any("help" in word or word == "--print_config" for word in command):
             assert ends_well(command, monkeypatch), command
             continue
-        lit_mm(*command, "--trainer.default_root_dir", str(tmp_path), *SHORTENED[verb])
+        lit_mm(*command, *small, *SHORTENED[verb])
 
 
 def ends_well(command: list[str], monkeypatch) -> bool:
@@ -107,19 +127,6 @@ def test_smollm2_trains(tmp_path):
     places = ["--data.batch_size", "1", "--trainer.default_root_dir", str(tmp_path), "--trainer.limit_val_batches", "0"]
     lit_mm("fit", "--config", "experiments/smollm2.yaml", "--trainer.max_steps", "2", *places)
     assert (tmp_path / "version_0/checkpoints/last.ckpt").is_file()
-
-
-@pytest.mark.slow
-@installed("easy_vqa")
-def test_the_demo_trains_and_is_judged_by_kind_of_question(tmp_path):
-    places = ["--config", "experiments/quickstart.yaml", "--trainer.default_root_dir", str(tmp_path / "runs")]
-    few = ["--data.root", str(tmp_path / "demo"), "--data.train_boards", "32", "--data.val_boards", "200"]
-    few += ["--data.test_boards", "1", "--data.val_questions", "60"]
-    printed = lit_mm("fit", *places, *few, "--trainer.max_steps", "2", "--trainer.val_check_interval", "2")
-    judged = json.loads((tmp_path / "runs/version_0/accuracy_tokens_val.json").read_text())
-    assert {*judged["types"]} == {"easy-VQA", "row", "cell", "color"}
-    assert sum(own["questions"] for own in judged["types"].values()) == judged["questions"] == 60
-    assert "16 tokens: " in printed and "row needs " in printed
 
 
 @pytest.mark.slow
