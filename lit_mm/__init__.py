@@ -34,6 +34,10 @@ _HOMES = {
     "FSDP2": "training.strategies",  # FSDP's old name, for this release
     "FusedAdamW": "training.optim",
     "InitFrom": "training.checkpoints",
+    "Consistency": "model.loss",
+    "Part": "training.parts",
+    "Parts": "training.parts",
+    "LLMPart": "training.parts",
     "LoRA": "training.parts",
     "MuonAdamW": "training.optim",
     "WarmupCosine": "training.schedule",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.cli import instantiate_module
@@ -22,7 +22,7 @@ from lit_mm.model.scales import Scale
 from lit_mm.renamed import with_new_names
 from lit_mm.training.checkpoints import InitFrom, is_export, start_from, told_of
 from lit_mm.training.module import LitMatryoshka
-from lit_mm.training.resume import scales_in
+from lit_mm.training.resume import check_model, scales_in
 from lit_mm.training.saving import SHARDED, find_checkpoint, load_tensors
 
 PATTERNS = ["*.json", "*.jinja", "*.safetensors", "README.md"]
@@ -39,6 +39,7 @@ def load(
     video: VideoOptions | None = None,
     mean_tokens: float | None = None,
     scales: list[int] | None = None,
+    module: LitMatryoshka | None = None,
 ) -> Model:
     """Open a trained model, with adapters merged and without quantization, which a warning says, and with the chooser
     of its run, if it was calibrated.
@@ -54,6 +55,8 @@ def load(
         scales: Visual tokens per image to answer at, finest first, also others than in training; None: those of
             training. `Model.trained_scales` has these in any case. The chooser is left out unless mean_tokens asks
             for it.
+        module: For a run that a script or a notebook trained, whose checkpoint does not describe its model: the
+            LightningModule, made as for training. It gets the checkpoint's weights, and answers at its own scales.
 
     Returns:
         A model that answers; see `Model.answer`.
@@ -65,6 +68,8 @@ def load(
             the scales (adaptive pooling) and there are others; `export` did not write what the hub has; or no such
             device.
     """
+    if module and (scales or is_export(Path(path))):
+        raise ValueError("load: module: expected a checkpoint without scales, as the module says them")
     target = _device(device)
     if is_hub_name(str(path)):
         path = _of_hub(str(path))
@@ -77,13 +82,15 @@ def load(
     checkpoint = checkpoint_of(path)
     saved = contents_of(checkpoint)
     described = saved.get("hyper_parameters") if isinstance(saved, dict) else None
-    if not isinstance(described, dict) or "_instantiator" not in described:
+    if module is None and (not isinstance(described, dict) or "_instantiator" not in described):
         raise ValueError(
             f"load: {checkpoint} does not describe its model, as it was not trained by the command line: "
-            "build a lit_mm.Model from its parts instead"
+            "give load the module that was trained, load(…, module=…)"
         )
-    lit = _module(described, checkpoint.parent.parent / TOKENIZER, scales)
+    lit = module or _module(cast(Any, described), checkpoint.parent.parent / TOKENIZER, scales)
     identity: dict[str, Any] = saved.get("identity", {})
+    if module:
+        check_model(identity, module._identity())
     if lit.pooling != "exact" and lit.scales != identity.get("scales", lit.scales):
         said = f"with pooling {lit.pooling} expected those of training, {identity['scales']}, found {lit.scales}"
         raise ValueError(f"load: scales: {said}")
