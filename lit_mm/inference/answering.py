@@ -6,24 +6,20 @@ import hashlib
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
-from PIL import Image
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lit_mm.data.chat import Conversation
 from lit_mm.data.collate import Sample, Visual, collate
 from lit_mm.data.media import MediaFolder
-from lit_mm.data.pixels import ImageOptions, upright_rgb
+from lit_mm.data.pixels import ImageOptions
 from lit_mm.data.records import (
     MARKERS,
-    Kind,
     Media,
     Record,
     RecordError,
@@ -37,18 +33,15 @@ from lit_mm.inference.choosers import Chooser
 from lit_mm.inference.decoding import Decoding, settings
 from lit_mm.inference.generation import Asked, Generated, Past, generate_each
 from lit_mm.inference.memory import Memory
+from lit_mm.inference.pictures import Picture, listed, media_of
 from lit_mm.inference.prompts import prompt_length
 from lit_mm.inference.scoring import score
 from lit_mm.model.batch import Images, Question
 from lit_mm.model.scales import Scale, nested_shapes
 from lit_mm.model.vlm import MatryoshkaVLM
 
-Picture = str | Path | bytes | Image.Image | np.ndarray | Tensor
-"""An image or a video: a path, an encoded file's bytes, a PIL image, or an RGB array: uint8 [H, W, 3] of numpy or
-uint8 [3, H, W] of torch."""
 Tokens = int | str | Scale | list[int | str | Scale] | Chooser | None
 """What names scales; see `Model.answer`."""
-VIDEOS = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v"}
 
 
 @dataclass
@@ -228,7 +221,7 @@ class Model:
             RecordError: Texts that are empty or not Unicode, images that cannot be read, or that do not match the
                 question's markers.
         """
-        shown = _listed(images)
+        shown = listed(images)
         [answers] = self.answers([Ask(question, shown, history, system)], tokens, **options)
         if broken := [answer for answer in answers.values() if answer.finish == "error"]:
             raise ValueError(f"the model's logits at scale {broken[0].scale} are not finite")
@@ -394,7 +387,7 @@ class Model:
         system: str | None = None,
     ) -> dict[str, list[Tensor]]:
         """Like `score`, but for each answer the log-probabilities [t] of its tokens, the end token last."""
-        scales, record = self.scales_of(tokens), self._record(Ask(question, _listed(images), history, system))
+        scales, record = self.scales_of(tokens), self._record(Ask(question, listed(images), history, system))
         sample = self._sample(record)
         shown, questions = self.on_device([sample])
         labels, length = [visual.labels for visual in sample.visuals], len(questions[0].input_ids)
@@ -411,13 +404,13 @@ class Model:
 
     def chat(self, images: Picture | Sequence[Picture] | None = None, system: str | None = None) -> Chat:
         """A conversation, whose earlier turns are part of every further question."""
-        return Chat(self, _listed(images), system=system)
+        return Chat(self, listed(images), system=system)
 
     def _record(self, ask: Ask, where: str = "question 1") -> Record:
         """A question with its media and with markers where they stand."""
         turns, system = _texts(ask, where)
-        media = tuple(_medium(picture, place) for place, picture in enumerate(_listed(ask.images), 1))
-        record = Record(where, media, tuple(_with_markers(turns, media, where)), where, system)
+        media = media_of(listed(ask.images))
+        record = Record(where, tuple(media), tuple(_with_markers(turns, media, where)), where, system)
         return image_first(record) if self.image_first else record
 
     def _sample(self, record: Record, memory: Memory | None = None) -> Sample:
@@ -586,11 +579,10 @@ class Chat:
         **options: Any,
     ) -> Answer:
         """Answer the next question; `images` are new ones, in front of it unless it marks their places."""
-        images = _listed(images)
-        kinds = [_medium(picture, place).kind for place, picture in enumerate(images, 1)]
-        new = [] if self.turns else [_medium(picture, place).kind for place, picture in enumerate(self.images, 1)]
+        images = listed(images)
+        media = [*([] if self.turns else media_of(self.images)), *media_of(images)]
         if not marked_kinds(question):
-            question = "".join(f"{MARKERS[kind]}\n" for kind in [*new, *kinds]) + question.strip()
+            question = "".join(f"{MARKERS[medium.kind]}\n" for medium in media) + question.strip()
         shown = [*self.images, *images]
         if tokens == "all" or isinstance(tokens, list):
             raise ValueError(f"tokens {tokens}: a conversation goes on from one answer, name one scale")
@@ -598,12 +590,6 @@ class Chat:
         answer: Answer = self.model.answer(shown, question, tokens, self.turns, self.system, **options)
         self.images, self.turns = shown, [*self.turns, question, answer.text]
         return answer
-
-
-def _listed(images: Any) -> list[Picture]:
-    if images is None:
-        return []
-    return list(images) if isinstance(images, list | tuple) else [images]
 
 
 def _texts(ask: Ask, where: str) -> tuple[list[str], str | None]:
@@ -643,57 +629,3 @@ def _with_markers(turns: list[str], media: Sequence[Media], where: str) -> list[
 def _answer(made: Generated, scale: Scale, times: Sequence[float]) -> Answer:
     told = made.text, scale, made.visual_tokens, made.ids, made.logprobs, made.margin, made.finish
     return Answer(*told, first_token_seconds=times[0], seconds=times[-1], tried=[scale], router=made.router)
-
-
-def _medium(picture: Picture, number: int) -> Media:
-    """An image or a video as an encoded file.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: Not a picture, a PIL image that cannot be read, or an array or tensor that is not RGB in uint8.
-    """
-    if isinstance(picture, str | Path):
-        if (file := file_of(picture)) is None:
-            raise FileNotFoundError(f"image {number}: no file {str(picture)!r:.200}")
-        kind: Kind = "video" if file.suffix.lower() in VIDEOS else "image"
-        return Media(kind, str(file), file.read_bytes())
-    if isinstance(picture, bytes):
-        return Media(kind_of(picture), str(number), picture)
-    encoded = BytesIO()
-    try:
-        image = picture if isinstance(picture, Image.Image) else Image.fromarray(_array(picture))
-        upright_rgb(image).save(encoded, "PPM")  # PNG takes seconds for a photo
-    except (ValueError, OSError, SyntaxError) as error:  # Pillow's, for a file that is read only now
-        raise ValueError(f"image {number}: {error}") from None
-    return Media("image", str(number), encoded.getvalue())
-
-
-def _array(picture: np.ndarray | Tensor) -> np.ndarray:
-    """An array or a tensor as uint8 [H, W, 3].
-
-    Raises:
-        ValueError: It is neither, or of another type or shape.
-    """
-    if not isinstance(picture, np.ndarray | Tensor):
-        expected = "a path, bytes, a PIL image, an array or a tensor"
-        raise ValueError(f"expected {expected}, found {type(picture).__name__}")
-    is_tensor, dtype, shape = isinstance(picture, Tensor), str(picture.dtype).split(".")[-1], list(picture.shape)
-    if dtype != "uint8" or len(shape) != 3 or shape[0 if is_tensor else 2] != 3 or 0 in shape:
-        expected = "[3, height, width]" if is_tensor else "[height, width, 3]"
-        raise ValueError(f"expected uint8 {expected}, found {dtype} {shape}")
-    return picture.cpu().movedim(0, -1).numpy() if isinstance(picture, Tensor) else picture
-
-
-def file_of(name: str | Path) -> Path | None:
-    """The file of a name; None if there is none."""
-    try:
-        file = Path(name).expanduser()
-        return file if file.is_file() else None
-    except (OSError, RuntimeError):  # a name that is too long, or a user who does not exist
-        return None
-
-
-def kind_of(encoded: bytes) -> Kind:
-    """Whether a file is a video, in MP4's or Matroska's family of formats, or an image."""
-    mp4 = encoded[4:8] == b"ftyp" and encoded[8:12] not in (b"avif", b"avis", b"heic", b"mif1")  # images in such boxes
-    return "video" if mp4 or encoded[:4] == b"\x1aE\xdf\xa3" else "image"

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_mm.hub.loading import load
-from lit_mm.inference.answering import VIDEOS, Answer, Ask, Chat, Model, file_of
+from lit_mm.inference.answering import Answer, Ask, Chat, Model
 from lit_mm.inference.generation import Generated, settled
+from lit_mm.inference.pictures import VIDEOS, file_of
 
 PROGRAM = "python -m lit_mm ask"
 USAGE = f"""{PROGRAM} --ckpt_path last photo.jpg "What is it?"

@@ -13,8 +13,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from lit_mm.inference.answering import kind_of
 from lit_mm.inference.chat_completions import RefusedError, short
+from lit_mm.inference.pictures import kind_of
 
 SECONDS = 10
 """Until a remote server must have sent a file."""
