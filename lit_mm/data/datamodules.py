@@ -45,7 +45,7 @@ def names_of(files: Sequence[str], group: str = "test", option: str = "data.test
 
     Args:
         files: Files, and benchmarks with their files.
-        group: What stands before the slash.
+        group: The part before the slash.
         option: What errors call the files.
 
     Raises:

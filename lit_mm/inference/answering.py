@@ -596,8 +596,8 @@ def _texts(ask: Ask, where: str) -> tuple[list[str], str | None]:
     """The turns of a question, and its system message, checked as those of records are.
 
     Raises:
-        RecordError: A text is empty or not Unicode, history is not questions and answers in turn, or a marker stands in
-            an answer or in the system message.
+        RecordError: A text is empty or not Unicode, history is not questions and answers in turn, or there is a
+            marker in an answer or in the system message.
     """
     turns, system = [], None
     if isinstance(ask.history, str) or len(ask.history) % 2:

@@ -520,7 +520,7 @@ class LitMatryoshka(LightningModule):
             self.log_dict(self.figures(name), sync_dist=True)
 
     def figures(self, name: str) -> dict[str, Tensor]:
-        """What the answers to a set's questions are worth on all ranks, which must all ask: `val/accuracy@16`, or
+        """The figures of a set's answers over all ranks, which must all call this: `val/accuracy@16`, or
         `test/docvqa@16`, …, and a metric's further figures. The next `judge` begins anew."""
         found: dict[str, Tensor] = {}
         for scale, metric in zip(self.asked_scales, self._metrics_of(name), strict=True):

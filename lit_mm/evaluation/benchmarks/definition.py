@@ -23,8 +23,8 @@ class Join:
     """A second file, whose rows add fields to the questions: answers, a split, names of videos.
 
     Args:
-        files: The file, or several to look for in this order, beside the questions. `*` stands for what it
-            stands for in the name of the questions' file.
+        files: The file, or several to look for in this order, beside the questions. `*` is replaced by what it
+            matched in the name of the questions' file.
         key: What identifies a row of this file, such as `{question_id}`.
         by: What identifies the same row in the questions' file.
         records: Where in a JSON file the rows are, as `Layout.records`.
@@ -70,7 +70,7 @@ class Layout:
         type: The question's type, by which results are broken down.
         type_names: Names of the types, if the file has numbers or codes.
         group: What questions are scored together.
-        context: What stands before the question, as `{context}` of the prompt; "" if a field of it is empty.
+        context: The text before the question, `{context}` in the prompt; "" if one of its fields is empty.
         keep: Fields and the value that a record must have to be asked; `*` is any value but an empty one.
         join: Further files.
         empty: A text that stands for an empty field, such as nan.
@@ -126,7 +126,7 @@ class Definition:
     Args:
         about: What it is and where its files come from.
         metric: The metric's name, one of `lit_mm.evaluation.metrics.METRICS`.
-        prompt: The text that the model is asked. `{question}` is the question, `{context}` what stands before it,
+        prompt: The text that the model is asked. `{question}` is the question, `{context}` the text before it,
             `{options}` the options one a line, other names are fields of the record.
         layouts: The layouts of files that it comes in.
         max_new_tokens: The most tokens of an answer.

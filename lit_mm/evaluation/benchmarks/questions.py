@@ -175,7 +175,7 @@ class Questions(Source):
         return [ascii_uppercase[right], options[right], *options, *group]
 
     def _share(self) -> None:
-        """Replace ids of other records in the shared field by what these have there."""
+        """Where the shared field has the id of another record, put that record's value."""
         if not (field := self.layout.shared):
             return
         own = {text(self.layout.id, row): row.get(field) for row in self.rows.rows}

@@ -36,7 +36,7 @@ class Rows:
     Args:
         places: File and number of every record, for errors.
         rows: Their fields, and as further fields `file` (its name without the ending), `folder` (its folder below the
-            benchmark's), `match` (what `*` stands for in its name) and `record` (the number in the file, from 0).
+            benchmark's), `match` (what `*` matches in its name) and `record` (the number in the file, from 0).
         media: The columns of parquet files that have images or videos; None if there are none.
         numbers: [n] the row of `media` of every record.
     """
@@ -91,7 +91,7 @@ def _told(file: Path, patterns: str | list[str], folder: Path) -> Row:
 
 
 def _star(file: Path, patterns: str | list[str]) -> str:
-    """What `*` stands for in the file's name; "" if no pattern with one fits."""
+    """What `*` matches in the file's name; "" if no pattern with one fits."""
     for pattern in as_list(patterns):
         before, star, after = Path(pattern).name.partition("*")
         if star and (found := re.fullmatch(f"{re.escape(before)}(.*){re.escape(after)}", file.name)):

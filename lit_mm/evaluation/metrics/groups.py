@@ -43,7 +43,7 @@ class GroupedMetric(AnswerMetric):
         super().sync(*args, **options)
 
     def _groups(self) -> dict[int, list[list[bool]]]:
-        """Of each kind its groups: which of their answers were right."""
+        """Kind -> its groups, each a list of whether its answers were right."""
         groups = defaultdict[tuple[int, int], list[bool]](list)
         for rows in [self.judged] if isinstance(self.judged, Tensor) else self.judged:
             for kind, key, right in rows.tolist():

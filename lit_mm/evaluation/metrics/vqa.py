@@ -59,8 +59,8 @@ def normalize_vqa(answer: str) -> str:
     """How VQA answers compare: EvalAI's rules, as in MMF's, LLaVA's and lmms-eval's TextVQA code.
 
     Lower case, no articles, digits for the numbers up to ten, apostrophes put back into contractions, no commas and
-    question marks, no full stops except before a digit. Other punctuation is removed if white space stands before or
-    behind it anywhere in the answer, and is white space otherwise.
+    question marks, no full stops except before a digit. Other punctuation is removed if there is white space before or
+    after it anywhere in the answer, and replaced by white space otherwise.
     """
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     text = text.strip().replace("\n", " ").replace("\t", " ")
