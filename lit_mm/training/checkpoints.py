@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.fabric.utilities.rank_zero import WarningCache
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,6 +27,9 @@ from lit_mm.model.llm import LLM
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.training.parts import PARTS, PartName, start_adapters
 from lit_mm.training.saving import SHARDED, load_tensors
+
+SAID = WarningCache()
+"""What was printed, as each part opens its weights."""
 
 
 @dataclass
@@ -97,7 +100,7 @@ def open_weights(source: str, merge: bool = True) -> Weights:
     path = find(source, "init_from")
     if runs := [*path.glob("checkpoints/last.ckpt"), *path.glob("version_*/checkpoints/last.ckpt")]:
         path = max(runs, key=lambda file: file.stat().st_mtime)
-        rank_zero_info(f"init_from: {source} is {path}")
+        SAID.info(f"init_from: {source} is {path}")
     if path.is_file() and path.suffix != ".safetensors":
         return Weights(path, _of_checkpoint(path, merge))
     if (path / SHARDED).is_file():

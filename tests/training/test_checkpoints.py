@@ -108,7 +108,9 @@ def adapted_vlm():
     return vlm
 
 
-def test_a_run_and_its_checkpoint_are_sources(instruction_set, tmp_path):
+def test_a_run_and_its_checkpoint_are_sources(instruction_set, tmp_path, caplog):
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+    caplog.set_level("INFO", "lightning.fabric.utilities.rank_zero")
     lit, trainer = fit(instruction_set, tmp_path, max_steps=1, limit_val_batches=0)
     run = tmp_path / "lightning_logs/version_0"
     trainer.save_checkpoint(run / "checkpoints/last.ckpt")
@@ -117,6 +119,8 @@ def test_a_run_and_its_checkpoint_are_sources(instruction_set, tmp_path):
         start_from(vlm, InitFrom(str(source)))
         assert same(vlm, lit.vlm), source
     assert not same(lit.vlm, tiny_vlm())
+    told = f"init_from: {run} is {run / 'checkpoints/last.ckpt'}"
+    assert [record.message for record in caplog.records].count(told) == 1, "three parts open it"
 
 
 def test_missing_and_unexpected_names_are_listed(exported, tmp_path):
