@@ -17,6 +17,7 @@ from experiments.evidence import report
 from experiments.evidence.claims import sets
 from experiments.evidence.runs import Runs, resolved
 from lit_mm.evaluation.results import Judged, write_questions
+from tests.helpers.command_line import forked
 from tests.helpers.environment import ROOT
 from tests.helpers.evidence import STAND_IN
 
@@ -225,8 +226,9 @@ def test_choices_against_arithmetic(tmp_path):
 
 
 @pytest.mark.slow
-def test_lit_mm_itself(tmp_path):
-    """Tiny settings; auto, too."""
+def test_lit_mm_itself(tmp_path, monkeypatch):
+    """Tiny settings; auto, too. In processes that have imported everything: the stand-in's begin anew."""
+    monkeypatch.setattr(Runs, "_process", lambda runs, command, log: forked([*command], log)[0])
     data = ["--data.init_args.root", str(tmp_path / "data")]
     for split, count in {"train": "32", "val": "8", "test": "4"}.items():
         data += [f"--data.init_args.{split}_images", count]
