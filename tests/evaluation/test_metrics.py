@@ -304,7 +304,7 @@ def test_every_round_of_a_question_must_be_right():
 @pytest.mark.slow
 def test_two_processes_count_as_one(tmp_path: Path):
     """Uneven shares, MME's pairs torn apart, and a process without questions."""
-    mp.spawn(_rank, (tmp_path,), nprocs=2)
+    mp.start_processes(_rank, (tmp_path,), 2, start_method="forkserver")
     for name, metric in METRICS.items():
         alone = metric()
         alone.update(*zip(*_questions(name), strict=True))

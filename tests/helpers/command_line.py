@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -65,19 +66,21 @@ def forked(arguments: list[str], log: Path, *, ranks: int = 1, seconds: float = 
     0, and what they printed."""
     logs, port = [log.with_suffix(f".{rank}.txt") for rank in range(ranks)], free_port()
     told = [environment_of(rank, ranks, port) for rank in range(ranks)] if ranks > 1 else [{}]
-    processes = [
-        SERVER.Process(target=main_of, args=(arguments, str(own), environment))
-        for own, environment in zip(logs, told, strict=True)
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in OFFLINE.items():  # for the server, which the first process starts
-            patch.setenv(name, value)
-        for process in processes:
-            process.start()
+    processes = [begun(arguments, own, environment) for own, environment in zip(logs, told, strict=True)]
     for process in processes:
         process.join(seconds)
     statuses = [process.exitcode for process in processes]
     return next(filter(None, statuses), statuses[-1]), "".join(own.read_text() for own in logs)
+
+
+def begun(arguments: list[str], log: Path, environment: dict[str, str]) -> BaseProcess:
+    """A command that has begun in such a process."""
+    process = SERVER.Process(target=main_of, args=(arguments, str(log), environment))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in OFFLINE.items():  # for the server, which the first process starts
+            patch.setenv(name, value)
+        process.start()
+    return process
 
 
 def main_of(arguments: list[str], log: str, environment: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""A small trained run, and `python -m lit_mm serve` with it in a process of its own."""
+"""A small trained run, and `python -m lit_mm serve` with it in a process that has imported everything already."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ import http.client
 import json
 import os
 import re
+import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tests.helpers.command_line import CONFIG, OFFLINE, lit_mm
-from tests.helpers.environment import ROOT
+from tests.helpers.command_line import CONFIG, begun, lit_mm
 from tests.helpers.records import write_instruction_set
 
 
@@ -49,11 +47,9 @@ class Serving:
     """
 
     def __init__(self, run: Path, log: Path, *options: str) -> None:
-        self.log = log
-        env = os.environ | OFFLINE | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "lit_mm", "serve", "--ckpt_path", str(run), "--port", "0", *options]
-        with log.open("w") as file:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
+        self.run, self.log = run, log
+        log.touch()
+        self.process = begun(["serve", "--ckpt_path", str(run), "--port", "0", *options], log, {})
 
     def __enter__(self) -> Serving:
         self.port = int(self.logged(r"http://127\.0\.0\.1:(\d+)", 120)[1])
@@ -61,7 +57,16 @@ class Serving:
 
     def __exit__(self, *_: object) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.join()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send the process a signal."""
+        os.kill(self.process.pid, number)
+
+    def status(self) -> int | None:
+        """Its exit status, once it has ended; waits for that."""
+        self.process.join(30)
+        return self.process.exitcode
 
     @property
     def url(self) -> str:
@@ -75,7 +80,7 @@ class Serving:
         """
         end = time.monotonic() + seconds
         while not (found := re.compile(pattern).search(text := self.log.read_text(), after)):
-            if time.monotonic() > end or self.process.poll() is not None:
+            if time.monotonic() > end or not self.process.is_alive():
                 raise TimeoutError(f"{pattern} is not in the log:\n{text}")
             time.sleep(0.05)
         return found

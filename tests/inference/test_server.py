@@ -78,7 +78,7 @@ def impatient(folder):
     found = Serving(folder / "runs", folder / "impatient.txt", *options)
     yield found
     found.process.kill()  # where its test was not run
-    found.process.wait()
+    found.process.join()
 
 
 @pytest.fixture(scope="module")
@@ -547,8 +547,8 @@ def test_ctrl_c_ends_what_takes_longer_than_the_grace_time(impatient):
         half.sendall(b"POST /preview HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
         assert b" 408 " in half.recv(100)
         late = begun(server, asked("hello", max_tokens=LONG))
-        server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(30) == 0
+        server.send(signal.SIGINT)
+        assert server.status() == 0
         assert b" 503 " in late.recv(100)
 
 
@@ -558,10 +558,10 @@ def test_a_second_ctrl_c_ends_at_once(folder, tmp_path):
         late = [begun(server, asked("hello", max_tokens=LONG, stream=True))]
         late.append(server.begin(asked("hello", max_tokens=LONG)))
         until(lambda: server.metric("lit_mm_waiting_requests"), 20)
-        server.process.send_signal(signal.SIGINT)
+        server.send(signal.SIGINT)
         server.logged("ending, requests in progress have 60 s")
-        server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(30) == 0
+        server.send(signal.SIGINT)
+        assert server.status() == 0
         for connection in late:
             connection.close()
     assert server.log.read_text().endswith(" ended\n") and "Traceback" not in server.log.read_text()
@@ -591,12 +591,12 @@ def test_sigterm_ends_the_server_after_its_answers(server, client):
     """The last test of this server."""
     stream = create(client, user("hello"), max_tokens=600, stream=True, stream_options={"include_usage": True})
     next(stream)
-    server.process.send_signal(signal.SIGTERM)
+    server.send(signal.SIGTERM)
     server.logged("ending, requests in progress have 20 s")
     with pytest.raises(openai.APIConnectionError):
         create(client.with_options(http_client=openai.DefaultHttpxClient()), user("hello"))
     *_, last = stream
     assert last.usage.completion_tokens == 600
-    assert server.process.wait(30) == 0
+    assert server.status() == 0
     server_log = server.log.read_text()
     assert server_log.rstrip().endswith("ended") and "Traceback" not in server_log

@@ -93,7 +93,7 @@ def test_the_page_tells_what_the_chooser_does(served, page):  # noqa: F811
 
 def test_ask_tells_the_scales_tried(served, tmp_path):
     server, model, picture = served
-    run = server.process.args[server.process.args.index("--ckpt_path") + 1]
+    run = str(server.run)
     for text in QUESTIONS[:2]:
         expected = model.answer(picture, text, "auto")
         status, printed = forked(["ask", "--ckpt_path", run, "--tokens", "auto", str(picture), text], tmp_path / "log")
