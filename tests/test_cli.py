@@ -15,7 +15,8 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from lit_mm.__main__ import HELP, main
 from lit_mm.cli import LitMMCLI
-from tests.helpers.command_line import CONFIG, lit_mm, lit_mm_anew
+from tests.helpers.browser import until
+from tests.helpers.command_line import CONFIG, begun, lit_mm, lit_mm_anew
 from tests.helpers.environment import ROOT
 from tests.helpers.media import render
 from tests.helpers.records import conversation
@@ -299,16 +300,14 @@ def test_images_videos_and_text_in_one_run(experiment, instruction_set):
 def test_ctrl_c_keeps_a_checkpoint_to_go_on_from(experiment, instruction_set):
     run = instruction_set / "runs/version_0"
     endless = ["fit", *experiment, "--trainer.max_steps", "100000", "--trainer.limit_val_batches", "0"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "lit_mm", *endless, "--checkpoint.every_n_epochs", "100000"]
-    fit = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
-    seen = b""
-    while b"loss@16" not in seen and fit.poll() is None:
-        seen = seen[-100:] + os.read(fit.stdout.fileno(), 4096)
+    log = instruction_set / "log.txt"
+    log.touch()
+    fit = begun([*endless, "--checkpoint.every_n_epochs", "100000"], log, {})
+    until(lambda: "loss@16" in log.read_text() or not fit.is_alive(), 120)
     assert not (run / "checkpoints/last.ckpt").exists()
-    fit.send_signal(signal.SIGINT)
-    fit.communicate(timeout=60)
-    assert fit.returncode == 130
+    os.kill(fit.pid, signal.SIGINT)
+    fit.join(60)
+    assert fit.exitcode == 130, log.read_text()
     kept = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     more = str(kept["global_step"] + 2)
     lit_mm("fit", *experiment, "--ckpt_path", "last", "--trainer.max_steps", more)

@@ -20,7 +20,7 @@ from lit_mm.profile.experiment import Experiment, pooled_again, read_model
 from lit_mm.profile.memory_plan import plan_of
 from lit_mm.profile.report import without_common_start
 from tests.helpers.clock import forward_by
-from tests.helpers.environment import ROOT
+from tests.helpers.environment import ROOT, TOKENIZER
 from tests.helpers.models import tiny_vlm
 
 VICUNA = {"name_or_path": "lmsys/vicuna-7b-v1.5", "chat_template": "vicuna_v1"}
@@ -37,6 +37,9 @@ LLAVA = {
     "llm": VICUNA,
     "parts": {"encoder": {"frozen": True}, "llm": {"lora": {"rank": 128}}},
 }
+LLM = {"name_or_path": "LlamaConfig", "tokenizer": TOKENIZER, "chat_template": "bare"}
+LLM["config_overrides"] = "{num_hidden_layers: 1, hidden_size: 64, num_attention_heads: 4, intermediate_size: 96}"
+SMALL_LLM = [word for name, value in LLM.items() for word in (f"--model.llm.{name}", value)]
 QUICKSTART = str(ROOT / "experiments/quickstart.yaml")
 LAYERS = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
 """Weights of Llama-7B's layers."""
@@ -184,11 +187,11 @@ def test_experiments_are_told_apart(run, tmp_path):
     chain = ("experiments/base.yaml", "experiments/convllava/stage_3.yaml")
     calls = []
     for size in ("768", "1024"):
-        files = *chain, f"experiments/convllava/{size}/stage_3.yaml", "experiments/llm/smollm2_135m.yaml"
+        files = *chain, f"experiments/convllava/{size}/stage_3.yaml"
         calls += [word for file in files for word in ("--config", file)]
-        calls += ["--model.encoder.backbone", "convnext_atto", "--and"]
+        calls += ["--model.encoder.backbone", "convnext_atto", *SMALL_LLM, "--and"]
     found, printed = run(*calls[:-1], "--gpus", "2")
-    names = [f"base + convllava/stage_3 + convllava/{size}/stage_3 + llm/smollm2_135m" for size in (768, 1024)]
+    names = [f"base + convllava/stage_3 + convllava/{size}/stage_3" for size in (768, 1024)]
     assert [own["name"] for own in found] == names
     assert all(own["training_memory"]["total"] > own["training_memory"]["parameters"] > 0 for own in found)
     memory = printed[printed.index("Training: GiB") :]
