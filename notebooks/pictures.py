@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -16,12 +16,15 @@ import numpy as np
 from IPython.display import Image as Shown
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 from torch import Tensor
 
 warnings.filterwarnings("ignore", message="IProgress not found")  # about progress bars, which no cell shows
 from lit_mm.callbacks.efficiency_report import draw_accuracy, draw_speed  # noqa: E402 (after the filter)
+from lit_mm.callbacks.gallery import plain  # noqa: E402
 from lit_mm.data.boards import make_board, render  # noqa: E402
 from lit_mm.data.easy_vqa import package_data  # noqa: E402
 from lit_mm.evaluation.answer_costs import UNITS  # noqa: E402
@@ -163,7 +166,7 @@ def _strip(axes: Axes, kinds: np.ndarray, across: tuple[float, float], down: tup
 
 
 def _count(tokens: int) -> str:
-    return f"{tokens} token{'s' * (tokens > 1)}"
+    return f"{tokens:,} token{'s' * (tokens > 1)}"
 
 
 def _kinds() -> list[Patch]:
@@ -322,11 +325,17 @@ def of_each_type(questions: Sequence[Judged], numbers: Sequence[int], most: int 
     return [number for number in turns if number is not None][:most]
 
 
-def asked(lines: dict[str, Sequence[tuple[Judged, int]]], scales: Sequence[str], certain: bool = False) -> Shown:
+def asked(
+    lines: dict[str, Sequence[tuple[Judged, int]]],
+    scales: Sequence[str],
+    certain: bool = False,
+    image_of: Callable[[str], Image.Image] = image_of,
+) -> Shown:
     """Up to four questions below each title: the image, the question, and the answer at every scale, right or wrong.
 
     Each question comes with the index of the scale that it is about: an arrow marks its answer, and the areas of its
-    tokens are drawn over the image. `certain` adds each answer's probability.
+    tokens are drawn over the image. `certain` adds each answer's probability; `image_of` finds the image of a
+    question's id.
     """
     figure = Figure(figsize=(9.6, len(lines) * (2.8 + 0.2 * len(scales))))
     figure.set_layout_engine("constrained", w_pad=0.2, h_pad=0.1)
@@ -337,18 +346,19 @@ def asked(lines: dict[str, Sequence[tuple[Judged, int]]], scales: Sequence[str],
         for axes in places:
             axes.axis("off")
         for axes, (question, scale) in zip(places, line, strict=False):
+            axes.imshow(image_of(question.id), extent=(0, 1, 1, 0), interpolation="nearest")
             _draw_question(axes, question, scales, scale, certain)
     return show(figure)
 
 
 def _draw_question(axes: Axes, question: Judged, scales: Sequence[str], marked: int, certain: bool) -> None:
-    axes.imshow(image_of(question.id), extent=(0, 1, 1, 0), interpolation="nearest")
     _draw_areas(axes, question.visual_tokens[marked], 1)
     title = textwrap.fill(question.question, 28)
     axes.set_title(title + "\n" * (1 - title.count("\n")), fontsize=10, loc="left")
     for place, scale in enumerate(scales):
         right = question.scores[place] >= 0.5
-        line = f"{'▶' if place == marked else ' '} {scale:>3}: {question.answers[place]} {'✓' if right else '✗'}"
+        line = f"{'▶' if place == marked else ' '} {scale:>3}: {plain(question.answers[place], 24)}"
+        line += " ✓" if right else " ✗"
         line += f" {100 * np.exp(question.logprobs[place]):.0f} %" * certain
         told = {"color": RIGHT if right else WRONG, "family": "DejaVu Sans Mono", "fontsize": 9}
         told["fontweight"] = "bold" if place == marked else "normal"
@@ -437,4 +447,114 @@ def certainty(panels: dict[str, tuple[np.ndarray, np.ndarray, float]], statistic
             axes.set(yscale="log", ylabel=f"{name} answers")
         column[0].text(threshold, 1.01, "goes on ◀ ▶ stands", transform=column[0].get_xaxis_transform(), ha="center")
         column[1].set_xlabel(f"{STATISTICS[statistic]}, at {_count(int(scale))}")
+    return show(figure)
+
+
+def examples(images: Sequence[Image.Image], texts: Sequence[str]) -> Shown:
+    """Images in a row, each with a text below."""
+    figure, places = _panels(len(images), len(images), 3.4)
+    for axes, image, text in zip(places, images, texts, strict=True):
+        axes.imshow(image, extent=(0, 1, 1, 0), interpolation="nearest")
+        axes.annotate(text, (0, 1), (0, -5), "data", "offset points", va="top", linespacing=1.4)
+        axes.set_anchor("N")
+        axes.axis("off")
+    return show(figure)
+
+
+Curves = dict[str, tuple[np.ndarray, np.ndarray]]
+"""The name of something that was logged -> where along the x-axis, and its values."""
+
+
+def curves(panels: dict[str, tuple[str, dict[str, Curves]]], columns: int = 3) -> Shown:
+    """One panel per title, with the name of its x-axis and the curves of one or several runs.
+
+    A name that ends in a scale, `loss@16`, has the scale's color; the runs' lines are solid, dashed and dotted.
+    """
+    figure, places = _panels(len(panels), columns, 2.6)
+    logged = [name for _, runs in panels.values() for own in runs.values() for name in own]
+    scales = list(dict.fromkeys(name.split("@")[1] for name in logged if "@" in name))
+    colors = dict(zip(scales, SCALES, strict=False))
+    styles = dict(
+        zip(dict.fromkeys(name for _, runs in panels.values() for name in runs), ("-", "--", ":"), strict=False)
+    )
+    for axes, (title, (along, runs)) in zip(places, panels.items(), strict=True):
+        for run, own in runs.items():
+            for name, (where, values) in own.items():
+                color = colors.get(name.rpartition("@")[2], PREFIX)
+                axes.plot(where, values, styles[run], color=color, linewidth=1.6)
+        axes.set_title(title, loc="left")
+        axes.set_xlabel(along)
+        axes.grid(color="#ededed")
+        if "loss" in title:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
+        else:
+            axes.set_ylim(0, 1.05 * axes.dataLim.y1 or 1)
+    handles = [Patch(color=color, label=_count(int(scale))) for scale, color in colors.items()]
+    handles += [Line2D([], [], color=PREFIX, linestyle=styles[run], label=run) for run in styles if len(styles) > 1]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    return show(figure)
+
+
+def smooth(values: Sequence[float], width: int = 5) -> np.ndarray:
+    """The mean of each value and its neighbors, `width` in all where there are so many."""
+    kernel = np.ones(width)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def film(whole: Sequence[Image.Image], shown: Sequence[Image.Image], seconds: Sequence[float]) -> Shown:
+    """Above, many frames of a video in thin slices of a strip; below, those that the model sees, with their times."""
+    figure = Figure(figsize=(9.6, 2.4), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1, 2])
+    for part, images in ((above, whole), (below, shown)):
+        for axes, image in zip(part.subplots(1, len(images)), images, strict=True):
+            axes.imshow(image)
+            axes.axis("off")
+    for axes, second in zip(below.axes, seconds, strict=True):
+        axes.set_title(f"{second:.1f} s")
+    above.suptitle("The clip, every second frame", x=0.01, ha="left", fontsize=10)
+    return show(figure)
+
+
+def sets_in_time(sets: dict[str, Tensor], columns: int) -> Shown:
+    """One panel per scale of a video, by its name: the sets of frames [sets, T, 3] side by side, each as its tokens."""
+    pictures = {name: _side_by_side(tokens.clip(0, 1).numpy()) for name, tokens in sets.items()}
+    heights = [picture.shape[0] for picture in [*pictures.values()][::columns]]
+    figure = Figure(figsize=(9.6, sum(heights) / 155 + 0.3 * len(heights)), layout="constrained")
+    places = figure.subplots(len(heights), columns, height_ratios=heights, squeeze=False).ravel()
+    for axes, (name, picture) in zip(places, pictures.items(), strict=True):
+        axes.imshow(picture, interpolation="nearest")
+        axes.set_title(f"{name}: {_count(sets[name].shape[0] * sets[name].shape[1])}", loc="left")
+        axes.axis("off")
+        axes.set_anchor("NW")
+    return show(figure)
+
+
+def _side_by_side(sets: np.ndarray, side: int = 96, gap: int = 8, most: int = 4) -> np.ndarray:
+    """Square sets of tokens [sets, T, 3] -> one picture on white, of lines of at most four sets."""
+    own = round(sets.shape[1] ** 0.5)
+    white = np.ones((-(-len(sets) // most) * (side + gap), most * (side + gap), 3))
+    for number, tokens in enumerate(sets):
+        row, column = (place * (side + gap) for place in divmod(number, most))
+        large = tokens.reshape(own, own, 3).repeat(side // own, 0).repeat(side // own, 1)
+        white[row : row + side, column : column + side] = large
+    return white
+
+
+def tables(values: dict[str, np.ndarray], times: Sequence[int], scales: Sequence[int]) -> Shown:
+    """For every title a table [time scales, scales] in shades of its values."""
+    figure, places = _panels(len(values), len(values), 0.55 * len(times) + 0.9)
+    for axes, (title, table) in zip(places, values.items(), strict=True):
+        axes.imshow(table, "Blues", aspect="auto", vmin=0, vmax=1.6 * table.max() or 1)
+        digits = 0 if (table % 1 == 0).all() or table.min() >= 10 else 1
+        for (row, column), value in np.ndenumerate(table):
+            axes.text(column, row, f"{value:,.{digits}f}", ha="center", va="center")
+        axes.set_xticks(range(len(scales)), scales)
+        axes.set_yticks(range(len(times)), times)
+        axes.set(xlabel="tokens per set", ylabel="sets of frames")
+        axes.set_title(title, loc="left")
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
     return show(figure)

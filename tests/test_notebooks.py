@@ -17,7 +17,7 @@ from lit_mm.evaluation.results import Judged, scores_of, write_questions
 from tests.helpers.environment import ROOT
 
 FOLDER = ROOT / "notebooks"
-PICTURES = {"1_nested_tokens": 4, "2_cost": 4, "3_oracle": 4, "6_auto": 5}
+PICTURES = {"1_nested_tokens": 4, "2_cost": 4, "3_oracle": 4, "4_train_and_watch": 4, "6_auto": 5}
 
 
 def read(name: str) -> nbformat.NotebookNode:
@@ -159,3 +159,34 @@ def test_right_answers_are_marked_as_right(monkeypatch):
     axes = shown[0].subfigs[0].axes[0]
     assert [text.get_text() for text in axes.texts] == ["    4: 12 ✓ 90 %", "▶   1: 34 ✗ 82 %"]
     assert [text.get_color() for text in axes.texts] == [pictures.RIGHT, pictures.WRONG]
+
+
+def test_logged_values_are_averaged_with_their_neighbors(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    smooth = import_module("pictures").smooth
+    assert smooth([1, 2, 6, 7], 3).tolist() == [1.5, 3, 5, 6.5]
+    assert smooth([1, 2, 6, 7], 1).tolist() == [1, 2, 6, 7]
+
+
+def test_curves_have_the_color_of_their_scale_and_the_line_of_their_run(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    pictures, shown = import_module("pictures"), []
+    monkeypatch.setattr(pictures, "show", shown.append)
+    line = np.arange(2), np.arange(2)
+    one, other = {"loss@16": line, "loss@4": line}, {"loss@4": line, "norm": line}
+    pictures.curves({"title": ("step", {"first": one, "second": other})})
+    drawn = [(line.get_color(), line.get_linestyle()) for line in shown[0].axes[0].lines]
+    fine, coarse = pictures.SCALES[:2]
+    assert drawn == [(fine, "-"), (coarse, "-"), (coarse, "--"), (pictures.PREFIX, "--")]
+    told = [text.get_text() for text in shown[0].legends[0].get_texts()]
+    assert told == ["16 tokens", "4 tokens", "first", "second"]
+
+
+def test_sets_of_frames_stand_side_by_side_in_lines_of_four(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    side_by_side = import_module("pictures")._side_by_side
+    sets = np.arange(5 * 4).reshape(5, 4, 1).repeat(3, 2) / 20  # five sets of 2×2 tokens
+    picture = side_by_side(sets, side=4, gap=1)
+    assert picture.shape == (10, 20, 3)
+    assert [picture[0, 0, 0], picture[3, 18, 0], picture[5, 0, 0]] == [sets[0, 0, 0], sets[3, 3, 0], sets[4, 0, 0]]
+    assert (picture[5:, 5:] == 1).all() and (picture[4] == 1).all()
