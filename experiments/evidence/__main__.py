@@ -30,7 +30,12 @@ def parser() -> argparse.ArgumentParser:
         "python -m experiments.evidence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = found.add_argument
-    add("--set", default="reading", choices=["reading", "boards", "documents", "receipts"], help="what is asked about")
+    add(
+        "--set",
+        default="reading",
+        choices=[*sets("FOLDER")],
+        help="what is asked about",
+    )
     add("--claims", nargs="+", default=[], metavar="a", help="letters of claims (default: all)")
     add("--seeds", nargs="+", type=int, default=[1], metavar="1")
     add("--budget", type=float, metavar="MINUTES", help="start nothing that would take longer, stop then")

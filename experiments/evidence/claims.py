@@ -67,6 +67,8 @@ class Set:
         metric: What its tables tell: exact, anls, or words, the share of an answer's words at their places.
         overlays: Variants of the model: YAML files after `config`, and before an arm's own.
         options: Further fields of the command line, such as the place of the data.
+        seeded: Whether the data has a seed of its own.
+        consistent: Whether a step has the two scales that consistency needs.
     """
 
     config: Path
@@ -75,6 +77,8 @@ class Set:
     metric: str = "exact"
     overlays: tuple[Path, ...] = ()
     options: tuple[str, ...] = ()
+    seeded: bool = True
+    consistent: bool = True
 
     def arm(self, name: str, *words: str, overlay: str = "", scales: tuple[int, ...] = ()) -> Arm:
         """One arm; `overlay` is the name of an ablation."""
@@ -117,7 +121,6 @@ class Set:
             )
         frozen = self.arm("frozen_llm", overlay="frozen_llm")
         ways = {name: (self.arm(name, overlay=f"sampling_{name}"),) for name in ("sequential", "spatial")}
-        consistent = self.arm("consistency", overlay="consistency")
         found |= {
             "d": Claim(
                 "The LLM has to be trained, too",
@@ -130,14 +133,15 @@ class Set:
                 "M3: average pooling beats sequential and spatial sampling.",
                 {"mean": (nested,), **ways},
             ),
-            "f": Claim(
+        }
+        if self.consistent:
+            found["f"] = Claim(
                 "Consistency helps coarse scales",
                 "EPIC (arXiv 2510.00515): without the KL term to a model with slightly more tokens the average of its "
                 "benchmarks is 1.5 points lower.",
-                {"without": (nested,), "with consistency": (consistent,)},
+                {"without": (nested,), "with consistency": (self.arm("consistency", overlay="consistency"),)},
                 "`model.consistency.weight 1.0`: the teacher is the same model at its finest scale.",
-            ),
-        }
+            )
         if self.metric == "exact":
             found["g"] = Claim(
                 "The scale can be chosen per question",
@@ -160,7 +164,9 @@ def sets(receipts: str = "", variants: Sequence[str] = ()) -> dict[str, Set]:
     """
     overlays = tuple(FOLDER / f"{name}.yaml" for name in variants)
     stages = "efficientnet" not in variants  # an encoder whose stages can be left out
+    quickstart = Set(Path("experiments/quickstart.yaml"), (16, 4, 1), overlays=overlays, seeded=False, consistent=False)
     found = {
+        "demo": quickstart,
         "reading": Set(FOLDER / "reading.yaml", (16, 4, 1), 64 * stages, "words", overlays),
         "boards": Set(FOLDER / "boards.yaml", (16, 4, 1), 64 * stages, "exact", overlays),
         "documents": Set(FOLDER / "documents.yaml", (64, 16, 4, 1), 256 * stages, "exact", overlays),

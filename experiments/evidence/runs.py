@@ -147,7 +147,8 @@ class Runs:
     def find(self, arm: Arm, seed: int) -> Run:
         """The run of an arm, made or not. The folder's name has a hash of all settings but the data's place."""
         configs = [self.set.config, *self.set.overlays, *arm.overlays]
-        options = [*arm.options, *self.options, "--seed_everything", str(seed), "--data.init_args.seed", str(seed)]
+        options = [*arm.options, *self.options, "--seed_everything", str(seed)]
+        options += ["--data.init_args.seed", str(seed)] if self.set.seeded else []
         settings = resolved(configs, options)
         words = [word for config in configs for word in ("--config", str(config))] + [*self.set.options, *options]
         return Run(arm, seed, self.folder / f"{arm.name}_seed{seed}_{_digest(settings)}", words)

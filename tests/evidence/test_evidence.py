@@ -274,6 +274,7 @@ def test_variants_are_overlays_and_other_runs():
     assert run.folder != other.folder
     assert "experiments/evidence/smollm2.yaml" in other.words
     assert "c" not in sets(variants=["efficientnet"])["reading"].claims(), "its stages cannot be left out"
+    assert "f" not in sets()["demo"].claims(), "a step of the quickstart has one scale"
 
 
 def test_auto_is_calibrated_before_its_test():
