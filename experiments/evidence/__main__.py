@@ -121,9 +121,10 @@ def write(runs: Runs, claims: dict[str, Claim], options: argparse.Namespace, nam
         if found := report.collect(claim, runs, options.seeds, metric):
             picture = f"evidence/{name}_{letter}.png"
             report.draw(found, options.to / picture)
+            judged = "exact" if claim.auto else metric  # a chooser is judged as `test` does
             own = [*asked, "--claims", letter, "--seeds", *map(str, found.seeds), *further]
             command = shlex.join(["python", "-m", "experiments.evidence", *own])
-            sections.append(report.section(found, letter, command, metric, picture))
+            sections.append(report.section(found, letter, command, judged, picture))
         else:
             say(f"claim {letter}: no seed has all its runs yet")
     if sections:
