@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from experiments.evidence import __main__ as driver
-from experiments.evidence import report
+from experiments.evidence import choosers, report
 from experiments.evidence.claims import sets
 from experiments.evidence.runs import Runs, resolved
+from lit_mm.evaluation.answer_costs import rows_by_cost
 from lit_mm.evaluation.results import Judged, write_questions
 from tests.helpers.command_line import forked
 from tests.helpers.environment import ROOT
@@ -199,18 +200,33 @@ def test_runs_with_other_questions_are_not_compared(tmp_path):
         report.collect(claim, runs, [1], "exact")
 
 
-def test_choices_against_arithmetic(tmp_path):
-    """Ten questions: half need 4 tokens. The chooser tries 1, then 4 where the first answer is uncertain."""
+def hard_and_easy() -> list[Judged]:
+    """Ten questions: half need 4 tokens, and of six the margin is 0 at 1 token."""
     answers, scores, margins = [], [], []
     for number in range(10):
         hard = number < 5
         scores.append([1.0, float(not hard)])
         margins.append([1.0, 0.0 if hard or number == 5 else 1.0])
         answers.append(["7", "8" if hard else "7"])
-    questions = [
+    return [
         Judged(str(n), "", "?", ["7"], answers[n], scores[n], [-0.1] * 2, [4, 1], [1] * 2, [-0.1] * 2, margins[n])
         for n in range(10)
     ]
+
+
+def test_choosers_at_budgets():
+    rows = rows_by_cost(hard_and_easy(), [{"scale": "4"}, {"scale": "1"}])["tokens"]
+    head, _, *lines = choosers.table([(rows, rows)] * 2, [1, 3.4])
+    found = {line.split(" | ")[0].strip("| "): line.strip("|").split(" | ")[1:] for line in lines}
+    assert head == "| chooser | mean tokens ≤ 1 | mean tokens ≤ 3.4 |"
+    assert [cell.strip() for cell in found["margin"]] == ["50.0 ± 0.0 at 1.0", "100.0 ± 0.0 at 3.4"]
+    assert [cell.strip() for cell in found["mean"]] == ["50.0 ± 0.0 at 1.0"] * 2, "it is equal for all questions"
+    assert [cell.strip() for cell in found[choosers.MIXTURE]] == ["50.0 ± 0.0"] * 2
+
+
+def test_choices_against_arithmetic(tmp_path):
+    """Ten questions: half need 4 tokens. The chooser tries 1, then 4 where the first answer is uncertain."""
+    questions = hard_and_easy()
     write_questions(tmp_path / "accuracy_tokens.parquet", questions, ["4", "1"])
     (tmp_path / "accuracy_tokens.json").write_text(json.dumps({"scales": [{"scale": "4"}, {"scale": "1"}]}))
     rule = {"statistic": "margin", "path": ["1", "4"], "thresholds": [0.5], "accuracy": 1.0, "front": []}
