@@ -17,7 +17,7 @@ from lit_mm.evaluation.results import Judged, scores_of, write_questions
 from tests.helpers.environment import ROOT
 
 FOLDER = ROOT / "notebooks"
-PICTURES = {"1_nested_tokens": 4, "2_cost": 4, "3_oracle": 4, "4_train_and_watch": 4, "6_auto": 5}
+PICTURES = {"1_nested_tokens": 4, "2_cost": 4, "3_oracle": 4, "4_train_and_watch": 4, "5_video": 5, "6_auto": 5}
 
 
 def read(name: str) -> nbformat.NotebookNode:
