@@ -1,12 +1,14 @@
 """Training steps of a middle size for test_memory, and what they really take, in a process of its own.
 
 python -m tests.helpers.measured_step cpu plain sequential    # JSON: case -> bytes at most
+python -m tests.helpers.measured_step cpu sharded             # of two ranks, and of their state
 """
 
 import gc
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -26,7 +29,7 @@ from lit_mm.model.packing import Packing
 from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.profile.memory_plan import example_batch
-from tests.helpers.processes import environment_of
+from tests.helpers.processes import environment_of, free_port
 
 RETURNING = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "262144"}
 """Environment in which freed memory goes back to the system at once, so that what is resident is what lives."""
@@ -55,6 +58,7 @@ CASES = {
     "bf16-mixed": Case(precision="bf16-mixed"),
     "bf16-true": Case(precision="bf16-true", checkpointing=True),
 }
+SHARDED = Case(checkpointing=True, samples=2, layers=3)
 FIRST = Case(samples=1, layers=1, vocabulary=100, answer=8)
 """Run before all others: what libraries keep from then on is not a step's."""
 WIDTH = 512
@@ -152,15 +156,21 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def rank_of(rank: int, ranks: int, port: int, case: Case, file: str) -> None:
-    """One rank of a sharded step (FSDP, gloo)."""
+def on_two_ranks() -> tuple[int, list[int]]:
+    """The same of a sharded step (FSDP, gloo) on the first of two ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "measured.json"
+        mp.start_processes(rank_of, (2, free_port(), file), 2, start_method="fork")
+        return json.loads(file.read_text())
+
+
+def rank_of(rank: int, ranks: int, port: int, file: Path) -> None:
     os.environ |= environment_of(rank, ranks, port)
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     step(FIRST, prepare=sharded)
-    peak, state = measured(case, prepare=sharded)
+    peak, state = measured(SHARDED, prepare=sharded)
     if rank == 0:
-        Path(file).write_text(json.dumps([peak, state]))
+        file.write_text(json.dumps([peak, state]))
     dist.destroy_process_group()
 
 
@@ -175,5 +185,6 @@ def sharded(vlm: MatryoshkaVLM) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     device, *names = sys.argv[1:]
+    found = {name: on_two_ranks() for name in names if name == "sharded"}  # forked before this process's first step
     step(FIRST, device)
-    print(json.dumps({name: measured(CASES[name], device)[0] for name in names}))
+    print(json.dumps(found | {name: measured(CASES[name], device)[0] for name in names if name in CASES}))

@@ -6,10 +6,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -21,9 +21,8 @@ from lit_mm.model.vlm import MatryoshkaVLM
 from lit_mm.profile.ledger import FLOAT32
 from lit_mm.profile.memory_plan import MemoryPlan, example_batch, plan
 from tests.helpers.environment import ROOT
-from tests.helpers.measured_step import CASES, RETURNING, Case, batch_of, build, optimizer_of, rank_of, real, units_of
+from tests.helpers.measured_step import CASES, RETURNING, SHARDED, Case, batch_of, build, optimizer_of, real, units_of
 from tests.helpers.models import packing_vlm, tiny_vlm
-from tests.helpers.processes import free_port
 
 GIB = 2**30
 linux = pytest.mark.skipif(
@@ -45,19 +44,19 @@ def tiny_plan(vlm=None, **options) -> MemoryPlan:
     return plan(vlm, example_batch(vlm, 2, (64, 64), answer=20), optimizer_of, **{"device": "cpu", **options})
 
 
-def measure(device: str) -> dict[str, int]:
-    command = [sys.executable, "-m", "tests.helpers.measured_step", device, *CASES]
+def measure(device: str, *names: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.helpers.measured_step", device, *CASES, *names]
     environment = os.environ | RETURNING | {"OMP_NUM_THREADS": "1"}
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, env=environment, cwd=ROOT, check=True).stdout)
 
 
 @pytest.fixture(scope="module")
-def on_cpu() -> dict[str, int]:
-    return measure("cpu")
+def on_cpu() -> dict[str, Any]:
+    return measure("cpu", "sharded")
 
 
 @pytest.fixture(scope="module")
-def on_gpu() -> dict[str, int]:
+def on_gpu() -> dict[str, Any]:
     return measure("cuda")
 
 
@@ -78,14 +77,10 @@ def test_a_step_on_the_gpu_takes_what_was_planned(name, on_gpu):
 
 @linux
 @pytest.mark.slow
-def test_a_sharded_step_takes_what_was_planned(tmp_path, monkeypatch):
+def test_a_sharded_step_takes_what_was_planned(on_cpu):
     """Two ranks (FSDP, gloo): the state to the byte, the peak of resident memory nearly."""
-    for name, value in RETURNING.items():
-        monkeypatch.setenv(name, value)
-    case, file = Case(checkpointing=True, samples=2, layers=3), tmp_path / "measured.json"
-    mp.spawn(rank_of, (2, free_port(), case, str(file)), 2)
-    peak, (parameters, gradients, states) = json.loads(file.read_text())
-    found = planned(case, device="cpu", gpus=2, units=units_of)
+    peak, (parameters, gradients, states) = on_cpu["sharded"]
+    found = planned(SHARDED, device="cpu", gpus=2, units=units_of)
     assert found.total == pytest.approx(peak, rel=0.05)
     assert (found.parameters, found.optimizer) == (parameters, states)
     assert 0 <= parameters - gradients < 1000  # buffers
