@@ -73,7 +73,7 @@ class Runs:
     def __init__(self, folder: Path, data: dict, workers: int, ranks: int, **trainer) -> None:
         self.folder, self.ranks = folder, ranks
         settings = {"class_path": "lit_mm.ImageDataModule", "init_args": {**data, "num_workers": workers}}
-        limits = {"max_epochs": 3, "devices": ranks, "strategy": "ddp" if ranks > 1 else "auto", **trainer}
+        limits = {"max_epochs": 2, "devices": ranks, "strategy": "ddp" if ranks > 1 else "auto", **trainer}
         config = configuration()
         self.config = config | {"data": settings, "trainer": config["trainer"] | limits}
 
