@@ -23,7 +23,7 @@ def page():
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         made = browser.new_page(viewport={"width": 1500, "height": 1600})
-        made.set_default_timeout(60_000)
+        made.set_default_timeout(180_000)
         yield made
         browser.close()
 
