@@ -91,7 +91,11 @@ class Set:
         finest = self.scales[0]
         nested = self.arm("nested")
         single = tuple(self.arm(f"single_{scale}", scales=(scale,)) for scale in self.scales)
-        fewer = f" A step trains one scale, so that each has 1/{len(self.scales)} of its specialist's steps."
+        equal = (
+            "A specialist sees as many images in as many steps; the nested model shares its weights among all scales."
+        )
+        if self.one_scale:
+            equal += f" A step trains one scale, so that each has 1/{len(self.scales)} of its specialist's steps."
         pooled = replace(single[0], scales=self.scales, judged=("--model.scales", str([*self.scales])))
         found = {
             "a": Claim(
@@ -99,8 +103,7 @@ class Set:
                 "M3 (arXiv 2405.17430): one model trained on the mean loss of all scales answers at each as well as a "
                 "model trained at that scale alone.",
                 {"specialists": single, "nested": (nested,)},
-                "A specialist sees as many images in as many steps; the nested model shares its weights among all "
-                "scales." + fewer * self.one_scale,
+                equal,
             ),
             "b": Claim(
                 "Pooling only in the test is no substitute",

@@ -12,6 +12,4 @@ TOKENIZER = str(ROOT / "experiments/quickstart_tokenizer")
 
 
 def installed(package: str):
-    return pytest.mark.skipif(
-        importlib.util.find_spec(package) is None, reason=f"{package} is not installed (make install brings it)"
-    )
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")

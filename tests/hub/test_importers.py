@@ -317,13 +317,18 @@ def test_an_imported_model_answers_is_judged_and_trains_further(out, instruction
     assert changed == {name for name in before if name.startswith("projector.")}
 
 
+def imported_llava(folder):
+    """A LLaVA in the folder `llava`, and what `import` makes of it in `in`."""
+    theirs = llava(clip_tower(heads=1))
+    config = theirs.config(mm_vision_tower=OPENAI)
+    source = write_folder(folder / "llava", theirs.state("model.vision_tower.vision_tower."), config)
+    main([str(source), str(folder / "in"), "--chat_template", "bare"])
+
+
 @pytest.mark.parametrize("layout", ["transformers", "llava"])
 def test_the_way_out_and_back_changes_no_bit(tmp_path, layout):
     """In this package's own folders, and in those of transformers' LLaVA."""
-    theirs = llava(clip_tower(heads=1))
-    config = theirs.config(mm_vision_tower=OPENAI)
-    source = write_folder(tmp_path / "llava", theirs.state("model.vision_tower.vision_tower."), config)
-    main([str(source), str(tmp_path / "in"), "--chat_template", "bare"])
+    imported_llava(tmp_path)
     lit_mm("export", str(tmp_path / "in"), str(tmp_path / "exported"), "--as", layout)
     back = tmp_path / "exported"
     if layout == "llava":
@@ -390,10 +395,7 @@ def test_sizes_up_to_256_are_the_processors(tmp_path):
 
 @pytest.mark.parametrize("mode", ["pad", "squash"])
 def test_our_own_llava_comes_back_in_every_file(tmp_path, mode):
-    theirs = llava(clip_tower(heads=1))
-    config = theirs.config(mm_vision_tower=OPENAI)
-    source = write_folder(tmp_path / "llava", theirs.state("model.vision_tower.vision_tower."), config)
-    main([str(source), str(tmp_path / "in"), "--chat_template", "bare"])
+    imported_llava(tmp_path)
     lit_mm("export", str(tmp_path / "in"), str(tmp_path / "first"), "--as", "llava")
     file = tmp_path / "first/processor_config.json"
     assert '"do_pad": true' in file.read_text()
