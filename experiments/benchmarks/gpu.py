@@ -1,6 +1,7 @@
-"""What a GPU is asked for the figures of RESULTS.md, one benchmark after another in one process; 80 GB are enough.
+"""What a GPU is asked for the figures of RESULTS.md, one benchmark after another in one process.
 
-    python experiments/benchmarks/gpu.py FOLDER
+    python experiments/benchmarks/gpu.py FOLDER                         # all; 80 GB are enough for all but 13b
+    python experiments/benchmarks/gpu.py FOLDER training_7b_branch      # some
 
 FOLDER gets each benchmark's output and JSON. A benchmark that fails does not stop the others.
 """
@@ -11,7 +12,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import nested_step
 import torch
 import training_step
 
-RECOMPUTED = "--size 7b --precision bf16-true --checkpointing encoder llm --samples"
+RECOMPUTED = "--precision bf16-true --checkpointing encoder llm --no-plan"
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "nested_llm": (
         nested_step.main,
@@ -30,8 +31,10 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
         nested_step.main,
         "--device cuda --size 7b --dtype bfloat16 --parts model --texts 64 256 --repetitions 3",
     ),
-    "training_7b_branch": (training_step.main, f"{RECOMPUTED} 12 --attention branch --no-plan"),
-    "training_7b_flex": (training_step.main, f"{RECOMPUTED} 12 --attention flex --no-plan"),
+    "training_7b_branch": (training_step.main, f"{RECOMPUTED} --size 7b --samples 12 --attention branch"),
+    "training_7b_flex": (training_step.main, f"{RECOMPUTED} --size 7b --samples 12 --attention flex"),
+    "training_13b_branch": (training_step.main, f"{RECOMPUTED} --size 13b --samples 8 --attention branch"),
+    "training_13b_flex": (training_step.main, f"{RECOMPUTED} --size 13b --samples 8 --attention flex"),
     "training_1b_branch": (training_step.main, "--size 1b --samples 8 --checkpointing encoder --no-plan"),
     "training_1b_flex": (
         training_step.main,
@@ -44,9 +47,10 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 }
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (benchmark, words) in COMMANDS.items():
+    for name in names or COMMANDS:
+        benchmark, words = COMMANDS[name]
         start = time.perf_counter()
         with (folder / f"{name}.txt").open("w") as file, redirect_stdout(file):
             try:
@@ -58,4 +62,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

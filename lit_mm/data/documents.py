@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lit_mm.data.writing import DrawnSet, Pairs
+from lit_mm.data.writing import DrawnSet, Pairs, in_any_order
 
 SIDE, MARGIN = 256, 14
 FONTS = {"page": "DejaVuSerif", "receipt": "DejaVuSansMono", "form": "DejaVuSans"}
@@ -112,10 +112,5 @@ def render(document: Document) -> Image.Image:
     return image
 
 
-def _shuffled(rng: random.Random, pairs: Pairs) -> Pairs:
-    rng.shuffle(pairs)
-    return pairs
-
-
-DOCUMENTS = DrawnSet("document", make_document, render, _shuffled)
+DOCUMENTS = DrawnSet("document", make_document, render, in_any_order)
 """Documents as records; `DOCUMENTS.write` writes them."""

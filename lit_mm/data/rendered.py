@@ -1,4 +1,4 @@
-"""Rendered images alone, boards of digits or documents: sets that a small model learns to read within minutes."""
+"""Rendered images alone, boards of digits, documents or sheets of random text: sets to learn to read from."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from lit_mm.data.datamodules import ImageDataModule
 from lit_mm.data.documents import DOCUMENTS
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.inputs import ModelInputs
+from lit_mm.data.sheets import HEIGHT, SHEETS, WIDTH
 from lit_mm.data.writing import write_records
 
-SETS = {"boards": BOARDS, "documents": DOCUMENTS}
-SIDES = {"boards": 64, "documents": 256}
+SETS = {"boards": BOARDS, "documents": DOCUMENTS, "sheets": SHEETS}
+SIZES: dict[str, int | tuple[int, int]] = {"boards": 64, "documents": 256, "sheets": (HEIGHT, WIDTH)}
 
 
 class RenderedDataModule(ImageDataModule):
-    """Boards of digits (lit_mm.data.boards) or documents (lit_mm.data.documents), first with captions: an image's whole
-    text, which teaches the model to read. Every question has a type."""
+    """Boards of digits (lit_mm.data.boards), documents (lit_mm.data.documents) or sheets of random text
+    (lit_mm.data.sheets), first with captions: an image's whole text, which teaches the model to read. Every question
+    has a type."""
 
     def __init__(
         self,
         inputs: ModelInputs,
-        content: Literal["boards", "documents"],
+        content: Literal["boards", "documents", "sheets"],
         root: str = "data/rendered",
         train_images: int = 4000,
         val_images: int = 100,
@@ -48,10 +50,11 @@ class RenderedDataModule(ImageDataModule):
             caption_epochs: Epochs of captions before the conversations. Needs
                 trainer.reload_dataloaders_every_n_epochs: 1.
             asked: What validation and test ask for: questions of all types, or captions, the whole text.
-            image: How images are resized; null: as they are, 64×64 (boards) or 256×256 pixels (documents).
+            image: How images are resized; null: as they are, 64×64 (boards), 256×256 (documents) or 1152×576 pixels
+                (sheets).
             batch_size: Conversations per batch and device in training.
             eval_batch_size: Conversations per batch and device outside training; null: as batch_size.
-            num_workers: Processes that load batches; 0 loads in the main process.
+            num_workers: Processes that load batches, and that draw images; 0 does both in the main process.
             seed: Seed of the records' order; the images are always the same.
         """
         self.content, self.root = content, Path(root) / content
@@ -62,7 +65,7 @@ class RenderedDataModule(ImageDataModule):
             val=f"{self.root}/val{own}.json",
             test=f"{self.root}/test{own}.json",
             image_root=str(self.root),
-            image=image or ImageOptions(mode="squash", size=SIDES[content]),
+            image=image or ImageOptions(mode="squash", size=SIZES[content]),
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,
@@ -73,7 +76,7 @@ class RenderedDataModule(ImageDataModule):
 
     def prepare_data(self) -> None:
         """Write the records, and the images that do not exist yet."""
-        SETS[self.content].write(self.root, **self.counts)
+        SETS[self.content].write(self.root, **self.counts, workers=self.num_workers)
         for split in ("val", "test"):
             items = [SETS[self.content].caption(split, number) for number in range(self.counts[split])]
             write_records(self.root / f"{split}_captions.json", items)

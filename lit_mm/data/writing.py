@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,12 @@ def write_records(file: Path, items: Sequence[dict[str, Any]]) -> None:
             opened.write(text.encode())
 
 
+def in_any_order(rng: random.Random, pairs: Pairs) -> Pairs:
+    """The questions in random order."""
+    rng.shuffle(pairs)
+    return pairs
+
+
 @dataclass(frozen=True)
 class DrawnSet:
     """Drawn images with captions and questions. An image depends only on the seed, its split and its number.
@@ -49,7 +57,7 @@ class DrawnSet:
     render: Callable[[Any], Image.Image]
     shuffled: Callable[[random.Random, Pairs], Pairs]
 
-    def write(self, root: Path, train: int, val: int, test: int, seed: int = 0) -> None:
+    def write(self, root: Path, train: int, val: int, test: int, seed: int = 0, workers: int = 0) -> None:
         """Write captions.json (of the training images), train.json, val.json and test.json in LLaVA's format, and the
         images that do not exist yet.
 
@@ -59,18 +67,26 @@ class DrawnSet:
             val: Number of images for validation.
             test: Number of images for the final test.
             seed: Seed of all random choices.
+            workers: Processes that draw; 0 draws in this one.
         """
-        for split, count in {"train": train, "val": val, "test": test}.items():
-            for number in range(count):
-                file = root / self._path(split, number, seed)
-                if not file.is_file():
-                    with new_file(file) as opened:
-                        self.render(self.make(split, number, seed)).save(opened, "png")
+        counts = {"train": train, "val": val, "test": test}
+        images = [(root, split, number, seed) for split, count in counts.items() for number in range(count)]
+        missing = [image for image in images if not (root / self._path(*image[1:])).is_file()]
+        if workers and missing:
+            with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+                list(pool.map(self._draw, *zip(*missing, strict=True), chunksize=16))
+        else:
+            for image in missing:
+                self._draw(*image)
         write_records(root / "captions.json", [self.caption("train", number, seed) for number in range(train)])
         write_records(root / "train.json", [self.talk("train", number, seed) for number in range(train)])
         for split, count in {"val": val, "test": test}.items():
             asked = [record for number in range(count) for record in self.questions(split, number, seed)]
             write_records(root / f"{split}.json", asked)
+
+    def _draw(self, root: Path, split: str, number: int, seed: int) -> None:
+        with new_file(root / self._path(split, number, seed)) as opened:
+            self.render(self.make(split, number, seed)).save(opened, "png")
 
     def caption(self, split: str, number: int, seed: int = 0) -> dict[str, Any]:
         """A record that asks for everything that an image shows."""
