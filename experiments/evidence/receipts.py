@@ -1,9 +1,10 @@
-"""Copies real receipts to data/receipts and writes records that ask for their whole text.
+"""Copies real receipts to data/receipts, the last 60 of training for validation, and writes records of their whole text.
 
     python -m experiments.evidence.receipts FOLDER
 
 FOLDER has train.json and val.json in LLaVA's format, images, and train_lines.jsonl: {"image": …, "text": …} for each
-line of text of the training receipts, from top to bottom.
+line of text of the training receipts, from top to bottom. Its val.json becomes test.json, so that nothing is chosen by
+what the test asks.
 """
 
 from __future__ import annotations
@@ -16,23 +17,25 @@ from pathlib import Path
 
 from lit_mm.data.writing import conversation, write_records
 
-TO = Path("data/receipts")
+TO, HELD_OUT = Path("data/receipts"), 60
 
 
 def main(folder: Path, to: Path = TO) -> None:
-    for name in ("train.json", "val.json"):
-        to.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / name, to / name)
     shutil.copytree(folder / "images", to / "images", dirs_exist_ok=True, copy_function=shutil.copyfile)
+    records, asked = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("train", "val"))
+    for name, own in {"train": records[:-HELD_OUT], "val": records[-HELD_OUT:], "test": asked}.items():
+        write_records(to / f"{name}.json", own)
+    kept = {record["image"] for record in records[:-HELD_OUT]}
     texts: dict[str, list[str]] = defaultdict(list)
     for line in (folder / "train_lines.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         texts[record["image"]].append(record["text"])
-    asked = [
-        conversation(f"{Path(image).stem}_text", "image", image, [("what is in the image?", "\n".join(lines))])
-        for image, lines in texts.items()
+    read = [
+        conversation(f"{Path(image).stem}_text", "image", image, [("what is in the image?", "\n".join(texts[image]))])
+        for image in texts
+        if image in kept
     ]
-    write_records(to / "text.json", asked)
+    write_records(to / "text.json", read)
 
 
 if __name__ == "__main__":
