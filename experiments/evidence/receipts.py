@@ -1,4 +1,4 @@
-"""Copies real receipts to data/receipts, the last 60 of training for validation, and writes records of their whole text.
+"""Copies real receipts to data/receipts, 60 of them for validation, and writes records that ask for their whole text.
 
     python -m experiments.evidence.receipts FOLDER
 
