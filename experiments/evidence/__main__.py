@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add("--claims", nargs="+", default=[], metavar="a", help="letters of claims (default: all)")
     add("--seeds", nargs="+", type=int, default=[1], metavar="1")
     add("--budget", type=float, metavar="MINUTES", help="start nothing that would take longer, stop then")
-    add("--receipts", default="", metavar="FOLDER", help="train.json, val.json and images of real receipts")
+    add("--receipts", default="", metavar="FOLDER", help="what experiments.evidence.receipts has written")
     add(
         "--variants", nargs="+", default=[], choices=["smollm2", "efficientnet"], help="pretrained parts; slow on a CPU"
     )

@@ -163,7 +163,7 @@ def sets(receipts: str = "", variants: Sequence[str] = ()) -> dict[str, Set]:
     """Every set that can be tested.
 
     Args:
-        receipts: Folder with train.json, val.json and images of real receipts; empty: there are none.
+        receipts: Folder that `experiments.evidence.receipts` has written; empty: there are none.
         variants: Names of YAML files in this folder that change the model, such as smollm2.
     """
     overlays = tuple(FOLDER / f"{name}.yaml" for name in variants)
@@ -176,7 +176,7 @@ def sets(receipts: str = "", variants: Sequence[str] = ()) -> dict[str, Set]:
         "documents": Set(FOLDER / "documents.yaml", (64, 16, 4, 1), 256 * stages, "exact", overlays),
     }
     if receipts:
-        files = {"train": "train.json", "val": "val.json", "test": "val.json", "image_root": ""}
+        files = {"train": "train.json", "val": "val.json", "test": "test.json", "image_root": ""}
         options = tuple(f"--data.init_args.{name}={Path(receipts, file)}" for name, file in files.items())
         found["receipts"] = Set(FOLDER / "receipts.yaml", (64, 16, 4, 1), 0, "anls", overlays, options)
     return found

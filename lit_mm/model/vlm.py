@@ -44,6 +44,10 @@ class Losses:
 class MatryoshkaVLM(nn.Module):
     """Image -> encoder -> grid -> projector -> nested tokens -> LLM, at any of the scales.
 
+    Building one turns cuDNN's attention off for the whole process (`torch.backends.cuda.enable_cudnn_sdp`). On Hopper
+    and newer GPUs PyTorch prefers it to FlashAttention, and it plans for up to a second whenever a branch or an answer
+    has a length that it has not seen.
+
     Args:
         encoder: Image to grid.
         projector: Grid to nested tokens; its scales are the model's.
@@ -62,6 +66,7 @@ class MatryoshkaVLM(nn.Module):
         router: Router | None = None,
     ) -> None:
         super().__init__()
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.encoder = encoder
         self.projector = projector
         self.llm = llm

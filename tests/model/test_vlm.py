@@ -46,6 +46,13 @@ def test_encoder_and_projector_run_once():
     assert calls == ["encoder", "projector"]
 
 
+def test_attention_that_plans_anew_for_each_length_is_off():
+    """What it costs on a GPU: tests/test_gpu.py."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    tiny_vlm()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_image_of_an_illegal_grid_is_refused():
     with pytest.raises(ValueError, match=r"\[16, 4\] do not divide a 3×5 grid, which allows \[15, 1\]"):
         tiny_vlm()(batch_of(([IMAGE, 5, 0], [IGNORE_INDEX, 5, 0], [picture(48, 80)])))
