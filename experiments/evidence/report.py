@@ -98,17 +98,28 @@ def collect(claim: Claim, runs: Runs, seeds: Sequence[int], metric: str) -> Foun
         raise ValueError(f"{claim.title}: the runs in {runs.folder} were asked different questions")
     if claim.auto:
         return Found(claim, done, {"all": {"": _chosen(made)}}, made)
-    columns: dict[tuple[str, str, str], list[Floats]] = {}  # of group, side and scale, a column for every seed
-    for side, arms in claim.sides.items():
-        for arm in arms:
-            for questions, scales in (read[runs.find(arm, seed).results] for seed in done):
-                for group, scores in scored(questions, metric).items():
-                    for scale, own in zip(scales, scores.T, strict=True):
-                        columns.setdefault((group, side, scale), []).append(own)
+    answered = [
+        (side, *read[runs.find(arm, seed).results])
+        for side, arms in claim.sides.items()
+        for arm in arms
+        for seed in done
+    ]
+    return Found(claim, done, grouped(answered, metric), made)
+
+
+def grouped(
+    answered: Iterable[tuple[str, Sequence[Judged], Sequence[str]]], metric: str
+) -> dict[str, dict[str, dict[str, Scored]]]:
+    """Side, questions and scales of every run -> group -> side -> scale -> scores, a row for each of a side's runs."""
+    columns: dict[tuple[str, str, str], list[Floats]] = {}
+    for side, questions, scales in answered:
+        for group, scores in scored(questions, metric).items():
+            for scale, own in zip(scales, scores.T, strict=True):
+                columns.setdefault((group, side, scale), []).append(own)
     groups: dict[str, dict[str, dict[str, Scored]]] = {}
-    for (group, side, scale), own in columns.items():
-        groups.setdefault(group, {}).setdefault(side, {})[scale] = Scored(np.array(own), float(scale))
-    return Found(claim, done, groups, made)
+    for (group, side, scale), rows in columns.items():
+        groups.setdefault(group, {}).setdefault(side, {})[scale] = Scored(np.array(rows), float(scale))
+    return groups
 
 
 def scored(questions: Sequence[Judged], metric: str) -> dict[str, Floats]:

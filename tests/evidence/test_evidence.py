@@ -6,14 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments.evidence import __main__ as driver
-from experiments.evidence import choosers, report
+from experiments.evidence import choosers, compare, report
 from experiments.evidence.claims import sets
 from experiments.evidence.runs import Runs, resolved
 from lit_mm.evaluation.answer_costs import rows_by_cost
@@ -212,6 +214,26 @@ def hard_and_easy() -> list[Judged]:
         Judged(str(n), "", "?", ["7"], answers[n], scores[n], [-0.1] * 2, [4, 1], [1] * 2, [-0.1] * 2, margins[n])
         for n in range(10)
     ]
+
+
+def test_any_runs_are_compared(tmp_path, capsys):
+    """Two seeds: on one side 5 of 10 answers are right at 1 token, on the other 5 and 10; all are at 4."""
+    better = [replace(own, scores=[1.0, 1.0]) for own in hard_and_easy()]
+    for name, questions in {"a1": hard_and_easy(), "a2": hard_and_easy(), "b1": hard_and_easy(), "b2": better}.items():
+        (tmp_path / name).mkdir()
+        write_questions(tmp_path / name / "accuracy_tokens.parquet", questions, ["4", "1"])
+    sides = [f"{name}={tmp_path / name[0]}1,{tmp_path / name[0]}2" for name in ("a side", "b side")]
+    compare.main([*sides, "--picture", str(tmp_path / "gain.png")])
+    head, _, finest, coarsest = capsys.readouterr().out.splitlines()
+    assert head == "| questions | tokens | a side | b side | b side - a side, points |"
+    assert finest.startswith("| all (10) | 4 | 100.0 (100.0 to 100.0) | 100.0 (100.0 to 100.0) | +0.0 (+0.0 to +0.0)")
+    assert coarsest.startswith("| all (10) | 1 | 50.0 (50.0 to 50.0) | 75.0 (50.0 to 100.0) | +25.0 (")
+    assert Image.open(tmp_path / "gain.png").width > 500
+    with pytest.raises(ValueError, match=r"expected equally many runs of every side, found .*'one': 1"):
+        compare.main([*sides, f"one={tmp_path / 'a1'}"])
+    write_questions(tmp_path / "b1/accuracy_tokens.parquet", better[:-1], ["4", "1"])
+    with pytest.raises(ValueError, match="were asked different questions"):
+        compare.main(sides)
 
 
 def test_choosers_at_budgets():
