@@ -1,4 +1,4 @@
-"""Train a demo's tokenizer: byte-scale BPE on the questions and answers that it trains on.
+"""Train a demo's tokenizer: byte-level BPE on the questions and answers that it trains on.
 
     python experiments/make_tokenizer.py easy_vqa experiments/quickstart_tokenizer
     python experiments/make_tokenizer.py clips experiments/video_quickstart_tokenizer
@@ -37,7 +37,7 @@ RECORDS: dict[str, Callable[[], list[dict[str, Any]]]] = {"easy_vqa": easy_vqa_r
 
 
 def train(source: str = "easy_vqa", vocabulary: int = 512) -> PreTrainedTokenizerFast:
-    """Byte-scale BPE on the training records' turns."""
+    """Byte-level BPE on the training records' turns."""
     turns = [turn["value"] for item in RECORDS[source]() for turn in item["conversations"]]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -24,7 +24,7 @@ lit_mm trains and studies large multimodal models with elastic visual tokens.
 
   --config FILE          an experiment; a later file overrides an earlier one
   --ckpt_path last       the newest run below trainer.default_root_dir, or the path of a checkpoint
-  --model.scales [16,1]  any field of the config
+  --trainer.max_steps 9  any field of the config
   --print_config         print the resulting config
   fit --help             every field; for those of one class: --model.encoder.help ConvNeXtEncoder
 """
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if arguments[0] not in VERBS:
         sys.exit(f"{HELP}\nerror: unknown command {arguments[0]!r}, expected one of {', '.join(VERBS)}")
-    if len(arguments) == 1 and arguments[0] not in ("ask", "serve"):
+    if len(arguments) == 1 and arguments[0] in ("fit", "validate", "test", "predict", "profile"):
         sys.exit(f"{HELP}\nerror: {arguments[0]} needs an experiment: --config FILE")
     run(arguments)
 

@@ -38,6 +38,7 @@ from lit_mm.data.boards import DemoDataModule
 from lit_mm.data.clips import VideoShapesDataModule
 from lit_mm.data.datamodules import ImageDataModule, VideoDataModule
 from lit_mm.data.easy_vqa import EasyVQADataModule
+from lit_mm.data.rendered import RenderedDataModule
 from lit_mm.renamed import accept_old_names, with_new_arguments
 from lit_mm.training import strategies  # noqa: F401 (registers --trainer.strategy fsdp)
 from lit_mm.training.checkpoints import is_of_fsdp1
@@ -50,6 +51,7 @@ DATA_MODULES = (
     VideoDataModule,
     DemoDataModule,
     EasyVQADataModule,
+    RenderedDataModule,
     VideoShapesDataModule,
 )  # `--data NAME`
 warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # frozen parts, on purpose
@@ -236,7 +238,7 @@ class LitMMCLI(LightningCLI):
             "--scales",
             type=list[str | int] | str | int | None,
             default=None,
-            help="Judge and answer only at these of the model's scales, such as 36, 8x16 or [144, 36]; null: at all.",
+            help="Evaluate and answer only at these scales, such as 36, 8x16 or [144, 36]; null: all.",
         )
         parser.link_arguments("model.inputs", "data.init_args.inputs", apply_on="instantiate")
 

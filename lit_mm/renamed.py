@@ -1,6 +1,6 @@
 """Old names that configurations may still use: they work for one more release, with a warning.
 
-Drop this module, and what imports it, in the release after 0.2.
+Drop this module, and what imports it, in the release after 0.1.
 """
 
 from __future__ import annotations

@@ -70,6 +70,15 @@ def test_missing_config_and_unknown_command_show_the_help(arguments, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("command", ["calibrate", "export", "import"])
+def test_commands_without_an_experiment_name_what_they_need(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command])
+    said = capsys.readouterr().err
+    assert "the following arguments are required" in said
+    assert "--config" not in said
+
+
 def test_help_explains_every_field_of_the_model(run):
     text = " ".join(run("fit", "--help")[1].split())
     for words in (

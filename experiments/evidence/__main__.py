@@ -34,16 +34,16 @@ def parser() -> argparse.ArgumentParser:
         "--set",
         default="reading",
         choices=[*sets("FOLDER")],
-        help="what is asked about",
+        help="the data set",
     )
     add("--claims", nargs="+", default=[], metavar="a", help="letters of claims (default: all)")
     add("--seeds", nargs="+", type=int, default=[1], metavar="1")
-    add("--budget", type=float, metavar="MINUTES", help="start nothing that would take longer, stop then")
-    add("--receipts", default="", metavar="FOLDER", help="what experiments.evidence.receipts has written")
+    add("--budget", type=float, metavar="MINUTES", help="start no claim that does not fit; stop after this time")
+    add("--receipts", default="", metavar="FOLDER", help="folder written by experiments.evidence.receipts")
     add(
         "--variants", nargs="+", default=[], choices=["smollm2", "efficientnet"], help="pretrained parts; slow on a CPU"
     )
-    add("--metric", choices=["exact", "anls", "words"], help="what the tables tell (default: the set's)")
+    add("--metric", choices=["exact", "anls", "words"], help="metric of the tables (default: the set's)")
     add("--runs", type=Path, default=Path("runs/evidence"), help="folder of the runs")
     add("--to", type=Path, default=Path("runs/evidence/report"), help="folder of the report")
     return found

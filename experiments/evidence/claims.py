@@ -171,9 +171,9 @@ def sets(receipts: str = "", variants: Sequence[str] = ()) -> dict[str, Set]:
     quickstart = Set(Path("experiments/quickstart.yaml"), (16, 4, 1), overlays=overlays, seeded=False, one_scale=True)
     found = {
         "demo": quickstart,
-        "reading": Set(FOLDER / "reading.yaml", (16, 4, 1), 64 * stages, "words", overlays),
-        "boards": Set(FOLDER / "boards.yaml", (16, 4, 1), 64 * stages, "exact", overlays),
-        "documents": Set(FOLDER / "documents.yaml", (64, 16, 4, 1), 256 * stages, "exact", overlays),
+        "reading": Set(FOLDER / "reading.yaml", (16, 4, 1), 64 if stages else 0, "words", overlays),
+        "boards": Set(FOLDER / "boards.yaml", (16, 4, 1), 64 if stages else 0, "exact", overlays),
+        "documents": Set(FOLDER / "documents.yaml", (64, 16, 4, 1), 256 if stages else 0, "exact", overlays),
     }
     if receipts:
         files = {"train": "train.json", "val": "val.json", "test": "test.json", "image_root": ""}

@@ -248,7 +248,7 @@ def draw_accuracy(axes: Axes, result: Result) -> None:
             axes.annotate(f"{point[1]:.1f}", point, (0, -16), textcoords="offset points", ha="center", color=color)
     rows = [row for row in result["scales"] if untrained(row)]
     draw_untrained(axes, [(row["visual_tokens"], 100 * row["accuracy"]) for row in rows], LINES[0])
-    bars = [(row["visual_tokens"], *row["interval"]) for row in result["scales"] if "interval" in row]
+    bars = [(row["visual_tokens"], *row["interval"]) for row in result["scales"]]
     x, low, high = ([bar[place] for bar in bars] for place in range(3))
     axes.vlines(x, [100 * end for end in low], [100 * end for end in high], color=GRAY, zorder=2)
     [enough] = [row for row in result["scales"] if row["scale"] == result["smallest_within_a_point"]]
@@ -298,8 +298,7 @@ def _lines(result: Result) -> dict[int | None, list[tuple[int, float]]]:
 
 def _types(result: Result) -> dict[str, dict[str, Any]]:
     """The figures of each type of question, cheapest to answer first; none if there is one type, or too many."""
-    found = result.get("types", {})  # files written before types and intervals have neither
-    found = found if 1 < len(found) <= len(TYPES) else {}
+    found = result["types"] if 1 < len(result["types"]) <= len(TYPES) else {}
     return dict(sorted(found.items(), key=lambda pair: (enough(result, pair[1])["visual_tokens"], pair[0])))
 
 

@@ -24,8 +24,8 @@ from lit_mm.inference.generation import Generated
 from lit_mm.training.saving import SHARDED
 
 UNFINISHED, FINISHED = "unfinished.json", "settings.json"
-"""The file in a folder of answers that tells their questions, checkpoint and settings: until all are written, and
-then."""
+"""The file with a prediction's questions, checkpoint and settings: its name while answers are missing, and once all are
+written."""
 COLUMNS = {"question_id": "string", "prompt": "string", "scale": "string", "text": "string", "logprob": "double"}
 COLUMNS |= {"tokens": "int64", "visual_tokens": "int64", "finish": "string", "seconds": "double"}
 """Of answers.parquet, with Arrow's names of their types."""

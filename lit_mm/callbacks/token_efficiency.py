@@ -185,7 +185,7 @@ class TokenEfficiency(Callback):
         self.clock.pause()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Neither is the end of an epoch."""
+        """The end of an epoch is not training time."""
         self.clock.pause()
 
     @contextmanager

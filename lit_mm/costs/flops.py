@@ -194,25 +194,23 @@ class Costs:
         """The LLM on a packed sequence, without encoding its images."""
         return self.text(sum(s.length for s in segments), sum(s.pairs for s in segments), labels)
 
-    def step(self, batch: Batch, encodings: int = 0) -> ModelFlops:
+    def step(self, batch: Batch) -> ModelFlops:
         """Forward and backward pass of one training step on one rank, without the optimizer.
 
         Reads shapes and `Batch.counts` only, so it never waits for a device. Padding is not counted.
 
         Args:
             batch: The batch. With `model.packing: padded` it must have counts or be on the CPU.
-            encodings: As in `MatryoshkaVLM.forward`: the minimum number of encoder runs.
         """
         groups = [(len(group), cast(Size, tuple(group.shape[-2:]))) for group in batch.images.groups]
-        blank = cast(Size, tuple(self.encoder.smallest))
         runs = [(len(own.input_ids), own.counts.pairs, len(own.labels)) for own in batch.packed]
         if not runs:
             counts = batch.counts or counts_of(batch, self.scales)
             runs = [(counts.text + counts.visual, counts.pairs, counts.labels)]
         texts = sum((self.text(*run, visual=len(groups) > 0) for run in runs), ModelFlops())
-        if len(batch.packed) > 1 and texts.llm.backward:  # then MatryoshkaVLM checkpoints the LLM, row by row
+        if len(batch.packed) > 1 and texts.llm.backward:  # then MatryoshkaVLM checkpoints the LLM, sequence by sequence
             texts = replace(texts, llm=replace(texts.llm, recompute=texts.llm.recompute + texts.llm.forward))
-        return texts + self.images([*groups, (max(0, encodings - len(groups)), blank)])
+        return texts + self.images(groups)
 
     def answer(
         self,

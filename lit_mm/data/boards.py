@@ -164,5 +164,9 @@ def render(board: Board) -> Image.Image:
     return image
 
 
-BOARDS = DrawnSet("board", make_board, render, lambda rng, pairs: rng.sample(pairs, len(pairs)))
+def _sampled(rng: random.Random, pairs: Pairs) -> Pairs:
+    return rng.sample(pairs, len(pairs))
+
+
+BOARDS = DrawnSet("board", make_board, render, _sampled)
 """Boards as records; `BOARDS.write` writes them."""

@@ -95,7 +95,7 @@ def package_data() -> Path:
     """
     spec = importlib.util.find_spec("easy_vqa")
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("easy-VQA comes with the package easy-vqa: pip install 'lit_mm[demo]'")
+        raise ModuleNotFoundError("easy-VQA comes with the package easy-vqa: pip install easy-vqa")
     return Path(spec.submodule_search_locations[0]) / "data"
 
 

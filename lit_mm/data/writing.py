@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ class DrawnSet:
         images = [(root, split, number, seed) for split, count in counts.items() for number in range(count)]
         missing = [image for image in images if not (root / self._path(*image[1:])).is_file()]
         if workers and missing:
-            with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            with ProcessPoolExecutor(workers) as pool:
                 list(pool.map(self._draw, *zip(*missing, strict=True), chunksize=16))
         else:
             for image in missing:

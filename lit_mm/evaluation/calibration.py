@@ -290,7 +290,7 @@ def outcome(rows: Rows, rule: Rule) -> tuple[Floats, Floats]:
     return scores, np.take_along_axis(paid, stops, 1)[:, 0] + rows.once
 
 
-def held_out(rows: Rows, target: Target, statistics: Sequence[Statistic], seed: int = 0) -> tuple[float, float]:
+def held_out(rows: Rows, target: Target, statistics: Sequence[Statistic]) -> tuple[float, float]:
     """Accuracy and mean cost when each half of the questions is judged by the rule that the other half gave.
 
     Raises:
@@ -298,7 +298,7 @@ def held_out(rows: Rows, target: Target, statistics: Sequence[Statistic], seed: 
     """
     if len(rows.scores) < 2:
         raise ValueError(f"expected at least two questions to calibrate on, found {len(rows.scores)}")
-    order = np.random.default_rng(seed).permutation(len(rows.scores))
+    order = np.random.default_rng(0).permutation(len(rows.scores))
     halves = order[: len(order) // 2], order[len(order) // 2 :]
     scores, costs = np.zeros(len(order)), np.zeros(len(order))
     for own, other in (halves, halves[::-1]):

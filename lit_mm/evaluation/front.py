@@ -48,17 +48,16 @@ def rules_of(told: dict[str, Any], scales: Sequence[str]) -> tuple[Rule, list[Ru
     return rule(told), [rule(own) for own in told["front"]]
 
 
-def front_of(rows: dict[Cost, Rows], chosen: Rule, front: Sequence[Rule], seed: int = 0) -> Result:
+def front_of(rows: dict[Cost, Rows], chosen: Rule, front: Sequence[Rule]) -> Result:
     """All figures, ready for JSON; accuracies in 0..1, costs as in `rows`, those of all tried scales summed.
 
     Args:
         rows: The test's questions, for every cost that is known.
         chosen: The chooser.
         front: Choosers for other budgets.
-        seed: Of the bootstrap.
     """
     own = next(iter(rows.values()))
-    shares = drawn_shares(len(own.scores), seed)
+    shares = drawn_shares(len(own.scores), seed=0)
     return {
         "questions": len(own.scores),
         "statistic": chosen.statistic,

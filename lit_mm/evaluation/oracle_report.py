@@ -33,7 +33,6 @@ def results_of(
     tokens: ArrayLike,
     scales: Sequence[str],
     types: Sequence[str] | None = None,
-    threshold: float = 0.5,
     trained: Sequence[bool] | None = None,
 ) -> Result:
     """All figures about one benchmark, ready for JSON; accuracies and shares in 0..1.
@@ -44,7 +43,6 @@ def results_of(
         scales: The scales' names, e.g. `576` or `8x16`.
         types: [questions] each question's type, or several as `a, b`; None or all alike: no figures by
             type.
-        threshold: An answer is right if it scores at least this.
         trained: [scales] whether the model was trained at each; None: at all.
 
     Raises:
@@ -56,7 +54,7 @@ def results_of(
     if types is not None and len(types) != len(scores):
         raise ValueError(f"types: expected {len(scores)}, one for each question, found {len(types)}")
     best, mixture = envelope(scores, tokens), fixed_mixture(scores, tokens)
-    found = oracle(scores, tokens, threshold)
+    found = oracle(scores, tokens)
     if not (means := tokens.mean(0)).all():
         raise ValueError("tokens: expected visual tokens at every scale, found none: no question shows an image")
     columns: dict[str, Sequence[Any]] = {
@@ -70,7 +68,6 @@ def results_of(
     dealt = shuffled(found.needed, scores, tokens)
     return {
         "questions": len(scores),
-        "threshold": threshold,
         "scales": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
         "oracle": {"accuracy": found.accuracy, "right": float(found.right.mean()), "mean_tokens": found.mean_tokens},
         "shuffled": {"accuracy": dealt[0], "mean_tokens": dealt[1]},
@@ -79,7 +76,7 @@ def results_of(
         "agreement": found.agreement.tolist(),
         "envelope": _corners(best),
         "fixed_mixture": _corners(mixture),
-        "types": _by_type(scores, tokens, [""] if types is None else types, threshold),
+        "types": _by_type(scores, tokens, [""] if types is None else types),
     }
 
 
@@ -92,7 +89,7 @@ def _corners(curve: Curve) -> dict[str, list[float]]:
     return {"tokens": tokens.tolist(), "accuracy": curve.at(tokens).tolist()}
 
 
-def _by_type(scores: np.ndarray, tokens: np.ndarray, types: Sequence[str], threshold: float) -> dict[str, Result]:
+def _by_type(scores: np.ndarray, tokens: np.ndarray, types: Sequence[str]) -> dict[str, Result]:
     """The main figures of each question type, the most frequent first; none if all questions are alike. A question of
     several types counts for each."""
     each = [types_of(kind) for kind in types]
@@ -100,7 +97,7 @@ def _by_type(scores: np.ndarray, tokens: np.ndarray, types: Sequence[str], thres
     found = {}
     for name in names if len(names) > 1 else []:
         own = np.array([name in kinds for kinds in each])
-        chosen = oracle(scores[own], tokens[own], threshold)
+        chosen = oracle(scores[own], tokens[own])
         found[name or "no type"] = {
             "questions": int(own.sum()),
             "accuracy": scores[own].mean(0).tolist(),
@@ -148,7 +145,7 @@ def _scale_cells(result: Result) -> list[list[str]]:
 def _caption(result: Result) -> str:
     wrong = _percent(result["no_scale_right"] / result["questions"])
     return (
-        f"Needed by: these are the fewest tokens that answer right (score >= {result['threshold']:g}). No scale "
+        f"Needed by: these are the fewest tokens that answer right (score >= 0.5). No scale "
         f"answers {wrong} % of the questions right; the oracle gives them the fewest tokens. Best possible: the "
         "highest accuracy of any choice per question with as many tokens on average."
     )

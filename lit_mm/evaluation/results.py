@@ -71,20 +71,18 @@ def intervals(scores: np.ndarray, seed: int = 0, draws: int = DRAWS) -> np.ndarr
     return _ends(_means(scores, np.random.default_rng(seed), draws))
 
 
-def headline_of(strata: Sequence[np.ndarray], seed: int = 0, draws: int = DRAWS) -> tuple[np.ndarray, np.ndarray]:
+def headline_of(strata: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """A headline figure that is not the mean score, and its 95 % confidence interval: a sum of means. The
     bootstrap draws what each mean is over separately, such as the images of each of MME's subtasks.
 
     Args:
         strata: Of each mean [n, S], as `AnswerMetric.strata` has them.
-        seed: Of the draws.
-        draws: Their number.
 
     Returns:
         [S] figures and [S, 2] lower and upper ends.
     """
-    rng = np.random.default_rng(seed)
-    drawn = [_means(values, rng, draws) for values in strata]
+    rng = np.random.default_rng(0)
+    drawn = [_means(values, rng, DRAWS) for values in strata]
     return np.sum([values.mean(0) for values in strata], axis=0), _ends(np.sum(drawn, axis=0))
 
 
@@ -106,13 +104,13 @@ def types_of(kind: str) -> list[str]:
     return kind.split(", ")
 
 
-def by_type(questions: Sequence[Judged], seed: int = 0) -> dict[str, dict[str, Any]]:
+def by_type(questions: Sequence[Judged]) -> dict[str, dict[str, Any]]:
     """For every type of question, in alphabetical order: `questions`, `accuracy` [S] and `interval` [S, 2]. A question
     of several types counts for each."""
     found = {}
     for name in sorted({name for question in questions for name in types_of(question.type)} - {""}):
         scores = scores_of([question for question in questions if name in types_of(question.type)])
-        told = {"accuracy": scores.mean(0).tolist(), "interval": intervals(scores, seed).tolist()}
+        told = {"accuracy": scores.mean(0).tolist(), "interval": intervals(scores).tolist()}
         found[name] = {"questions": len(scores), **told}
     return found
 

@@ -1,1 +1,1 @@
-"""Models come in and go out: trained runs as models that answer."""
+"""Opens trained runs, exports them, and imports published weights."""

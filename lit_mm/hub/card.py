@@ -114,11 +114,8 @@ def _table(told: dict[str, Any], file: Path, step: int | None) -> Iterator[str]:
         low, high = row["interval"]
         flops, first = row.get("prefill_flops"), (row.get("measured") or {}).get("first_token_ms")
         yield f"| {row['scale']} | {row['accuracy']:.1%} | {low:.1%} to {high:.1%} "
-        yield f"| {'' if flops is None else f'{flops:.3g}'} | {'' if first is None else _milliseconds(first)} |\n"
+        measured = "" if first is None else f"{first['median']:.2f} ms"
+        yield f"| {'' if flops is None else f'{flops:.3g}'} | {measured} |\n"
     run = told["run"]
     versions = ", ".join(f"{name} {version}" for name, version in run.get("versions", {}).items())
     yield f"\nMeasured on {run['device']}, {run['precision']}, {date}; {versions}.\n"
-
-
-def _milliseconds(measured: Any) -> str:
-    return f"{measured:.2f} ms" if isinstance(measured, float | int) else f"{measured.get('median', 0):.2f} ms"

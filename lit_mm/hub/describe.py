@@ -100,7 +100,7 @@ def encoder_config(source: Source, layer: int | None = None, backbone: str | Non
         given["pretrained_cfg_overlay"] = found
     if "stem.0.weight" in trunk:
         if layer not in (None, -1):  # with -2, ConvLLaVA's code drops the last block when it loads the tower
-            raise ValueError(f"{source.where}: block {layer} of a ConvNeXt is to give the grid, expected the last (-1)")
+            raise ValueError(f"{source.where}: the vision feature layer is {layer}, expected -1, a ConvNeXt's last")
         return _convnext(trunk, said, name, given, source.where)
     layer = -2 if layer is None else layer
     return _timm_vit(name, layer, given) if name else _vit(trunk, said, layer, given, source.where)
@@ -214,7 +214,7 @@ def _vit(trunk: Readers, said: dict[str, Any], layer: int, given: dict[str, Any]
         )
     depth = len({name.split(".")[1] for name in trunk if name.startswith("blocks.")})
     if not -depth <= layer < depth:
-        raise ValueError(f"{where}: block {layer} is to give the grid, it has {depth}")
+        raise ValueError(f"{where}: the vision feature layer is {layer}, expected a block of its {depth}")
     overrides = {
         "img_size": round(cells**0.5) * patch,
         "patch_size": patch,

@@ -125,7 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--backbone", help="timm's name of a vision tower whose files do not say it")
     add("--scales", type=int, nargs="+", help="visual tokens per image, finest first (default: as SOURCE says, or all)")
     add("--size", type=int, help="pixels of an image's side, for a ConvNeXt whose files do not say it")
-    add("--chat_template", choices=get_args(Template), help="default: vicuna_v1 on a Llama, the tokenizer's own else")
+    add(
+        "--chat_template",
+        choices=get_args(Template),
+        help="default: vicuna_v1 for a Llama, else the tokenizer's own",
+    )
     return parser
 
 

@@ -37,6 +37,7 @@ from lit_mm.inference.pictures import Picture, listed, media_of
 from lit_mm.inference.prompts import prompt_length
 from lit_mm.inference.scoring import score
 from lit_mm.model.batch import Images, Question
+from lit_mm.model.llm import positions_of
 from lit_mm.model.scales import Scale, nested_shapes
 from lit_mm.model.vlm import MatryoshkaVLM
 
@@ -303,9 +304,10 @@ class Model:
         Raises:
             ValueError: It has fewer.
         """
-        most = getattr(self.vlm.llm.config, "max_position_embeddings", None)
-        if most and prompt + answer > most:
-            raise ValueError(f"{prompt} tokens of the prompt and {answer} of the answer: the LLM has {most} positions")
+        known = positions_of(self.vlm.llm.config)
+        if known and prompt + answer > known.most:
+            sizes = f"{prompt} tokens of the prompt and {answer} of the answer"
+            raise ValueError(f"{sizes}: the LLM has {known.most} positions")
 
     def grids(self, height: int, width: int) -> dict[str, tuple[int, int]]:
         """Rows and columns of the visual tokens of an image of height × width pixels, by the name of the scale.

@@ -107,7 +107,7 @@ def show(question: str, answers: dict[str, Answer], as_json: bool) -> None:
         print(answer.text, flush=True)
         print(f"({_cost(answer)})", file=sys.stderr, flush=True)
         return
-    caption = "All scales in one batch, whose times these are; the first batch of a process takes longer."
+    caption = "All scales ran in one batch, so the times include the others; a process's first batch takes longer."
     table = Table(title=question, title_justify="left", caption=caption, caption_justify="left")
     for name in ("scale", "visual tokens", "first token", "whole answer"):
         table.add_column(name, justify="right")

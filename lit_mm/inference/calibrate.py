@@ -50,7 +50,9 @@ def main(arguments: Sequence[str]) -> None:
     result, rows = read_validation(folder)
     cost, target = _target(options)
     if cost not in rows:
-        raise ValueError(f"{folder / VALIDATION}.json: no {UNITS[cost][0]} of the scales, validate with them first")
+        raise ValueError(
+            f"{folder / VALIDATION}.json: the validation has no {UNITS[cost][0]}: run `validate` with them"
+        )
     known = [statistic for statistic in STATISTICS if statistic in rows[cost].statistics]
     if options.statistic not in (None, *known):
         raise ValueError("calibrate: --statistic router: the validation was of a model without one")
@@ -151,7 +153,7 @@ def table(rows: Rows, cost: Cost, target: Target, statistics: Sequence[Statistic
     told = "Costs are those of all tried scales. Held out: each half of the questions is judged by the path and the "
     told += "thresholds that the other half gave. An answer is accepted if its statistic is at least its threshold."
     if "router" in statistics:
-        told += " The router takes the first scale whose score is near enough to the best, and pays for reading them."
+        told += " The router takes the first scale whose score is within the slack of the best. Its cost is included."
     found = Table(title=title, title_justify="left", caption=told, caption_justify="left")
     found.add_column("")
     found.add_column("path and thresholds", overflow="fold")

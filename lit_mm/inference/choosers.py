@@ -52,22 +52,6 @@ class Chooser(ABC):
 
 
 @dataclass
-class Fixed(Chooser):
-    """Always the same scale."""
-
-    scale: Scale
-
-    @property
-    def scales(self) -> list[Scale]:  # type: ignore[override]
-        """This one."""
-        return [self.scale]
-
-    def next(self, question: Question, answers: Sequence[Answer]) -> Scale | None:
-        """See `Chooser`."""
-        return None if answers else self.scale
-
-
-@dataclass
 class Confidence(Chooser):
     """Goes from scale to scale while the answers are uncertain.
 
@@ -86,7 +70,7 @@ class Confidence(Chooser):
 
     def __post_init__(self) -> None:
         if not self.scales or len(set(self.scales)) < len(self.scales):
-            raise ValueError(f"scales: expected different ones, at least one, found {_named(self.scales)}")
+            raise ValueError(f"scales: expected at least one, each only once, found {_named(self.scales)}")
         if len(self.thresholds) != len(self.scales) - 1:
             expected = f"{len(self.scales) - 1}, one for each of the scales {_named(self.scales)} but the last"
             raise ValueError(f"thresholds: expected {expected}, found {len(self.thresholds)}")
@@ -157,7 +141,7 @@ class Router(Chooser):
         if len(self.scales) == 1:
             return self.scales[0]
         if not scores:
-            raise ValueError(f"the chooser reads a router at scale {self.scales[0]}, where the model has none")
+            raise ValueError(f"the chooser needs the model's router at scale {self.scales[0]}, but got no scores")
         best = max(scores[scale] for scale in self.scales)
         return next((scale for scale in self.scales if best - scores[scale] <= self.slack), self.scales[-1])
 

@@ -23,7 +23,6 @@ def score(
     questions: Sequence[Question],
     answers: Sequence[Sequence[Sequence[int]]],
     scales: Sequence[Scale],
-    nested: Tensor | None = None,
 ) -> list[list[list[Tensor]]]:
     """Log-probabilities of given answers.
 
@@ -35,7 +34,6 @@ def score(
         questions: Prompts.
         answers: For each question the token ids of its answers, each of one id at least.
         scales: Some of the model's scales.
-        nested: Output of `vlm.encode` for the images, to skip the encoder.
 
     Returns:
         By question, scale and answer: log-probabilities [t] of the answer's ids.
@@ -45,7 +43,7 @@ def score(
     """
     if any(not len(ids) for own in answers for ids in own):
         raise ValueError("score: an answer without tokens has no probability")
-    nested = vlm.encode(images) if nested is None else nested
+    nested = vlm.encode(images)
     prompts = [[prompt_codes(vlm, images, question, scale) for scale in scales] for question in questions]
     asked = [
         (codes, np.array(ids, np.int64))

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     """
     options = _parser().parse_args(arguments)
     if missing := [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]:
-        raise ImportError(f"serve needs {', '.join(missing)}: pip install 'lit_mm[serve]'")
+        raise ImportError(f"serve needs {', '.join(missing)}: pip install '.[serve]' in lit_mm's folder")
     if options.allow_files is not None and not options.allow_files.is_dir():
         raise FileNotFoundError(f"--allow_files: no folder {options.allow_files}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a checkpoint, a folder of a run or of export, a hub name, or last: the newest in runs",
     )
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: for this machine only)")
-    add("--port", type=int, default=8000, help="8000 by default; 0 is any free one")
+    add("--port", type=int, default=8000, help="8000 by default; 0 picks a free port")
     add("--device", help="cpu, cuda, … (default: a GPU if there is one)")
     add("--model_name", help="what requests call the model (default: the folder of its run)")
     add("--allow_files", type=Path, metavar="FOLDER", help="open file:// URLs below this folder")

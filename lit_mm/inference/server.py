@@ -36,6 +36,7 @@ from lit_mm.inference.decoding import settings
 from lit_mm.inference.gate import HUNG_UP, SPARE, Gate, Limits, Told, error_reply, unless_hung_up
 from lit_mm.inference.preview import preview
 from lit_mm.inference.urls import MediaURLs
+from lit_mm.model.llm import positions_of
 from lit_mm.model.scales import Scale
 
 PAGE = Path(__file__).with_name("page.html")
@@ -78,8 +79,9 @@ class Server:
         self.metrics, self.started = Metrics(), int(time.time())
         self.batcher = Batcher(model, limits.max_batch, self.metrics.batch.observe)
         self.metrics.waiting.set_function(lambda: len(self.batcher.waiting))
-        positions = getattr(model.vlm.llm.config, "max_position_embeddings", None)
-        self.max_tokens = min(filter(None, (positions, limits.max_tokens)), default=None)
+        known = positions_of(model.vlm.llm.config)
+        most = known.most if known else None
+        self.max_tokens = min(filter(None, (most, limits.max_tokens)), default=None)
         self.longest = max(map(len, model.tokenizer.get_vocab()))
         self.decoders = anyio.CapacityLimiter(os.cpu_count() or 1)
 

@@ -16,7 +16,7 @@ HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 SECONDS = 5.0
 """How long the hub may take to answer before it counts as out of reach."""
 BUSY = 429
-"""The status of a hub that gets too many requests, on which the cache serves as it does if the hub fails."""
+"""Too many requests: then the cache is used, as when the hub fails."""
 TWICE = ["pytorch_model*.bin"]
 """What a repository has beside the same weights as safetensors."""
 KNOWN = {"model.safetensors": TWICE, "model.safetensors.index.json": TWICE}

@@ -145,8 +145,9 @@ def positions_of(config: transformers.PretrainedConfig) -> Positions | None:
         return None
     rope = getattr(text, "rope_parameters", None) or {}
     kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict)]  # some have a dict per layer type
+    kinds = [kind for kind in kinds if kind.get("rope_type") != "llama3"]  # whose `most` has its factor in it
     stretched = [(kind.get("original_max_position_embeddings") or most) * (kind.get("factor") or 1) for kind in kinds]
-    return Positions(max(most, *map(int, stretched)) if rope else most, table=not rope)
+    return Positions(max([most, *map(int, stretched)]) if rope else most, table=not rope)
 
 
 def is_config_class(source: str) -> bool:
@@ -159,12 +160,11 @@ def _random_config(llm: LLM, tokenizer: PreTrainedTokenizerBase) -> transformers
     if kind is None or not issubclass(kind, transformers.PretrainedConfig):
         raise ValueError(f"llm.name_or_path {llm.name_or_path}: transformers has no such config class")
     known = kind().to_dict()
-    unknown = sorted(set(llm.config_overrides) - set(known))
-    if unknown or not llm.config_overrides:
-        raise ValueError(
-            f"llm.config_overrides: {llm.name_or_path} does not know {unknown or 'a model without sizes'}; "
-            f"it knows {sorted(known)}"
-        )
+    where = f"llm.config_overrides: {llm.name_or_path}"
+    if not llm.config_overrides:
+        raise ValueError(f"{where} needs sizes such as hidden_size, found none; it knows {sorted(known)}")
+    if unknown := sorted(set(llm.config_overrides) - set(known)):
+        raise ValueError(f"{where} does not know {unknown}; it knows {sorted(known)}")
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
         return kind(**{"vocab_size": len(tokenizer), **ids, **llm.config_overrides})

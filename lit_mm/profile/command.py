@@ -28,7 +28,7 @@ an answer that is spent on the image; with --gpus also the memory that training 
 from shapes in seconds, without weights, data, network or a pretrained LLM's tokenizer.
 
   python -m lit_mm profile --config a.yaml --sizes 768 1024 1536x1100 --plot costs.png
-  python -m lit_mm profile --config a.yaml --config overlay.yaml --model.scales [144,36] --and --config b.yaml
+  python -m lit_mm profile --config a.yaml --config overlay.yaml --model.scales '[144,36]' --and --config b.yaml
 
 Several experiments are separated by --and and compared in one table and one picture. --config, --name,
 --sizes and --model.FIELD apply to one experiment, all other options to the whole call."""

@@ -214,7 +214,7 @@ def _with_adapter(tensors: Readers, folder: Path, llm: str) -> Readers:
 
 
 def _of_old_export(path: Path) -> Readers:
-    """A folder of a version before 0.2: encoder.safetensors, projector.safetensors, and a Hugging Face LLM in llm/."""
+    """An earlier layout of `export`: encoder.safetensors, projector.safetensors, and a Hugging Face LLM in llm/."""
     files = [path / f"{part}.safetensors" for part in ("encoder", "projector")]
     own = {f"{file.stem}.{name}": read for file in files for name, read in read_files([file]).items()}
     llm = read_folder(path / "llm")

@@ -121,7 +121,7 @@ class LitMatryoshka(LightningModule):
         self.save_hyperparameters()
         self.build_encoder, self.build_projector, self.llm = encoder, projector, llm
         self.scales, self.sampling, self.pooling = check_scales(scales), sampling, pooling
-        self.time_scales = check_time_scales(time_scales) if time_scales else []
+        self.time_scales = check_time_scales(time_scales)
         self.attention, self.keep_finest = attention, keep_finest
         self.scales_per_step: int | Literal["all"] = "all" if router else scales_per_step
         self.router, self.consistency = router, None if router else consistency
@@ -376,11 +376,11 @@ class LitMatryoshka(LightningModule):
         """
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if fitting and "place" not in checkpoint:
-            raise ValueError(f"{self.trainer.ckpt_path}: says nothing of its place in the data, it cannot be resumed")
+            raise ValueError(f"{self.trainer.ckpt_path}: holds no position in the data, so it cannot be resumed")
         if fitting and checkpoint.get("trained") != self._trained():
             raise ValueError(
                 f"{self.trainer.ckpt_path}: trained {checkpoint.get('trained')}, model.parts now trains "
-                f"{self._trained()}: a run is resumed as it was; --model.init_from begins another with its weights"
+                f"{self._trained()}: resume with the same model.parts, or start a new run with --model.init_from"
             )
         check_model(identity := checkpoint.get("identity", {}), self._identity())
         self._trained_at = scales_in(identity) if identity and not fitting else []
@@ -453,7 +453,7 @@ class LitMatryoshka(LightningModule):
 
     @property
     def test_names(self) -> list[str]:
-        """The test sets: `test`, or `test/docvqa`, ….`"""
+        """The test sets: `test`, or `test/docvqa`, …."""
         return list(getattr(getattr(self.trainer, "datamodule", None), "tests", ["test"]))
 
     def benchmark(self, name: str) -> Benchmark | None:

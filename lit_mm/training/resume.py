@@ -75,7 +75,8 @@ def check_order(before: dict[str, Any], now: dict[str, Any], place: Place) -> No
     if differ:
         said = ", ".join(f"{name} was {before[name]} and is {now.get(name)}" for name in differ)
         if place.batches:
-            raise ValueError(f"--ckpt_path: stopped after batch {place.batches} of an epoch with other batches: {said}")
+            stopped = f"stopped in mid-epoch, after batch {place.batches}"
+            raise ValueError(f"--ckpt_path: {stopped}, where settings of the batches must not change: {said}")
         rank_zero_warn(f"resuming with other batches than before: {said}")
 
 

@@ -121,7 +121,7 @@ def _check_members(file: Path | io.BytesIO, size: int) -> None:
     could become larger than memory.
 
     Raises:
-        ValueError: It has not.
+        ValueError: It has another form.
     """
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
@@ -163,7 +163,7 @@ def find_checkpoint(asked: str, root: Path, option: str = "--ckpt_path") -> Path
     Args:
         asked: `last` or `best` of the newest run below the root, a run's folder (its last.ckpt), or a checkpoint.
         root: `trainer.default_root_dir`.
-        option: What errors call the first.
+        option: What errors call `asked`.
 
     Raises:
         FileNotFoundError: There is none.

@@ -423,15 +423,6 @@ def test_a_step_is_counted_without_reading_a_tensor(packing):
     assert costs.step(apply_to_collection(batch, Tensor, Tensor.to, "meta")) == costs.step(batch)
 
 
-def test_blank_images_are_counted():
-    """They keep ranks in step: see MatryoshkaVLM.forward."""
-    costs, batch = Costs(tiny_vlm()), packed(batch_of(*random_samples(0)))
-    sizes = len(batch.images.groups)
-    more, plain = costs.step(batch, sizes + 2), costs.step(batch, sizes - 1)
-    assert plain == costs.step(batch)
-    assert more.encoder == plain.encoder + costs.image((16, 16)).encoder * 2
-
-
 def test_an_answer_costs_its_prompt_and_its_tokens():
     """Generation token by token: each forward pass over what is new, with all before in the cache."""
     costs = Costs(tiny_vlm())

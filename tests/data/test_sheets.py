@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lit_mm.data.records import parse
+from lit_mm.data.rendered import SETS
 from lit_mm.data.sheets import HEIGHT, SHEETS, WIDTH, make_sheet, render
 from tests.helpers.records import exchanges, items
 
@@ -46,12 +47,18 @@ def test_records_say_what_the_sheets_show(tmp_path):
     assert {item["type"] for item in items(tmp_path, "test")} == {"line", "value"}
 
 
-def test_sheets_depend_on_seed_split_and_number_alone(tmp_path):
+@pytest.mark.parametrize("drawn", SETS.values(), ids=SETS)
+def test_several_processes_draw_what_one_draws(drawn, tmp_path):
     for name, workers in (("alone", 0), ("together", 2)):
-        SHEETS.write(tmp_path / name, train=2, val=0, test=1, workers=workers)
-    for file in ("train_0", "train_1", "test_0"):
-        alone, together = (tmp_path / name / f"sheets_0/{file}.png" for name in ("alone", "together"))
-        assert alone.read_bytes() == together.read_bytes()
+        drawn.write(tmp_path / name, train=2, val=0, test=1, workers=workers)
+    files = sorted(path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("*.*"))
+    assert len([file for file in files if file.suffix == ".png"]) == 3
+    assert all(
+        (tmp_path / "alone" / file).read_bytes() == (tmp_path / "together" / file).read_bytes() for file in files
+    )
+
+
+def test_sheets_depend_on_seed_split_and_number_alone():
     made = {make_sheet(split, number, seed) for split in ("train", "val") for number in range(9) for seed in range(3)}
     assert len(made) == 54
     assert {len(sheet.rows) == 1 for sheet in made} == {True, False}

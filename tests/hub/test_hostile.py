@@ -285,7 +285,7 @@ def test_a_config_that_makes_no_sense(tmp_path):
     wrong |= {"vocab_size": HUGE, "matryoshka_vis_token_scale": 5, "rope_parameters": 3}
     for name, value in wrong.items():
         (folder / "config.json").write_text(json.dumps(told | {name: value}))
-        with pytest.raises(ValueError, match=r"a/config.json|embed_tokens|block 8 is to give the grid"):
+        with pytest.raises(ValueError, match=r"a/config.json|embed_tokens|the vision feature layer is 8"):
             main([str(folder), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 

@@ -449,7 +449,7 @@ def test_open_clips_fields_that_are_not_read_are_refused(tmp_path, field):
 def test_settings_that_the_authors_code_obeys_are_refused(tmp_path):
     theirs, tower = llava(convnext_tower()), "model.vision_tower.vision_tower."
     for fields, said in (
-        ({"mm_vision_select_layer": -2}, r"block -2 of a ConvNeXt.*expected the last"),
+        ({"mm_vision_select_layer": -2}, r"the vision feature layer is -2, expected -1"),
         ({"image_aspect_ratio": "anyres"}, r"config\.json: image_aspect_ratio is 'anyres', expected 'pad'"),
     ):
         config = theirs.config(mm_vision_resolution=128, mm_vision_tower="ConvLLaVA/ConvLLaVA-ConvNeXt-768", **fields)

@@ -121,7 +121,7 @@ def test_settings_are_honored_or_refused_by_name(model):
 
 def test_the_plugin_is_declared():
     if importlib.util.find_spec("lmms_eval") is None:
-        pytest.skip("lmms-eval is not installed: pip install 'lit_mm[eval]'")
+        pytest.skip("lmms-eval is not installed: pip install '.[eval]'")
     [point] = entry_points(group="lmms_eval.models", name="lit_mm")
     found = point.load()()
     assert found.simple_class_path == "lit_mm.hub.lmms_eval.models.SimpleModel"
@@ -145,7 +145,7 @@ def rows_of(model: Model, folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def tasks(run, model):
     """Tasks for lmms-eval, and the same questions for `test`."""
-    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install 'lit_mm[eval]'")
+    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install '.[eval]'")
     folder = run.parent.parent
     rows = rows_of(model, folder)
     items = [
@@ -253,7 +253,7 @@ def request_of(kind: str, *arguments: Any, repeats: int = 1) -> Any:
 
 def test_the_chooser_chooses(run, tmp_path):
     """Answers and counts of "auto" are those of `Model.answer`; half of the questions go on to a second scale."""
-    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install 'lit_mm[eval]'")
+    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install '.[eval]'")
     from lit_mm.hub.lmms_eval.models import SimpleModel
 
     folder = shutil.copytree(run, tmp_path / "run")
@@ -276,7 +276,7 @@ def test_the_chooser_chooses(run, tmp_path):
 
 @pytest.fixture
 def simple(run):
-    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install 'lit_mm[eval]'")
+    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install '.[eval]'")
     from lit_mm.hub.lmms_eval.models import SimpleModel
 
     found = SimpleModel(str(run), 4, batch_size=2)
@@ -313,7 +313,7 @@ def test_requests_that_are_refused(simple):
     ],
 )
 def test_model_args_that_are_refused(run, model_args, said):
-    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install 'lit_mm[eval]'")
+    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install '.[eval]'")
     from lit_mm.hub.lmms_eval.models import ChatModel
 
     with pytest.raises(ValueError, match=said):

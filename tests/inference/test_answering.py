@@ -113,6 +113,17 @@ def test_scores_of_given_answers(model, picture):
         assert all(own < 0 for own in scores)
 
 
+def test_stretched_positions_can_be_used(model, monkeypatch):
+    """As in training: see test_stretched_positions_count."""
+    config = model.vlm.llm.config
+    stretched = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    monkeypatch.setattr(config, "rope_parameters", stretched)
+    most = 4 * config.max_position_embeddings
+    model.check_length(most - 3, 3)
+    with pytest.raises(ValueError, match=f"the LLM has {most} positions"):
+        model.check_length(most - 3, 4)
+
+
 def test_given_answers_that_cannot_be_scored(model, picture):
     for answers, message in [
         ("red", "expected a list of answers, found the text 'red'"),

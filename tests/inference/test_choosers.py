@@ -9,7 +9,7 @@ import torch
 from lit_mm.data.images import ImageOptions
 from lit_mm.data.tokenizer import load_tokenizer
 from lit_mm.inference.answering import Ask, Model
-from lit_mm.inference.choosers import Chooser, Confidence, Fixed, Router, read_chooser
+from lit_mm.inference.choosers import Chooser, Confidence, Router, read_chooser
 from lit_mm.model import router
 from lit_mm.model.batch import IMAGE
 from tests.helpers.models import tiny_llm
@@ -120,7 +120,7 @@ def test_a_conversation_with_a_chooser_is_one_at_the_chosen_scales():
 
 def test_sampled_answers_are_those_of_the_same_seed():
     model = made()
-    chosen = model.answers(asks(), Fixed(4), seed=3, temperature=5.0)
+    chosen = model.answers(asks(), Confidence([4], []), seed=3, temperature=5.0)
     fixed = model.answers(asks(), 4, seed=3, temperature=5.0)
     assert [own["4"].ids for own in chosen if "4" in own] == [own["4"].ids for own in fixed]
 
@@ -259,16 +259,16 @@ def test_mistakes_are_named():
         model.answer(None, "what?", "auto")
     for scale in (5, "4"):
         with pytest.raises(ValueError, match=f"tries scale {scale!r}: expected some of the model's 16, 4, 1"):
-            model.answer(picture(0), "what?", Fixed(scale))
+            model.answer(picture(0), "what?", Confidence([scale], []))
     with pytest.raises(ValueError, match="scale 4 again"):
         model.answer(picture(0), "what?", Circling())
     with pytest.raises(ValueError, match="expected 1, one for each of the scales 1, 4 but the last, found 0"):
         Confidence([1, 4], [])
-    with pytest.raises(ValueError, match="scales: expected different ones"):
+    with pytest.raises(ValueError, match="scales: expected at least one, each only once"):
         Confidence([4, 4], [0.0])
     with pytest.raises(ValueError, match="statistic: expected one of mean"):
         Confidence([1], [], "most")
-    with pytest.raises(ValueError, match="reads a router at scale 1, where the model has none"):
+    with pytest.raises(ValueError, match="needs the model's router at scale 1, but got no scores"):
         model.answer(picture(0), "what?", Router([1, 4]))
     with pytest.raises(ValueError, match="a slack of at least 0, found 1, 4 and -1"):
         Router([1, 4], -1)

@@ -44,7 +44,7 @@ def test_vicuna_template_is_the_papers(tokenizer):
     ("llm", "message"),
     [
         (LLM("LlamaConfig", {"hidden_sizes": 3}, TOKENIZER, "bare"), "does not know \\['hidden_sizes'\\]; it knows"),
-        (LLM("LlamaConfig", {}, TOKENIZER, "bare"), "without sizes"),
+        (LLM("LlamaConfig", {}, TOKENIZER, "bare"), "needs sizes such as hidden_size, found none"),
         (tiny_llm(vocab_size=300), "348 ids, LlamaConfig only 300 embeddings"),
         (LLM("LamaConfig", {"hidden_size": 3}, TOKENIZER, "bare"), "no such config class"),
         (LLM("some/model", {"hidden_size": 3}, TOKENIZER, "bare"), "some/model is pretrained"),
@@ -142,7 +142,7 @@ def test_positions_are_those_at_which_a_model_ends(source, expected):
     ("rope", "most"),
     [
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),  # Qwen2.5's README
-        ({"rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 8}, 32),  # as Llama 3.1
+        ({"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 8}, 32),  # as Llama 3.2
         ({"rope_type": "linear", "factor": 4.0}, 128),  # as Vicuna's 16k
     ],
 )

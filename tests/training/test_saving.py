@@ -40,7 +40,7 @@ def test_a_refused_resume_writes_nothing(fit, instruction_set):
     folder = instruction_set / "runs/version_0"
     before = {file: file.read_bytes() for file in (folder / "checkpoints/last.ckpt", folder / "config.yaml")}
     said = fit("fit", "--ckpt_path", "last", "--data.batch_size", "2", "--trainer.max_steps", "5")
-    assert "stopped after batch 3 of an epoch with other batches" in said
+    assert "stopped in mid-epoch, after batch 3, where settings of the batches must not change" in said
     assert before == {file: file.read_bytes() for file in before}
     assert fit("fit", "--ckpt_path", "last", "--trainer.max_steps", "5", "--model.parts.llm.lr", "1e-5") is None
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 5

@@ -9,17 +9,10 @@ prompt, and the metric. The ones in this folder come with the package; `my.yaml:
 """
 
 from lit_mm.evaluation.benchmarks.benchmark import BENCHMARKS, Benchmark, load_benchmark, split_name
-from lit_mm.evaluation.benchmarks.definition import Definition, Join, Layout, Submission
-from lit_mm.evaluation.benchmarks.questions import Questions
 
 __all__ = [
     "BENCHMARKS",
     "Benchmark",
-    "Definition",
-    "Join",
-    "Layout",
-    "Questions",
-    "Submission",
     "load_benchmark",
     "split_name",
 ]
