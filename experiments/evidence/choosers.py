@@ -18,6 +18,7 @@ import numpy as np
 from experiments.evidence.report import mixture_of
 from lit_mm.evaluation.answer_costs import rows_by_cost
 from lit_mm.evaluation.calibration import STATISTICS, Rows, Target, calibrate, outcome
+from lit_mm.evaluation.pictures import markdown_rows
 from lit_mm.evaluation.results import read_questions
 from lit_mm.inference.calibrate import read_validation
 
@@ -34,7 +35,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, one for each seed")
     parser.add_argument("--mean_tokens", nargs="+", type=float, default=[3, 5, 8], help="budgets")
     options = parser.parse_args(words)
-    print("\n".join(table([read(folder) for folder in options.runs], options.mean_tokens)))
+    print(table([read(folder) for folder in options.runs], options.mean_tokens))
 
 
 def read(folder: Path) -> tuple[Rows, Rows]:
@@ -44,8 +45,8 @@ def read(folder: Path) -> tuple[Rows, Rows]:
     return read_validation(folder)[1]["tokens"], rows_by_cost(questions, scales)["tokens"]
 
 
-def table(runs: Sequence[tuple[Rows, Rows]], budgets: Sequence[float]) -> list[str]:
-    """Lines of Markdown. The mixture takes as many tokens as the chooser of the first line."""
+def table(runs: Sequence[tuple[Rows, Rows]], budgets: Sequence[float]) -> str:
+    """Markdown. The mixture takes as many tokens as the chooser of the first line."""
     lines = [["chooser", *(f"mean tokens ≤ {budget:g}" for budget in budgets)]]
     known = [statistic for statistic in STATISTICS if all(statistic in val.statistics for val, _ in runs)]
     mixed: list[str] = []
@@ -59,8 +60,7 @@ def table(runs: Sequence[tuple[Rows, Rows]], budgets: Sequence[float]) -> list[s
                 paired = zip(runs, tokens, strict=True)
                 mixed.append(_cell([(test.scores @ mixture_of(test, each)).mean() for (_, test), each in paired]))
         lines.append([statistic, *cells])
-    head, *others = [f"| {' | '.join(line)} |" for line in [*lines, [MIXTURE, *mixed]]]
-    return [head, "|:--|" + "--:|" * len(budgets), *others]
+    return markdown_rows([*lines, [MIXTURE, *mixed]])
 
 
 def _cell(accuracies: Sequence[float]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from experiments.evidence import report
 from experiments.evidence.claims import Claim
+from lit_mm.evaluation.pictures import markdown_rows
 from lit_mm.evaluation.results import read_questions
 
 
@@ -31,8 +32,7 @@ def main(words: Sequence[str] | None = None) -> None:
     options = parser.parse_args(words)
     named = dict(side.split("=", 1) for side in options.sides)
     found = compared({name: [Path(run) for run in runs.split(",")] for name, runs in named.items()}, options)
-    head, *lines = [f"| {' | '.join(line)} |" for line in report.table(found)]
-    print("\n".join([head, "|:--|" + "--:|" * (head.count("|") - 2), *lines]))
+    print(markdown_rows(report.table(found)))
     if options.picture:
         report.draw(found, options.picture)
 

@@ -18,6 +18,7 @@ from lit_mm.evaluation.calibration import CHOOSER, Rows, follow, outcome
 from lit_mm.evaluation.front import draw_cost, rules_of
 from lit_mm.evaluation.metrics import METRICS
 from lit_mm.evaluation.oracle import fixed_mixture, oracle
+from lit_mm.evaluation.pictures import markdown_rows
 from lit_mm.evaluation.results import Judged, intervals, read_questions, scores_of
 
 Floats = NDArray[np.float64]
@@ -235,8 +236,6 @@ def sentence(found: Found) -> str:
 
 def section(found: Found, letter: str, command: str, metric: str, picture: str) -> str:
     """The claim as a section of Markdown; `command` repeats it."""
-    head, *lines = table(found)
-    rows = [head, [":--", *["--:"] * (len(head) - 1)], *lines]
     states = [run.state for run in found.runs]
     device = json.loads((found.runs[0].results / "accuracy_tokens.json").read_text())["run"]
     seconds = [state["seconds"]["fit"] for state in states]
@@ -252,7 +251,7 @@ def section(found: Found, letter: str, command: str, metric: str, picture: str) 
     ]
     text = [f"### {letter}. {found.claim.title}", f"**The paper says:** {found.claim.paper}"]
     text += [f"**We find:** {sentence(found)} {found.claim.note}".rstrip()]
-    text += ["\n".join(f"| {' | '.join(row)} |" for row in rows), f"![{found.claim.title}]({picture})", *facts]
+    text += [markdown_rows(table(found)), f"![{found.claim.title}]({picture})", *facts]
     commands = "\n".join(sorted({state["command"] for state in states}))
     text += [f"<details><summary>Commands of the trainings</summary>\n\n```sh\n{commands}\n```\n\n</details>"]
     return "\n\n".join(text) + "\n"

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
 
 from lit_mm.callbacks.token_efficiency import TokenEfficiency, log, say
 from lit_mm.data.datamodules import names_of
+from lit_mm.training.check import evaluating
 
 
 class BenchmarkEvaluation(Callback):
@@ -85,17 +83,6 @@ class BenchmarkEvaluation(Callback):
     def _line(figures: dict[str, float], name: str, lit: Any) -> str:
         """`0.7125 @16, 0.605 @4`."""
         return ", ".join(f"{figures[f'{name}@{scale}']:.4g} @{scale}" for scale in lit.asked_scales)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every submodule's mode and all random numbers are as before."""
-    modes = {each: each.training for each in module.modules()}
-    module.eval()
-    with torch.no_grad(), isolate_rng():
-        yield
-    for each, training in modes.items():
-        each.training = training
 
 
 def judged(trainer: Trainer, lit: Any, name: str) -> dict[str, torch.Tensor]:

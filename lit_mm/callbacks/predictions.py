@@ -78,7 +78,7 @@ class AnswerWriter(BasePredictionWriter):
 
     def _begin(self, trainer: Trainer, lit: LightningModule) -> set[str | int]:
         """Open the files in a new folder or in one to go on in, the same on every rank; return what is answered."""
-        run, told, folder = Path(trainer.log_dir or trainer.default_root_dir), told_of(trainer, lit), ""
+        run, told, folder = Path(trainer.log_dir or trainer.default_root_dir), prediction_settings(trainer, lit), ""
         self.chooser = chooser_of(run, cast(Any, lit), self.mean_tokens)
         if self.chooser:
             told |= {"scales": [*told["scales"], "auto"], "chooser": str(self.chooser)}
@@ -200,7 +200,7 @@ class AnswerWriter(BasePredictionWriter):
             file.close()
 
 
-def told_of(trainer: Trainer, lit: LightningModule) -> dict[str, Any]:
+def prediction_settings(trainer: Trainer, lit: LightningModule) -> dict[str, Any]:
     """What decides the answers. A checkpoint of None may be any weights: such a prediction is not continued."""
     told: dict[str, Any] = {"checkpoint": None, "limit_predict_batches": str(trainer.limit_predict_batches)}
     if trainer.ckpt_path:

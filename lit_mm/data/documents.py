@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from lit_mm.data.writing import DrawnSet, Pairs, in_any_order
+from lit_mm.data.writing import DrawnSet, Pairs, font_of, in_any_order
 
 SIDE, MARGIN = 256, 14
 FONTS = {"page": "DejaVuSerif", "receipt": "DejaVuSansMono", "form": "DejaVuSans"}
@@ -95,20 +93,12 @@ def make_document(split: str, number: int, seed: int = 0) -> Document:
     return Document(kind, company, date, lines, prices, rng.randint(9, 11), asked)
 
 
-@cache
-def font_of(kind: str, size: int) -> ImageFont.FreeTypeFont:
-    """One of the DejaVu fonts that come with matplotlib."""
-    import matplotlib
-
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / f"fonts/ttf/{FONTS[kind]}.ttf"), size)
-
-
 def render(document: Document) -> Image.Image:
     """The document, 256×256 pixels RGB, black on white."""
     image = Image.new("RGB", (SIDE, SIDE), "white")
     drawing = ImageDraw.Draw(image)
     for text, across, down, anchor in document.texts():
-        drawing.text((across, down), text, "black", font_of(document.kind, document.size), anchor=anchor)
+        drawing.text((across, down), text, "black", font_of(FONTS[document.kind], document.size), anchor=anchor)
     return image
 
 

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter
 
-from lit_mm.data.writing import DrawnSet, Pairs, in_any_order
+from lit_mm.data.writing import DrawnSet, Pairs, font_of, in_any_order
 
 WIDTH, HEIGHT, MARGIN = 576, 1152, 24
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif", "STIXGeneral")
@@ -105,17 +103,9 @@ def _figure(rng: random.Random) -> str:
     return rng.choice([price, price, f"RM {price}", date, date, time, number, f"{number[:3]}-{number}"])
 
 
-@cache
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
-    """A font that comes with matplotlib."""
-    import matplotlib
-
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / f"fonts/ttf/{name}.ttf"), size)
-
-
 def render(sheet: Sheet) -> Image.Image:
     """The sheet, 1152×576 pixels of gray."""
-    font, (paper, ink) = _font(sheet.font, sheet.size), sheet.tones
+    font, (paper, ink) = font_of(sheet.font, sheet.size), sheet.tones
     widest = max(font.getlength("    ".join(row)) for row in sheet.rows)
     width = round(max(widest + 2 * MARGIN, WIDTH / sheet.stretch))
     image = Image.new("L", (width, HEIGHT), paper)

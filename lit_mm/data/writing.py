@@ -7,10 +7,11 @@ import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageFont
 
 from lit_mm.data.records import MARKERS, Kind
 from lit_mm.data.sources.base import new_file
@@ -32,6 +33,14 @@ def write_records(file: Path, items: Sequence[dict[str, Any]]) -> None:
     if not file.is_file() or file.read_text() != text:
         with new_file(file) as opened:
             opened.write(text.encode())
+
+
+@cache
+def font_of(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """A font that comes with matplotlib, such as DejaVuSans-Bold."""
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / f"fonts/ttf/{name}.ttf"), size)
 
 
 def in_any_order(rng: random.Random, pairs: Pairs) -> Pairs:

@@ -31,10 +31,14 @@ def table_of(title: str, cells: Sequence[Sequence[str]], caption: str = "", left
 
 def markdown_table(title: str, cells: Sequence[Sequence[str]], caption: str = "") -> str:
     """The same as text for TensorBoard."""
+    return f"**{title}**\n\n{markdown_rows(cells)}\n\n{caption}".rstrip()
+
+
+def markdown_rows(cells: Sequence[Sequence[str]]) -> str:
+    """A header and lines as Markdown, all columns but the first aligned right."""
     rule = [":--", *["--:"] * (len(cells[0]) - 1)]
     plain = [[cell.replace("|", "\\|") for cell in line] for line in cells]
-    body = "\n".join(f"| {' | '.join(line)} |" for line in (plain[0], rule, *plain[1:]))
-    return f"**{title}**\n\n{body}\n\n{caption}".rstrip()
+    return "\n".join(f"| {' | '.join(line)} |" for line in (plain[0], rule, *plain[1:]))
 
 
 def print_whole(*things: Any) -> None:

@@ -23,7 +23,7 @@ from lit_mm.model.projector import MatryoshkaProjector
 from lit_mm.model.router import Router, RouterOptions
 from lit_mm.model.scales import Scale, VideoScale
 from lit_mm.model.vlm import MatryoshkaVLM
-from lit_mm.training.checkpoints import InitFrom, materialize, open_weights, start_from, told_of
+from lit_mm.training.checkpoints import InitFrom, materialize, open_weights, own_config, start_from
 
 
 def open_folder(
@@ -45,7 +45,7 @@ def open_folder(
             configuration, or its tokens depend on the scales (adaptive pooling) and there are others.
         FileNotFoundError: A file is missing.
     """
-    told = told_of(folder)
+    told = own_config(folder)
     config = LitMMConfig.from_pretrained(folder)
     if scales and config.pooling != "exact" and list(scales) != list(config.scales):
         raise ValueError(f"{folder}: with pooling {config.pooling} expected scales {config.scales}, found {scales}")

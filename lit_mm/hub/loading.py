@@ -20,7 +20,7 @@ from lit_mm.inference.choosers import Calibrated, read_chooser
 from lit_mm.model.hub import folder_of, is_hub_name
 from lit_mm.model.scales import Scale
 from lit_mm.renamed import with_new_names
-from lit_mm.training.checkpoints import InitFrom, is_export, start_from, told_of
+from lit_mm.training.checkpoints import InitFrom, is_export, own_config, start_from
 from lit_mm.training.module import LitMatryoshka
 from lit_mm.training.resume import check_model, scales_in
 from lit_mm.training.saving import SHARDED, find_checkpoint, load_tensors
@@ -143,7 +143,7 @@ def run_of(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
     """The folder that lies around a checkpoint, with its chooser and what was measured, and the step of its weights.
     Around what `export` wrote, it is that folder."""
     if is_export(folder := Path(path).expanduser()):
-        return folder, told_of(folder)["step"]
+        return folder, own_config(folder)["step"]
     checkpoint = checkpoint_of(path)
     return checkpoint.parent.parent, contents_of(checkpoint).get("global_step")
 

@@ -128,14 +128,14 @@ def described(rows: dict[Cost, Rows], cost: Cost, target: Target, best: Rule) ->
     accuracy, paid = held_out(own, target, [best.statistic])
     return {
         "statistic": best.statistic,
-        **told_of(rows, best),
+        **rule_as_json(rows, best),
         "target": {"cost": cost, **limit},
         "held_out": {"accuracy": accuracy, f"mean_{cost}": paid},
-        "front": [told_of(rows, rule) for rule in distinct],
+        "front": [rule_as_json(rows, rule) for rule in distinct],
     }
 
 
-def told_of(rows: dict[Cost, Rows], rule: Rule) -> dict[str, Any]:
+def rule_as_json(rows: dict[Cost, Rows], rule: Rule) -> dict[str, Any]:
     """A rule with its scales' names, and its means on the questions that it was calibrated on."""
     names = next(iter(rows.values())).scales
     means = {f"mean_{cost}": float(outcome(own, rule)[1].mean()) for cost, own in rows.items()}

@@ -314,7 +314,7 @@ class Reply:
         self.stops: Sequence[str] = stops
         self.lengths = {scale: model.length(prompt, scale) for scale in prompt.scales}
         self.tried: list[list[Scale]] = [[]] if prompt.chooser else [[scale] for scale in prompt.scales]
-        self.told = [Told() for _ in self.tried]
+        self.told = [Streamed() for _ in self.tried]
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The body of a reply that is not streamed."""
@@ -382,7 +382,7 @@ class Reply:
 
 
 @dataclass
-class Told:
+class Streamed:
     """What a stream has said of one answer.
 
     Args:

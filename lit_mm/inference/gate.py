@@ -49,7 +49,7 @@ class Limits:
 
 
 @dataclass
-class Told:
+class LogLine:
     """What the log says about a request.
 
     Args:
@@ -78,7 +78,7 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         began = time.perf_counter()
-        told = scope["told"] = Told(asyncio.get_running_loop().time() + self.limits.timeout)
+        told = scope["told"] = LogLine(asyncio.get_running_loop().time() + self.limits.timeout)
 
         async def noting(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -107,7 +107,7 @@ class Gate:
         await _thrown_away(receive, False)
         await error_reply(RefusedError(message, status=503))(scope, receive, send)
 
-    def _note(self, scope: Scope, told: Told, seconds: float) -> None:
+    def _note(self, scope: Scope, told: LogLine, seconds: float) -> None:
         path = scope["raw_path"].decode("ascii", "backslashreplace")
         known = path if path in {getattr(route, "path", None) for route in scope["app"].routes} else "other"
         self.count.labels(known, str(told.status)).inc()

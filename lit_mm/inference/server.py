@@ -33,7 +33,7 @@ from lit_mm.inference.answering import Answer, Ask, Model, Prompt
 from lit_mm.inference.batching import Batcher, ClosedError, Job, NotFiniteError, Piece
 from lit_mm.inference.chat_completions import ChatRequest, RefusedError, Reply, Strict, Text, ask_of, short
 from lit_mm.inference.decoding import settings
-from lit_mm.inference.gate import HUNG_UP, SPARE, Gate, Limits, Told, error_reply, unless_hung_up
+from lit_mm.inference.gate import HUNG_UP, SPARE, Gate, Limits, LogLine, error_reply, unless_hung_up
 from lit_mm.inference.preview import preview
 from lit_mm.inference.urls import MediaURLs
 from lit_mm.model.llm import positions_of
@@ -215,7 +215,7 @@ class Completion:
         told: For the log.
     """
 
-    def __init__(self, server: Server, asked: ChatRequest, told: Told) -> None:
+    def __init__(self, server: Server, asked: ChatRequest, told: LogLine) -> None:
         self.server, self.asked, self.told = server, asked, told
         self.arrived, self.loop = time.perf_counter(), asyncio.get_running_loop()
         self.events: asyncio.Queue[Piece | list[Answer] | Exception] = asyncio.Queue()

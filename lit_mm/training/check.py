@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -34,11 +36,8 @@ def check_packing(vlm: MatryoshkaVLM, packing: Packing, attention: Attention = "
     device = next(vlm.projector.parameters()).device
     batch = apply_to_collection(batch, Tensor, Tensor.to, device)
     nested = (nested.to(device) * size).to(weight.dtype)
-    modes = {module: module.training for module in vlm.modules()}
-    vlm.eval()
-    packed, padded = (vlm(each, nested=nested).loss for each in (batch, replace(batch, packed=[])))
-    for module, training in modes.items():
-        module.training = training
+    with evaluating(vlm):
+        packed, padded = (vlm(each, nested=nested).loss for each in (batch, replace(batch, packed=[])))
     exact = weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(device.type)
     allowed = 1e-4 if exact else 1e-2
     if not abs(packed - padded) <= allowed * padded:
@@ -46,6 +45,17 @@ def check_packing(vlm: MatryoshkaVLM, packing: Packing, attention: Attention = "
             f"{vlm.llm.config.model_type} with packing {packing}: the packed loss is {packed:.6f}, but padded samples "
             f"give {padded:.6f}; set model.packing to padded"
         )
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every submodule's mode and all random numbers are as before."""
+    modes = {each: each.training for each in module.modules()}
+    module.eval()
+    with torch.no_grad(), isolate_rng():
+        yield
+    for each, training in modes.items():
+        each.training = training
 
 
 def tiny_batch(

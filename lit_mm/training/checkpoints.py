@@ -152,7 +152,7 @@ def is_export(path: Path) -> bool:
     return read_json(path / "config.json").get("model_type") == "lit_mm"
 
 
-def told_of(folder: Path) -> dict[str, Any]:
+def own_config(folder: Path) -> dict[str, Any]:
     """What only this package reads in the config of a folder that `export` wrote.
 
     Raises:
@@ -164,14 +164,24 @@ def told_of(folder: Path) -> dict[str, Any]:
     by = str(fields.get("version"))
     if _numbers(by) > _numbers(__version__):
         raise ValueError(f"{file}: version {by} of lit_mm wrote it, found {__version__}: install the newer one")
-    if lacking := [name for name in TOLD if name not in fields]:
+    if lacking := [name for name in OWN_FIELDS if name not in fields]:
         raise ValueError(f"{file}: lit_mm lacks {', '.join(lacking)}; expected what `export` of {__version__} writes")
     if not isinstance(fields["names"], dict) or not {"base", "head"} <= fields["names"].keys():
         raise ValueError(f"{file}: lit_mm.names is {fields['names']!r:.80}, expected base and head")
     return fields
 
 
-TOLD = ("names", "time_scales", "trained_scales", "video", "frame", "image_first", "max_new_tokens", "decoding", "step")
+OWN_FIELDS = (
+    "names",
+    "time_scales",
+    "trained_scales",
+    "video",
+    "frame",
+    "image_first",
+    "max_new_tokens",
+    "decoding",
+    "step",
+)
 """The fields of `lit_mm` in an export's config.json that every version writes."""
 
 
@@ -181,7 +191,7 @@ def _numbers(version: str) -> list[int]:
 
 def _of_export(path: Path) -> Readers:
     """What `export` wrote, by the names of transformers' classes -> this package's names."""
-    names = told_of(path)["names"]
+    names = own_config(path)["names"]
     ours = {
         "model.vision_tower.": "encoder.",
         "model.multi_modal_projector.": "projector.",

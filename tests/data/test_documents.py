@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from lit_mm.data.documents import DOCUMENTS, FONTS, SIDE, font_of, make_document, render
+from lit_mm.data.documents import DOCUMENTS, FONTS, SIDE, make_document, render
 from lit_mm.data.records import parse
 from lit_mm.data.rendered import RenderedDataModule
+from lit_mm.data.writing import font_of
 from tests.helpers.records import exchanges, items
 
 SPLITS = {"train": 30, "val": 4, "test": 8}
@@ -35,7 +36,7 @@ def bands(pixels):
 def alone(kind, size, text, part):
     """[h, w] a text's pixels, black on white, without margins; it begins at a part of a pixel."""
     image = Image.new("L", (SIDE, 40), 255)
-    ImageDraw.Draw(image).text((4 + part, 10), text, 0, font_of(kind, size))
+    ImageDraw.Draw(image).text((4 + part, 10), text, 0, font_of(FONTS[kind], size))
     pixels = np.asarray(image)
     rows, columns = np.flatnonzero((pixels < 255).any(1)), np.flatnonzero((pixels < 255).any(0))
     return pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(int)

@@ -238,7 +238,7 @@ def test_any_runs_are_compared(tmp_path, capsys):
 
 def test_choosers_at_budgets():
     rows = rows_by_cost(hard_and_easy(), [{"scale": "4"}, {"scale": "1"}])["tokens"]
-    head, _, *lines = choosers.table([(rows, rows)] * 2, [1, 3.4])
+    head, _, *lines = choosers.table([(rows, rows)] * 2, [1, 3.4]).splitlines()
     found = {line.split(" | ")[0].strip("| "): line.strip("|").split(" | ")[1:] for line in lines}
     assert head == "| chooser | mean tokens ≤ 1 | mean tokens ≤ 3.4 |"
     assert [cell.strip() for cell in found["margin"]] == ["50.0 ± 0.0 at 1.0", "100.0 ± 0.0 at 3.4"]
