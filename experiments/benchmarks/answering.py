@@ -209,7 +209,7 @@ class Answering:
         else:  # the text before the image is shared
             segments = nested_segments(self.prefix, self.text, [*call.scales] * call.questions)
         further = call.new_tokens - 1
-        flops = self.costs.row(segments, call.sequences)
+        flops = self.costs.sequence(segments, call.sequences)
         for scale in call.scales:
             pairs = causal_pairs(further, before=self.prefix + scale + self.text)
             flops += self.costs.text(further, pairs, further) * call.questions

@@ -41,7 +41,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from lit_mm.costs.flops import Answer, Costs, causal_pairs
+from lit_mm.costs.flops import AnswerCost, Costs, causal_pairs
 from lit_mm.costs.llm_shapes import published
 from lit_mm.model.batch import Images
 from lit_mm.model.encoder import ConvNeXtEncoder, ExtraStage
@@ -187,7 +187,7 @@ def unread_bytes(vlm: MatryoshkaVLM) -> int:
     return 0 if table is head else table.numel() * table.itemsize
 
 
-def mean_cache(answer: Answer) -> float:
+def mean_cache(answer: AnswerCost) -> float:
     """Bytes of keys and values that a further token reads or writes."""
     pairs = causal_pairs(answer.further, before=answer.prompt_tokens) / answer.further
     return pairs * answer.cache / answer.prompt_tokens

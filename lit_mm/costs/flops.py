@@ -90,7 +90,7 @@ class ModelFlops(Summed):
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerCost:
     """Cost of one answer at a scale, with greedy decoding and a KV cache.
 
     Args:
@@ -190,7 +190,7 @@ class Costs:
         """
         return self.language.flops(tokens, pairs, labels, visual and self.visual_trains)
 
-    def row(self, segments: Sequence[Segment], labels: int) -> ModelFlops:
+    def sequence(self, segments: Sequence[Segment], labels: int) -> ModelFlops:
         """The LLM on a packed sequence, without encoding its images."""
         return self.text(sum(s.length for s in segments), sum(s.pairs for s in segments), labels)
 
@@ -220,7 +220,7 @@ class Costs:
         new_tokens: int = 1,
         images: int = 1,
         width: int = 2,
-    ) -> Answer:
+    ) -> AnswerCost:
         """One answer of `new_tokens` tokens to a prompt of `text` tokens with images.
 
         Args:
@@ -234,7 +234,7 @@ class Costs:
         prompt, further = visual + text, new_tokens - 1
         decode = self.text(further, causal_pairs(further, before=prompt), further).total.forward
         prefill = self.images([(images, size)]) + self.text(prompt, causal_pairs(prompt), 1)
-        return Answer(visual, prompt, prefill, decode, further, prompt * self.language.cached * width)
+        return AnswerCost(visual, prompt, prefill, decode, further, prompt * self.language.cached * width)
 
 
 class EncoderCosts:

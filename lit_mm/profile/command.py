@@ -113,7 +113,10 @@ def _options() -> argparse.ArgumentParser:
     )
     whole.add_argument("--measure", action="store_true", help="time each scale on this machine, with random weights")
     whole.add_argument(
-        "--gpus", type=_positive, metavar="N", help="also plan training's memory on N GPUs: weights, gradients, …"
+        "--gpus",
+        type=_positive,
+        metavar="N",
+        help="also plan training's memory on N GPUs: weights, gradients, …; without gradient accumulation",
     )
     whole.add_argument("--samples", type=_positive, default=1, metavar="N", help="per GPU, for --gpus (1)")
     whole.add_argument("--precision", choices=PRECISIONS, default="bf16-mixed", help="for --gpus (bf16-mixed)")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lit_mm.costs.flops import Answer, Costs, nested_segments
+from lit_mm.costs.flops import AnswerCost, Costs, nested_segments
 from lit_mm.model.scales import Scale, VideoScale
 from lit_mm.profile.experiment import Experiment, Size
 from lit_mm.training.parts import apply_parts
@@ -72,7 +72,7 @@ def tokens_of(scale: Scale) -> int:
     return scale.frames * scale.tokens if isinstance(scale, VideoScale) else scale
 
 
-def _described(answer: Answer, without: Answer) -> dict[str, Any]:
+def _described(answer: AnswerCost, without: AnswerCost) -> dict[str, Any]:
     prefill = answer.prefill
     return {
         "visual_tokens": answer.visual_tokens,
@@ -91,11 +91,11 @@ def _training(costs: Costs, frames: int, size: Size, scales: list[Scale], text: 
     """Training FLOPs of one sample that starts with its image: all scales packed, and the finest scale alone."""
     segments = nested_segments(0, text, [tokens_of(scale) for scale in scales])
     images = costs.images([(frames, size)])
-    row = images + costs.row(segments, len(scales) * labels)
+    row = images + costs.sequence(segments, len(scales) * labels)
     return {
-        "row_tokens": sum(length for *_, length in segments),
+        "packed_tokens": sum(length for *_, length in segments),
         **{f"{part}_flops": getattr(row, part).training for part in ("encoder", "projector", "llm", "head")},
         "total_flops": row.total.training,
         "recompute_flops": row.total.recompute,
-        "finest_alone_flops": (images + costs.row(segments[:1], labels)).total.training,
+        "finest_alone_flops": (images + costs.sequence(segments[:1], labels)).total.training,
     }

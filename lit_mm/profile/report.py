@@ -69,7 +69,7 @@ def training_table(experiments: Sequence[Figures]) -> Table:
         parts = [in_flops(cost[f"{part}_flops"]) for part in ("encoder", "projector", "llm", "head", "total")]
         ratio = f"{cost['total_flops'] / cost['finest_alone_flops']:.2f}" if cost["finest_alone_flops"] else ""
         again = in_flops(cost["recompute_flops"])
-        rows.add_row(_name(own), image(at), f"{cost['row_tokens']:,}", *parts, again, ratio)
+        rows.add_row(_name(own), image(at), f"{cost['packed_tokens']:,}", *parts, again, ratio)
     return rows
 
 

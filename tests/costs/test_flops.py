@@ -378,7 +378,7 @@ def test_a_row_costs_its_branches_less_the_shared_prefix():
     """As much as each branch with the prefix alone, the prefix counted once."""
     costs = Costs(tiny_vlm())
     prefix, text, scales = 35, 64, [576, 144, 36, 9, 1]
-    row = costs.row(nested_segments(prefix, text, scales), labels=0)
+    row = costs.sequence(nested_segments(prefix, text, scales), labels=0)
     alone = [prefix + scale + text for scale in scales]
     expected = sum((costs.text(n, causal_pairs(n), 0) for n in alone), ModelFlops())
     shared = costs.text(prefix, causal_pairs(prefix), 0) * (len(scales) - 1)

@@ -129,7 +129,7 @@ def test_training_costs_what_the_parts_say(run, configs):
     adapters = 2 * 128 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     rows, pairs = 766 + 5 * 128, sum(causal_pairs(scale + 128) for scale in (576, 144, 36, 9, 1))
     attention = 32 * 4 * 4096 * pairs
-    assert llava[0]["row_tokens"] == rows
+    assert llava[0]["packed_tokens"] == rows
     assert llava[0]["llm_flops"] == rows * (2 * 2 * LAYERS + 3 * adapters) + 3 * attention
     assert 1 < conv[0]["encoder_flops"] / conv[1]["encoder_flops"] < 3
     assert 0.7 < conv[0]["recompute_flops"] / (conv[0]["llm_flops"] / 3) < 1
