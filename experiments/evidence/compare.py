@@ -30,8 +30,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--title", default="Accuracy at every scale")
     parser.add_argument("--picture", type=Path, help="draw it to this file")
     options = parser.parse_args(words)
-    named = dict(side.split("=", 1) for side in options.sides)
-    found = compared({name: [Path(run) for run in runs.split(",")] for name, runs in named.items()}, options)
+    named = {name: runs.split(",") for name, _, runs in (side.partition("=") for side in options.sides)}
+    if len(named) < len(options.sides) or not all(all(runs) for runs in named.values()):
+        parser.error(f"expected NAME=RUN,RUN for each side, each with another name, found {options.sides}")
+    if options.picture and len(named) > len(report.COLORS):
+        parser.error(f"--picture: expected at most {len(report.COLORS)} sides, found {len(named)}")
+    found = compared({name: [Path(run) for run in runs] for name, runs in named.items()}, options)
     print(markdown_rows(report.table(found)))
     if options.picture:
         report.draw(found, options.picture)
@@ -41,16 +45,23 @@ def compared(sides: dict[str, list[Path]], options: argparse.Namespace) -> repor
     """The scores of all sides.
 
     Raises:
-        ValueError: The sides have different numbers of runs, or their runs were asked different questions.
+        ValueError: The sides have different numbers of runs, a run was asked other questions than the first, or the
+            runs of a side have different scales.
     """
     counts = {name: len(runs) for name, runs in sides.items()}
     if len({*counts.values()}) > 1:
         raise ValueError(f"expected equally many runs of every side, found {counts}")
-    answered = [
-        (name, *read_questions(run / "accuracy_tokens.parquet")) for name, runs in sides.items() for run in runs
-    ]
-    if len({tuple((own.id, own.question) for own in questions) for _, questions, _ in answered}) > 1:
-        raise ValueError("the runs were asked different questions")
+    answered, asked = [], []
+    for name, runs in sides.items():
+        read = [read_questions(run / "accuracy_tokens.parquet") for run in runs]
+        for run, (questions, scales) in zip(runs, read, strict=True):
+            own = [(question.id, question.question) for question in questions]
+            asked = asked or own
+            if own != asked:
+                raise ValueError(f"{run}: was asked different questions than the first run")
+            if scales != read[0][1]:
+                raise ValueError(f"{run}: expected the scales of {runs[0]}, {read[0][1]}, found {scales}")
+            answered.append((name, questions, scales))
     groups = report.grouped(answered, options.metric)
     return report.Found(Claim(options.title, "", dict.fromkeys(sides, ())), [*range(max(counts.values()))], groups, [])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,8 @@ def grouped(
                 columns.setdefault((group, side, scale), []).append(own)
     groups: dict[str, dict[str, dict[str, Scored]]] = {}
     for (group, side, scale), rows in columns.items():
-        groups.setdefault(group, {}).setdefault(side, {})[scale] = Scored(np.array(rows), float(scale))
+        tokens = prod(map(int, scale.split("x")))  # of a video: sets of frames times tokens
+        groups.setdefault(group, {}).setdefault(side, {})[scale] = Scored(np.array(rows), tokens)
     return groups
 
 
@@ -199,12 +201,23 @@ def _table_of_sides(found: Found) -> list[list[str]]:
     first, *others = found.claim.sides
     lines = [["questions", "tokens", first, *others, *(f"{name} - {first}, points" for name in others)]]
     for group, sides in found.groups.items():
-        for scale, own in sides[first].items():
-            each = [sides[name].get(scale) for name in others]
-            gaps = [told(side.scores, own.scores) if side else "" for side in each]
+        for scale in _scales_of(sides):
+            own, *each = [sides[name].get(scale) for name in (first, *others)]
+            gaps = [told(side.scores, own.scores) if side and own else "" for side in each]
             cells = [side.cell if side else "" for side in (own, *each)]
-            lines.append([f"{group} ({own.scores.shape[1]})", scale, *cells, *gaps])
+            lines.append([f"{group} ({_asked(sides)})", scale, *cells, *gaps])
     return lines
+
+
+def _scales_of(sides: dict[str, dict[str, Scored]]) -> list[str]:
+    """All scales of the sides, finest first."""
+    found = {scale: own.tokens for side in sides.values() for scale, own in side.items()}
+    return sorted(found, key=found.__getitem__, reverse=True)
+
+
+def _asked(sides: dict[str, dict[str, Scored]]) -> int:
+    """The number of questions."""
+    return next(own.scores.shape[1] for side in sides.values() for own in side.values())
 
 
 def _table_of_choices(found: Found) -> list[list[str]]:
@@ -287,16 +300,16 @@ def draw(found: Found, file: Path) -> None:
 
 def _bars(axes: Any, group: str, sides: dict[str, dict[str, Scored]]) -> None:
     """Accuracy of each side at each scale, with 95 % intervals over questions."""
-    scales, width = [*next(iter(sides.values()))], 0.8 / len(sides)
+    scales, width = _scales_of(sides), 0.8 / len(sides)
     for number, ((name, side), color) in enumerate(zip(sides.items(), COLORS, strict=False)):
-        for place, own in enumerate(side[scale] for scale in scales if scale in side):
+        for scale, own in side.items():
             scores = 100 * own.scores.mean(0)
             low, high = intervals(scores[:, None])[0]
             ends = [[max(0.0, scores.mean() - low)], [max(0.0, high - scores.mean())]]
-            label = None if place else name
-            axes.bar(place + number * width, scores.mean(), width, color=color, yerr=ends, capsize=2, label=label)
+            place, label = scales.index(scale) + number * width, name if own is next(iter(side.values())) else None
+            axes.bar(place, scores.mean(), width, color=color, yerr=ends, capsize=2, label=label)
     axes.set_xticks(np.arange(len(scales)) + 0.4 - width / 2, scales)
     axes.set_xlabel("visual tokens")
-    axes.set_title(f"{group} ({len(scores)})", fontsize=9)
+    axes.set_title(f"{group} ({_asked(sides)})", fontsize=9)
     axes.set_ylim(0, 105)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,5 +1,6 @@
 """The driver of the evidence, with a stand-in for lit_mm and once with lit_mm itself."""
 
+import argparse
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from experiments.evidence import __main__ as driver
@@ -232,8 +234,33 @@ def test_any_runs_are_compared(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"expected equally many runs of every side, found .*'one': 1"):
         compare.main([*sides, f"one={tmp_path / 'a1'}"])
     write_questions(tmp_path / "b1/accuracy_tokens.parquet", better[:-1], ["4", "1"])
-    with pytest.raises(ValueError, match="were asked different questions"):
+    with pytest.raises(ValueError, match="b1: was asked different questions than the first run"):
         compare.main(sides)
+    for words in (["a1"], ["a=a1", "a=a2"], ["a=a1,"], ["=", "b=a1"]):
+        with pytest.raises(SystemExit):
+            compare.main(words)
+        assert "expected NAME=RUN,RUN for each side, each with another name" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare.main([*(f"{name}=a1" for name in "abcd"), "--picture", "gain.png"])
+    assert "--picture: expected at most 3 sides, found 4" in capsys.readouterr().err
+
+
+def test_sides_with_different_scales(tmp_path, capsys):
+    """No scale is left out of the table or drawn at another's place; videos' are sets of frames times tokens."""
+    scales = {"a": ["2x4", "2x1"], "b": ["2x1", "1x1"]}
+    for name, own in scales.items():
+        (tmp_path / name).mkdir()
+        write_questions(tmp_path / name / "accuracy_tokens.parquet", hard_and_easy(), own)
+    compare.main([f"{name}={tmp_path / name}" for name in scales])
+    lines = [[*map(str.strip, line.split("|"))] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [line[2:5] for line in lines] == [["2x4", "100.0", ""], ["2x1", "50.0", "100.0"], ["1x1", "", "50.0"]]
+    sides = {name: [tmp_path / name] for name in scales}
+    axes = Figure().subplots()
+    found = compare.compared(sides, argparse.Namespace(metric="exact", title=""))
+    report._bars(axes, "all", found.groups["all"])
+    assert [round(bar.get_x() + bar.get_width() / 2, 6) for bar in axes.patches] == [0, 1, 1.4, 2.4]
+    with pytest.raises(ValueError, match=r"b: expected the scales of .*a, \['2x4', '2x1'\], found \['2x1', '1x1'\]"):
+        compare.main([f"all={tmp_path / 'a'},{tmp_path / 'b'}"])
 
 
 def test_choosers_at_budgets():
