@@ -61,7 +61,7 @@ class Sheet:
 
 
 def make_sheet(split: str, number: int, seed: int = 0) -> Sheet:
-    """The sheet with this number. Half of all sheets have six rows or fewer."""
+    """The sheet with this number. Half of all sheets have five rows or fewer."""
     rng = random.Random(f"{seed} {split} {number} sheet")
     size = rng.randint(16, 34)
     step = round(size * rng.uniform(1.2, 1.8))
