@@ -13,7 +13,6 @@ from lit_mm.__main__ import main
 from lit_mm.cli import LitMMCLI
 from tests.helpers.command_line import lit_mm
 from tests.helpers.environment import ROOT, TOKENIZER, installed
-from tests.helpers.media import draw
 
 EXPERIMENTS = sorted({*ROOT.glob("experiments/*.yaml")} - {ROOT / "experiments/base.yaml"})
 
@@ -81,7 +80,7 @@ def test_the_demo_trains_and_is_judged_by_kind_of_question(quickstart):
 
 @pytest.mark.slow
 @installed("easy_vqa")
-def test_the_readmes_commands_run(quickstart, tmp_path, monkeypatch):
+def test_the_readmes_commands_run(quickstart, monkeypatch):
     small, runs, _ = quickstart
     commands = readme_commands()
     assert QUICKSTART in commands
@@ -94,10 +93,10 @@ def test_the_readmes_commands_run(quickstart, tmp_path, monkeypatch):
         verb = command[0] if command else ""
         if verb == "calibrate":
             continue  # it needs more than a batch of validation: test_calibrate runs it
-        if verb == "ask":  # the reader's photo
-            draw(tmp_path / "photo.jpg", (64, 64), "red")
-            own = {"last": str(runs), "photo.jpg": str(tmp_path / "photo.jpg")}
-            assert "visual tokens" in lit_mm(*(own.get(word, word) for word in command))
+        if verb == "ask":  # about an image that the demo has drawn
+            own = {"last": str(runs)}
+            words = (own.get(word, word.replace("data/demo", str(runs.parent / "demo"))) for word in command)
+            assert "visual tokens" in lit_mm(*words)
             continue
         if verb == "serve":
             assert command == ["serve", "--ckpt_path", "last"]  # test_server runs it
