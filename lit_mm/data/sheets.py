@@ -4,8 +4,8 @@ A sheet is 1152 pixels high and 576 wide and has one to forty rows of made-up wo
 with a label before them. Fonts, sizes, gray tones and sharpness vary, and texts are wider or narrower than their fonts,
 as on a scan that was resized without keeping its aspect ratio.
     "what is in the image?"        all rows, from top to bottom
-    "what does line 3 say?"        "14/02/2019 KEMORA"   type `line`, of two rows
-    "what is the TUKAN?"           "35.20"               type `value`, of a label
+    "what does line 3 say?"        "14/02/2019 KEMORA"   type `line`, about the first and the middle row
+    "what is the TUKAN?"           "35.20"               type `value`, about one or two labels
 """
 
 from __future__ import annotations
