@@ -27,9 +27,9 @@ def main(folder: Path, to: Path = TO) -> None:
         write_records(to / f"{name}.json", own)
     kept = {record["image"] for record in records[:-HELD_OUT]}
     texts: dict[str, list[str]] = defaultdict(list)
-    for line in (folder / "train_lines.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        texts[record["image"]].append(record["text"])
+    with (folder / "train_lines.jsonl").open(encoding="utf-8") as lines:  # str.splitlines would also end one at U+2028
+        for record in map(json.loads, lines):
+            texts[record["image"]].append(record["text"])
     read = [
         conversation(f"{Path(image).stem}_text", "image", image, [("what is in the image?", "\n".join(texts[image]))])
         for image in texts

@@ -13,8 +13,9 @@ def test_receipts_are_split_and_read_whole(tmp_path):
     for split, numbers in splits.items():
         records = [{"id": str(n), "image": f"images/{n}.jpg", "conversations": []} for n in numbers]
         (folder / f"{split}.json").write_text(json.dumps(records))
-    lines = [{"image": f"images/{n}.jpg", "text": f"{word} {n}"} for n in range(70) for word in ("TOTAL", "DATE")]
-    (folder / "train_lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    lines = [{"image": f"images/{n}.jpg", "text": f"{word} {n}"} for n in range(70) for word in ("TO\u2028TAL", "DATE")]
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (folder / "train_lines.jsonl").write_text(text, encoding="utf-8")
     (folder / "images/3.jpg").write_bytes(b"a picture")
     receipts.main(folder, to)
     found = {name: json.loads((to / f"{name}.json").read_text()) for name in ("train", "val", "test", "text")}
@@ -24,5 +25,5 @@ def test_receipts_are_split_and_read_whole(tmp_path):
         "test": [*range(70, 75)],
         "text": [*range(10)],
     }
-    assert exchanges(found["text"][3]) == [("what is in the image?", "TOTAL 3\nDATE 3")]
+    assert exchanges(found["text"][3]) == [("what is in the image?", "TO\u2028TAL 3\nDATE 3")]
     assert (to / "images/3.jpg").read_bytes() == b"a picture"
