@@ -173,5 +173,5 @@ def test_a_finished_run_is_not_resumed_with_other_batches(instruction_set, tmp_p
     trainer.save_checkpoint(file)
     _, trainer = fit(instruction_set, tmp_path, ckpt_path=str(file), max_steps=2, limit_val_batches=0)
     assert trainer.global_step == 2
-    with pytest.raises(ValueError, match=r"stopped after batch 2 .*: batch_size was 4 and is 2"):
+    with pytest.raises(ValueError, match=r"after batch 2, .*: batch_size was 4 and is 2"):
         fit(instruction_set, tmp_path, ckpt_path=str(file), data={"batch_size": 2}, max_steps=2, limit_val_batches=0)
