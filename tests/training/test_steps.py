@@ -106,7 +106,7 @@ def test_other_options_and_another_length_are_those_of_now(instruction_set, tmp_
 def test_other_parts_are_not_resumed(instruction_set, tmp_path):
     _, trainer = fit(instruction_set, tmp_path / "a", limit_val_batches=0, max_steps=2)
     trainer.save_checkpoint(two := tmp_path / "two.ckpt")
-    with pytest.raises(ValueError, match=r"trained \{'encoder_other': .* --model.init_from begins another"):
+    with pytest.raises(ValueError, match=r"trained \{'encoder_other': .* or start a new run with --model.init_from"):
         fit(instruction_set, tmp_path / "b", two, lit=changed(parts=Parts(Part(frozen=True))), limit_val_batches=0)
 
 
