@@ -165,6 +165,7 @@ def render(board: Board) -> Image.Image:
 
 
 def _sampled(rng: random.Random, pairs: Pairs) -> Pairs:
+    """As `in_any_order`, but in the order of the demo's published figures."""
     return rng.sample(pairs, len(pairs))
 
 

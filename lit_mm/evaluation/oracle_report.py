@@ -145,7 +145,7 @@ def _scale_cells(result: Result) -> list[list[str]]:
 def _caption(result: Result) -> str:
     wrong = _percent(result["no_scale_right"] / result["questions"])
     return (
-        f"Needed by: these are the fewest tokens that answer right (score >= 0.5). No scale "
+        "Needed by: these are the fewest tokens that answer right (score >= 0.5). No scale "
         f"answers {wrong} % of the questions right; the oracle gives them the fewest tokens. Best possible: the "
         "highest accuracy of any choice per question with as many tokens on average."
     )

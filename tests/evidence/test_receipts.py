@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from experiments.evidence import receipts
 from tests.helpers.records import exchanges
 
@@ -27,3 +29,14 @@ def test_receipts_are_split_and_read_whole(tmp_path):
     }
     assert exchanges(found["text"][3]) == [("what is in the image?", "TO\u2028TAL 3\nDATE 3")]
     assert (to / "images/3.jpg").read_bytes() == b"a picture"
+
+
+def test_receipts_without_text_and_too_few_receipts_are_refused(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "val.json").write_text("[]")
+    for count, said in ((60, "expected more than 60 receipts, found 60"), (61, "no line of text for images/0.jpg")):
+        records = [{"id": str(n), "image": f"images/{n}.jpg", "conversations": []} for n in range(count)]
+        (tmp_path / "train.json").write_text(json.dumps(records))
+        (tmp_path / "train_lines.jsonl").write_text('{"image": "images/1.jpg", "text": "TOTAL"}\n')
+        with pytest.raises(ValueError, match=said):
+            receipts.main(tmp_path, tmp_path / "to")
